@@ -1,0 +1,221 @@
+"""Prompts as the model reads them: records rendered, encoded, and drawn in a reproducible order."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mgrpo.records import InputError, Record, check_unicode
+
+PLACEHOLDER = "{prompt}"
+ENCODE_CHUNK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt as the model reads it; `text` is rendered and `index` is its place in the data set."""
+
+    ids: tuple[int, ...]
+    text: str
+    answer: str | None
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Prompts in order, the number dropped as too long, and the SHA-256 of the token ids (answers do not enter it)."""
+
+    prompts: tuple[Prompt, ...]
+    num_overlong: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def make_dataset(
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    template: str | None,
+    max_prompt_tokens: int,
+    overlong: str = "error",
+    source: str = "data",
+) -> Dataset:
+    r"""Renders the records through the template and encodes them; no prompt is ever truncated.
+
+    Args:
+        records: what `load_records` returned.
+        tokenizer: a transformers tokenizer.
+        template: None takes text as it is; "chat" applies the tokenizer's chat template, as chat messages always do;
+            any other string holds `{prompt}` once, and the two characters `\n` in it stand for a newline.
+        max_prompt_tokens: longest prompt that fits, 1 or more.
+        overlong: "error" refuses longer prompts, "drop" leaves them out and counts them.
+        source: name of the data in messages.
+
+    Returns:
+        At least one prompt; an end-of-text token that the tokenizer appends to text is left off.
+
+    Raises:
+        InputError: template and tokenizer or records do not fit, a prompt has no tokens, or prompts are too long.
+        ValueError: `overlong` is neither "error" nor "drop".
+
+    """
+    if overlong not in ("error", "drop"):
+        raise ValueError(f"{source}: overlong must be 'error' or 'drop', got {overlong!r}. Choose one.")
+    if max_prompt_tokens < 1:
+        raise InputError(
+            f"{source}: max_prompt_tokens must be at least 1, got {max_prompt_tokens}. "
+            "Set a smaller --rollout.max-new-tokens."
+        )
+    template = _check_template(template, source)
+    rendered = [_render(record, tokenizer, template) for record in records]
+    prompts: list[Prompt] = []
+    too_long: list[tuple[str, int]] = []
+    digest = hashlib.sha256()
+    shared: dict[int, int] = {}  # one int object a token id in use: a prompt then costs 8 bytes a token
+    for record, (text, _), ids in zip(records, rendered, _encode(rendered, tokenizer), strict=True):
+        if not ids:
+            raise InputError(f"{source}: {record.origin}: prompt must have tokens, got none. Correct the record.")
+        if len(ids) > max_prompt_tokens:
+            too_long.append((record.origin, len(ids)))
+            continue
+        digest.update(struct.pack(f"<{len(ids) + 1}q", len(ids), *ids))
+        ids = tuple(map(shared.setdefault, ids, ids))
+        prompts.append(Prompt(ids=ids, text=text, answer=record.answer, index=len(prompts)))
+    if too_long and (overlong == "error" or not prompts):
+        raise InputError(
+            f"{source}: prompts must have at most {max_prompt_tokens} tokens, got {len(too_long)} of {len(records)} "
+            f"longer ones, the first {too_long[0][0]} with {too_long[0][1]}. "
+            f"Set {'--data.overlong drop or ' if prompts else ''}a smaller --rollout.max-new-tokens."
+        )
+    if not prompts:
+        raise InputError(f"{source}: data set must hold at least one record, got none. Add records.")
+    return Dataset(prompts=tuple(prompts), num_overlong=len(too_long), fingerprint=digest.hexdigest())
+
+
+def _check_template(template: str | None, source: str) -> str | None:
+    """Returns the template with its newlines in place."""
+    if template is None or template == "chat":
+        return template
+    check_unicode(template, "template", source)
+    if template.count(PLACEHOLDER) != 1:
+        raise InputError(
+            f"{source}: template must hold {PLACEHOLDER} exactly once or be 'chat', got {template!r}. "
+            "Correct --data.template."
+        )
+    return template.replace("\\n", "\n")
+
+
+def _render(record: Record, tokenizer: Any, template: str | None) -> tuple[str, bool]:
+    """Returns the text that the model reads, and whether a chat template wrote its special tokens into it."""
+    prompt = record.prompt
+    if isinstance(prompt, str) and template != "chat":
+        return (prompt if template is None else template.replace(PLACEHOLDER, prompt)), False
+    if template not in (None, "chat"):
+        raise InputError(
+            f"{record.origin}: template must be 'chat' for chat messages, got {template!r}. Set --data.template chat."
+        )
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{record.origin}: tokenizer must have a chat template, got none. "
+            "Use an instruct model's tokenizer or a --data.template with {prompt} and prompts of text."
+        )
+    from jinja2 import TemplateError
+
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), True
+    except (TemplateError, TypeError, ValueError) as error:
+        message = f"{record.origin}: the tokenizer's chat template refused the messages: {error}. Correct the record."
+        raise InputError(message) from error
+
+
+def _encode(rendered: Iterable[tuple[str, bool]], tokenizer: Any) -> Iterator[list[int]]:
+    """Encodes texts in order; those of a chat template get no second set of special tokens."""
+    probe, bare = tokenizer("0").input_ids, tokenizer("0", add_special_tokens=False).input_ids
+    eos = [tokenizer.eos_token_id]
+    appends_eos = probe[-1:] == eos and bare[-1:] != eos
+    for is_chat, run in itertools.groupby(rendered, key=lambda item: item[1]):
+        while texts := [text for text, _ in itertools.islice(run, ENCODE_CHUNK)]:
+            rows = tokenizer(texts, add_special_tokens=not is_chat, verbose=False).input_ids
+            yield from (row[:-1] for row in rows) if appends_eos and not is_chat else rows
+
+
+class Sampler:
+    """Endless batches of prompt indices: each epoch is a `torch.randperm` seeded by seed and epoch.
+
+    A batch may span two epochs. A prompt of the new epoch that the batch already holds is then moved behind
+    the batch's end, so that no prompt comes twice in a batch and every epoch still is a permutation.
+    """
+
+    def __init__(self, num_prompts: int, batch_size: int, seed: int):
+        if not 1 <= batch_size <= num_prompts:
+            raise InputError(
+                f"Sampler: batch_size must be from 1 to the number of prompts ({num_prompts}), got {batch_size}. "
+                "Set another --rollout.prompts or add data."
+            )
+        self.num_prompts, self.batch_size, self.seed = num_prompts, batch_size, seed
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._num_batches, self._epoch, self._position = 0, 0, 0
+        self._order = self._shuffle(0)
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        """Draws the order of an epoch."""
+        # A hash, because seed + epoch would give neighbouring seeds the same orders.
+        digest = hashlib.sha256(f"{self.seed}:{epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        return torch.randperm(self.num_prompts, generator=generator).tolist()
+
+    def next(self) -> list[int]:
+        """Returns the next `batch_size` indices, all different."""
+        batch = self._order[self._position : self._position + self.batch_size]
+        self._position += len(batch)
+        num_missing = self.batch_size - len(batch)
+        if num_missing:
+            self._epoch += 1
+            order, held = self._shuffle(self._epoch), set(batch)
+            head = list(itertools.islice((i for i in order if i not in held), num_missing))
+            drawn = set(head)
+            self._order = head + [i for i in order if i not in drawn]
+            self._position = num_missing
+            batch += head
+        self._num_batches += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the number of batches drawn and what the order depends on."""
+        return {
+            "num_batches": self._num_batches,
+            "num_prompts": self.num_prompts,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues where `state` was taken, by drawing its batches again.
+
+        Raises:
+            InputError: the state belongs to another number of prompts, batch size or seed.
+
+        """
+        remedy = "Resume with the data, --rollout.prompts and --seed of the run."
+        for name in ("num_prompts", "batch_size", "seed"):
+            if state.get(name) != getattr(self, name):
+                raise InputError(
+                    f"Sampler: {name} of the state must be {getattr(self, name)}, got {state.get(name)}. {remedy}"
+                )
+        num_batches = state.get("num_batches")
+        if not isinstance(num_batches, int) or num_batches < 0:
+            raise InputError(f"Sampler: num_batches of the state must be 0 or more, got {num_batches!r}. {remedy}")
+        self._rewind()
+        for _ in range(num_batches):
+            self.next()

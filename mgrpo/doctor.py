@@ -1,0 +1,297 @@
+"""What works on this machine: versions, kernels, engine, answer checker, extras. `python -m mgrpo.doctor`.
+
+Letters: T tokens, D hidden, V vocabulary, B prompts, G rollouts a prompt.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import mgrpo_kernels as K
+from mgrpo.answers import AnswerChecker
+from mgrpo.config import ConfigError, ModelConfig
+from mgrpo.policy import load_model, pick_device, quiet_transformers
+from mgrpo.rollout.engine import Sampling
+from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.tasks.arithmetic import make_model
+
+PACKAGES = ("mgrpo", "torch", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "matplotlib")
+EXTRAS = {
+    "tensorboard": "pip install 'mgrpo[train]'",
+    "math_verify": "pip install 'mgrpo[train]'",
+    "wandb": "pip install 'mgrpo[wandb]'",
+    "trackio": "pip install 'mgrpo[trackio]'",
+    "flash_attn": "pip install flash-attn --no-build-isolation (needs a GPU)",
+}
+# The large inputs exceed the caches, as those of a training run do.
+T, D, V, B, G = 256, 64, 65536, 128, 16
+HEAD_V = 16384
+EMA_SIZE = 2**24
+ROOF_BYTES = 64 * 2**20
+# fp32 results must keep half of fp32's digits against fp64.
+MAX_ERROR = torch.finfo(torch.float32).eps ** 0.5
+
+Inputs = dict[str, torch.Tensor]
+
+
+class Check(NamedTuple):
+    """One thing that a training run needs."""
+
+    name: str
+    works: bool
+    detail: str
+
+
+class Op(NamedTuple):
+    """A call of a public op on `inputs`; it returns what it writes."""
+
+    inputs: Inputs
+    call: Callable[[Inputs, str], Sequence[torch.Tensor]]
+    is_memory_bound: bool = True
+
+
+class KernelResult(NamedTuple):
+    """One op on one backend."""
+
+    op: str
+    backend: str
+    error: float | None  # largest |difference from fp64| / max(1, largest |fp64 result|)
+    time_ms: float | None
+    roof_share: float | None  # of the memory bandwidth; None for ops that compute more than they move
+    problem: str | None
+
+
+def make_ops(device: torch.device) -> dict[str, Op]:
+    """Every public op with fp32 inputs; some logits of each row are raised, so that probabilities are not all tiny."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(*shape, generator=generator)).to(device)
+
+    logits = normal(T, V)
+    logits[:, ::1001] += 9
+    targets = torch.randint(HEAD_V, (T,), generator=generator).to(device)
+    rewards = torch.randint(2, (B, G), generator=generator).float().to(device)
+    answers = torch.randint(-1, 4, (B, G), generator=generator).to(device)
+    cu_seqlens = torch.arange(0, T + 1, 16, dtype=torch.int32, device=device)
+    token = {"logprob": -normal(T).abs(), "mask": torch.ones(T, dtype=torch.bool, device=device)}
+    token |= {"old_logprob": token["logprob"] + normal(T, scale=0.1)}
+    scored = {"targets": targets, "advantage": normal(T), **{k: token[k] for k in ("mask", "old_logprob")}}
+    head = {"hidden": normal(T, D), "weight": normal(HEAD_V, D, scale=0.2)}
+
+    def ema_update(x: Inputs, backend: str) -> Sequence[torch.Tensor]:
+        K.ema_update_([x["momentum"]], [x["policy"]], 0.99, backend=backend)
+        return [x["momentum"]]
+
+    return {
+        "token_logprob": Op(
+            {"logits": logits, "targets": targets}, lambda x, b: K.token_logprob(**x, temperature=0.9, backend=b)[:3]
+        ),
+        "linear_token_logprob": Op(
+            head | {"targets": targets}, lambda x, b: K.linear_token_logprob(**x, backend=b)[:3], is_memory_bound=False
+        ),
+        "trajectory_entropy": Op(
+            {"token_entropy": normal(T).abs(), "cu_seqlens": cu_seqlens},
+            lambda x, b: [K.trajectory_entropy(**x, backend=b)],
+        ),
+        "ema_update_": Op({"momentum": normal(EMA_SIZE), "policy": normal(EMA_SIZE)}, ema_update),
+        "group_advantage": Op({"rewards": rewards}, lambda x, b: [K.group_advantage(**x, backend=b)]),
+        "majority_vote": Op({"answer_ids": answers}, lambda x, b: K.majority_vote(**x, backend=b)),
+        "iqr_filter": Op({"entropy": normal(B, G).abs()}, lambda x, b: K.iqr_filter(**x, backend=b)),
+        "grpo_loss": Op(
+            token | {"advantage": normal(T), "ref_logprob": token["logprob"] + normal(T, scale=0.1)},
+            lambda x, b: [K.grpo_loss(**x, cu_seqlens=cu_seqlens, kl_coef=0.01, backend=b).loss],
+        ),
+        "logits_grpo_loss": Op(
+            {"logits": logits} | scored,
+            lambda x, b: [K.logits_grpo_loss(**x, cu_seqlens=cu_seqlens, backend=b).loss],
+        ),
+        "linear_grpo_loss": Op(
+            head | scored,
+            lambda x, b: [K.linear_grpo_loss(**x, cu_seqlens=cu_seqlens, backend=b).loss],
+            is_memory_bound=False,
+        ),
+    }
+
+
+def check_kernel(name: str, op: Op, backend: str, gb_per_s: float) -> KernelResult:
+    """Compares an op with its reference in fp64 and times its forward, medians of 5.
+
+    Args:
+        name: of the op.
+        op: inputs and call.
+        backend: an available backend.
+        gb_per_s: memory bandwidth of the device.
+    """
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in op.inputs.items()}
+    inputs = {k: v.clone() for k, v in op.inputs.items()}
+    device = next(iter(inputs.values())).device
+    try:
+        exact, found = op.call(wide, "reference"), op.call(inputs, backend)
+        pairs = [(a.double(), b.double()) for a, b in zip(exact, found, strict=True)]
+        # Of a tensor, because Python's max may pass a NaN over.
+        error = torch.stack([(a - b).abs().max() / a.abs().max().clamp_min(1) for a, b in pairs]).max().item()
+        time_s = statistics.median(measure_times(lambda: op.call(inputs, backend), device))
+    except (ValueError, RuntimeError) as error:
+        return KernelResult(name, backend, None, None, None, str(error).partition("\n")[0])
+    num_bytes = sum(t.nbytes for t in [*op.inputs.values(), *found])
+    share = num_bytes / time_s / 1e9 / gb_per_s if op.is_memory_bound else None
+    problem = None if error <= MAX_ERROR else f"error must be at most {MAX_ERROR:.1e}"
+    return KernelResult(name, backend, error, 1e3 * time_s, share, problem)
+
+
+@torch.no_grad()
+def measure_times(call: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds of 5 calls after a first one."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def measure_roof(device: torch.device) -> float:
+    """Memory bandwidth in GB/s: the fastest copy or sum in place, bytes read plus bytes written."""
+    source = torch.ones(ROOF_BYTES // 4, device=device)
+    target = torch.zeros_like(source)
+    # A copy makes some CPUs read the target too, which a sum in place does not pay on top.
+    copy_s = min(measure_times(lambda: target.copy_(source), device))
+    sum_s = min(measure_times(lambda: target.add_(source), device))
+    return max(2 * ROOF_BYTES / copy_s, 3 * ROOF_BYTES / sum_s) / 1e9
+
+
+def check_needed() -> list[Check]:
+    """Tries the engine, the answer checker and the shipped base model."""
+
+    def generate() -> str:
+        model = make_model()
+        engine = TransformersEngine(model, eos_ids=(1,), pad_id=0, dtype=torch.float32, batch_size=4)
+        engine.load(model.state_dict(), source="policy", version=0)
+        sampling = Sampling(max_new_tokens=4)
+        rollouts = engine.generate([[2, 3], [4]], 2, sampling, source="policy", version=0)
+        return f"{int(rollouts.lengths.sum())} tokens generated"
+
+    def compare() -> str:
+        with AnswerChecker(timeout_s=10) as checker:
+            equal = checker.equivalent("(x+1)^2", "x^2+2x+1")
+            if not equal or checker.timeouts or checker.failures:
+                raise RuntimeError("math-verify did not find (x+1)^2 = x^2+2x+1. pip install 'mgrpo[train]'.")
+        return "math-verify compares in a worker process"
+
+    def load() -> str:
+        loaded = load_model(ModelConfig(device="cpu"))
+        return f"{sum(p.numel() for p in loaded.model.parameters()):,} parameters"
+
+    tried = {"engine transformers": generate, "answer checker": compare, "base builtin:arithmetic": load}
+    return [_try(name, action) for name, action in tried.items()]
+
+
+def _try(name: str, action: Callable[[], str]) -> Check:
+    """Runs a check; whatever it raises is its finding."""
+    try:
+        return Check(name, True, action())
+    except Exception as error:
+        return Check(name, False, f"{type(error).__name__}: {error}")
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """Versions, device, threads, free memory and disk."""
+    facts = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed as a package"
+    gpu = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else "no GPU used"
+    facts["device"] = f"{device} ({gpu})"
+    facts["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        facts["free memory"] = f"{os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    facts["free disk"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB in {Path.cwd()}"
+    return facts
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
+    """Lays rows of plain text out."""
+    table = Table(*columns, title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _kernel_row(result: KernelResult) -> list[str]:
+    """One line of the table of kernels."""
+    numbers = ((result.error, ".1e"), (result.time_ms, ".3f"), (result.roof_share, ".0%"))
+    cells = ["" if number is None else format(number, spec) for number, spec in numbers]
+    return [result.op, result.backend, *cells, result.problem or "ok"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorArgs:
+    """Tells what works on this machine; exits with 1 where something that training needs does not."""
+
+    device: str = "auto"
+    """Device of the kernels: `auto` takes a GPU where there is one; or `cpu`, `cuda`, `cuda:1`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the findings; returns 0, 1 where something needed does not work, or 2 for a bad device."""
+    quiet_transformers()
+    args = tyro.cli(DoctorArgs, args=argv, prog="python -m mgrpo.doctor")
+    try:
+        device = pick_device(args.device)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    console = Console()
+    console.print(_table("Machine", ("what", "found"), list(describe_machine(device).items())))
+    extras = {name: "present" if importlib.util.find_spec(name) else remedy for name, remedy in EXTRAS.items()}
+    console.print(_table("Extras", ("package", "present, or how to get it"), list(extras.items())))
+    needed = check_needed()
+    rows = [(check.name, "works" if check.works else "FAILS", check.detail) for check in needed]
+    console.print(_table("Needed", ("what", "state", "detail"), rows))
+    known = K.backends()
+    rows = [(name, "available" if state.available else "unavailable", state.reason) for name, state in known.items()]
+    console.print(_table("Kernel backends", ("backend", "state", "reason"), rows))
+    gb_per_s = measure_roof(device)
+    results = [
+        check_kernel(name, op, backend, gb_per_s)
+        for name, op in make_ops(device).items()
+        for backend, state in known.items()
+        if state.available
+    ]
+    caption = (
+        "error: against the reference in fp64, relative to the largest value (at least 1). time: forward, median of 5."
+        "\nroof: bytes of inputs and outputs, each moved once, a second, as a share of the fastest copy or sum in "
+        f"place of {ROOF_BYTES >> 20} MiB now: {gb_per_s:.1f} GB/s. Empty where arithmetic is the limit."
+    )
+    columns = ("op", "backend", "error", "time, ms", "of the roof", "state")
+    console.print(_table(f"Kernels on {device}", columns, [_kernel_row(result) for result in results], caption))
+    healthy = all(check.works for check in needed) and not any(result.problem for result in results)
+    console.print("Everything that training needs works." if healthy else "Something that training needs fails.")
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Mathematical equivalence of two answers, decided by math-verify in a process that can be killed.
+
+Both ends of one pipe live here: `EquivalenceWorker` runs in the trainer, `serve` in the worker process, which is
+this file run as a script. Messages are JSON behind a 4-byte big-endian length. Only the standard library is imported
+at the top, so that a worker starts in half a second and carries no torch state.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import resource
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+MEMORY_LIMIT_BYTES = 2 << 30
+STARTUP_LIMIT_S = 120.0
+
+
+class WorkerError(RuntimeError):
+    """A worker process died, or could not decide, on a pair."""
+
+
+class EquivalenceWorker:
+    """One worker process, started at the first pair and replaced whenever it is lost. Not for two threads at once.
+
+    Args:
+        timeout_s: wall-clock limit of one pair in seconds, above 0. Starting the process does not count.
+    """
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running worker, None before the first pair and after `close`."""
+        return self._process.pid if self._process else None
+
+    def compare(self, first: str, second: str) -> bool:
+        """verify(first, second) or verify(second, first).
+
+        Raises:
+            TimeoutError: the limit passed; the process is killed.
+            WorkerError: the process died on the pair twice, or ran out of memory or stack.
+            ImportError: math-verify is not installed, or does not load.
+        """
+        try:
+            try:
+                return self._exchange(first, second)
+            except (BrokenPipeError, EOFError):
+                # The process may have been lost while idle, which says nothing about this pair.
+                self.close()
+                return self._exchange(first, second)
+        except (BrokenPipeError, EOFError) as error:
+            self.close()
+            raise WorkerError(f"the worker process died on {first!r} and {second!r}") from error
+        except WorkerError:
+            raise
+        except BaseException:
+            # A late reply would otherwise be read as the verdict of the next pair.
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kills the process and waits for its end; the next pair starts a new one."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _exchange(self, first: str, second: str) -> bool:
+        """Sends one pair and returns the verdict."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        process.stdin.write(_pack([first, second]))
+        reply = _receive(process, self._timeout_s)
+        if "error" in reply:
+            raise WorkerError(f"math-verify failed on {first!r} and {second!r}: {reply['error']}")
+        return reply["equivalent"]
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """Starts the process and waits until math-verify is loaded."""
+        # -P keeps this folder, whose files may be named like standard modules, off the worker's path. A fixed hash
+        # seed fixes the order of SymPy's sets, and with it the verdicts.
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(self._timeout_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+        )
+        try:
+            reply = _receive(process, STARTUP_LIMIT_S)
+        except (EOFError, TimeoutError) as error:
+            reply = {"error": error}
+        if "error" in reply:
+            raise ImportError(
+                f"AnswerChecker: mode 'math' must have a working math-verify, got {reply['error']}. "
+                "Install mgrpo[train], or use mode='exact'."
+            )
+        return process
+
+
+def _pack(message: Any) -> bytes:
+    """Encodes one message."""
+    body = json.dumps(message).encode()
+    return struct.pack(">I", len(body)) + body
+
+
+def _receive(process: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]:
+    """Reads one message of the worker within the limit."""
+    pipe = process.stdout
+    assert pipe is not None
+    deadline = time.monotonic() + limit_s
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+
+        def read(size: int) -> bytes:
+            data = b""
+            while len(data) < size:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError(f"no reply of the worker within {limit_s} s")
+                chunk = pipe.read(size - len(data))
+                if not chunk:
+                    raise EOFError("the worker closed its pipe")
+                data += chunk
+            return data
+
+        (size,) = struct.unpack(">I", read(4))
+        return json.loads(read(size))
+
+
+def serve(timeout_s: float) -> None:
+    """Answers pairs from standard input until it closes, which it does when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    requests = sys.stdin.buffer
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    # Whatever the libraries print must not end up between the messages.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses the limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        compare = _load_comparison()
+    except Exception as error:
+        replies.write(_pack({"error": f"{type(error).__name__}: {error}"}))
+        return
+    replies.write(_pack({"ready": True}))
+    while (pair := _read_request(requests)) is not None:
+        # The default action of the alarm ends the process, so a pair that hangs cannot outlive a dead parent.
+        signal.setitimer(signal.ITIMER_REAL, timeout_s + 1)
+        try:
+            reply = {"equivalent": compare(*pair)}
+        except Exception as error:
+            reply = {"error": type(error).__name__}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        replies.write(_pack(reply))
+
+
+def _read_request(requests: BinaryIO) -> list[str] | None:
+    """Reads one pair, None at the end of the stream."""
+    header = requests.read(4)
+    if len(header) < 4:
+        return None
+    return json.loads(requests.read(struct.unpack(">I", header)[0]))
+
+
+def _is_arithmetic(answer: str) -> bool:
+    """Whether the whole answer is one expression of numbers, such as 2**10."""
+    if not re.fullmatch(r"[0-9 .+\-*/^()]+", answer):
+        return False
+    try:
+        ast.parse(answer.replace("^", "**"), mode="eval")
+    except (SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+def _load_comparison() -> Callable[[str, str], bool]:
+    """Imports math-verify and returns the symmetric comparison of two canonical answers."""
+    import sympy
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from sympy.core.random import seed
+
+    logging.disable(logging.CRITICAL)
+
+    # The limits of math-verify itself are off throughout: they use the alarm that guards the whole pair.
+    @functools.lru_cache(maxsize=512)
+    def parse_answer(answer: str) -> list[Any]:
+        parsed = parse(f"${answer}$", [LatexExtractionConfig()], parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        # On other text the plain parser would pick one number out of many.
+        if not any(isinstance(item, sympy.Basic) for item in parsed) and _is_arithmetic(answer):
+            plain = parse(answer, [ExprExtractionConfig()], parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+            return plain or parsed
+        return parsed
+
+    def compare(first: str, second: str) -> bool:
+        seed(0)  # SymPy tests some identities at random points
+        one, other = parse_answer(first), parse_answer(second)
+        return verify(one, other, timeout_seconds=None) or verify(other, one, timeout_seconds=None)
+
+    compare(r"\frac{x}{2}+\sqrt{3}", r"0.5x+3^{1/2}")  # loads what is loaded late, outside the limit of any pair
+    return compare
+
+
+if __name__ == "__main__":
+    serve(float(sys.argv[1]))

@@ -1,0 +1,352 @@
+"""Accuracy of a model on labelled prompts: `python -m mgrpo.evaluate --model.path P --data P --samples K`.
+
+Letters: B prompts, k sampled responses a prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mgrpo.answers import AnswerChecker, make_extractor
+from mgrpo.config import AnswerConfig, ConfigError, ModelConfig
+from mgrpo.data import Dataset, make_dataset
+from mgrpo.policy import LoadedModel, load_model, quiet_transformers
+from mgrpo.prompts import read_answers
+from mgrpo.records import InputError, load_records
+from mgrpo.rollout.engine import Engine, Rollouts, Sampling, Source
+from mgrpo.rollout.transformers import TransformersEngine
+
+MAX_DEFAULT_NEW_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Shares in [0, 1] over B prompts with k sampled responses each.
+
+    A standard error is over prompts, std (n-1) of the per-prompt values / sqrt(B), and NaN for one prompt.
+    """
+
+    num_prompts: int
+    samples: int  # k
+    greedy: float | None  # accuracy of greedy decoding; None where it was not asked for
+    greedy_se: float | None
+    avg_at_k: float  # accuracy of single samples
+    avg_at_k_se: float
+    maj_at_k: float  # accuracy of the commonest answer
+    maj_at_k_se: float
+    pass_at_k: float  # prompts with at least one right sample
+    pass_at_k_se: float
+    pass_at: dict[int, float]  # unbiased estimate for 1, 2, 4, ... <= k samples
+    unparseable_share: float  # of the samples, as are the next two
+    truncated_share: float
+    mean_length: float  # tokens, EOS included
+
+
+def summarize(
+    correct: torch.Tensor,
+    majority_correct: torch.Tensor,
+    *,
+    unparseable: torch.Tensor,
+    truncated: torch.Tensor,
+    lengths: torch.Tensor,
+    greedy_correct: torch.Tensor | None = None,
+) -> Evaluation:
+    """Means over prompts and their standard errors; pass@j = 1 - C(k - c, j) / C(k, j) for c right among k.
+
+    Args:
+        correct: [B, k] bool, whether each sample is right; B and k at least 1.
+        majority_correct: [B] bool, whether the commonest answer is right.
+        unparseable: [B, k] bool, samples without an answer.
+        truncated: [B, k] bool, samples cut at the length limit.
+        lengths: [B, k] response tokens.
+        greedy_correct: [B] bool, or None.
+
+    Numerics: fp64; binomials are exact integers.
+    Source: Chen et al., arXiv 2107.03374, equation 1.
+    """
+    num_prompts, samples = correct.shape
+    num_right = correct.sum(1).tolist()
+    average, average_se = _mean_and_error(correct.double().mean(1))
+    majority, majority_se = _mean_and_error(majority_correct)
+    passed, passed_se = _mean_and_error(correct.any(1))
+    greedy, greedy_se = (None, None) if greedy_correct is None else _mean_and_error(greedy_correct)
+    return Evaluation(
+        num_prompts=num_prompts,
+        samples=samples,
+        greedy=greedy,
+        greedy_se=greedy_se,
+        avg_at_k=average,
+        avg_at_k_se=average_se,
+        maj_at_k=majority,
+        maj_at_k_se=majority_se,
+        pass_at_k=passed,
+        pass_at_k_se=passed_se,
+        pass_at={
+            j: sum(1 - math.comb(samples - c, j) / math.comb(samples, j) for c in num_right) / num_prompts
+            for j in (2**i for i in range(samples.bit_length()))
+        },
+        unparseable_share=unparseable.double().mean().item(),
+        truncated_share=truncated.double().mean().item(),
+        mean_length=lengths.double().mean().item(),
+    )
+
+
+def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """Mean of [B] and its standard error."""
+    values = values.double()
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return values.mean().item(), error
+
+
+def evaluate(
+    engine: Engine,
+    loaded: LoadedModel,
+    dataset: Dataset,
+    extract: Callable[[str], str | None],
+    checker: AnswerChecker,
+    sampling: Sampling,
+    *,
+    samples: int,
+    source: Source,
+    version: int,
+    greedy: bool = True,
+) -> Evaluation:
+    """Samples `samples` responses a prompt, decodes one greedily, and compares their answers with the true ones.
+
+    Args:
+        engine: holds the weights `source` of `version`.
+        loaded: whose tokenizer decodes.
+        dataset: prompts, each with its true answer.
+        extract: reads an answer from a response, None where there is none.
+        checker: groups answers into classes and compares them with the truth.
+        sampling: how samples are drawn; greedy decoding shares its length limit.
+        samples: k, at least 1.
+        source: whose weights.
+        version: of the weights.
+        greedy: also decode greedily.
+
+    Raises:
+        InputError: a prompt has no answer, or `samples` is below 1.
+    """
+    truths = _truths(dataset)
+    if samples < 1:
+        raise InputError(f"evaluate: samples must be at least 1, got {samples}.")
+    prompts = [prompt.ids for prompt in dataset.prompts]
+
+    def answers(rollouts: Rollouts) -> list[list[str | None]]:
+        n = rollouts.num_per_prompt
+        rows = [rollouts.response(row) for row in range(len(prompts) * n)]
+        texts = loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [[extract(text) for text in texts[b * n : (b + 1) * n]] for b in range(len(prompts))]
+
+    rollouts = engine.generate(prompts, samples, sampling, source=source, version=version)
+    sampled = answers(rollouts)
+    greedy_correct = None
+    if greedy:
+        coldest = dataclasses.replace(sampling, temperature=0.0, top_p=1.0)
+        decoded = answers(engine.generate(prompts, 1, coldest, source=source, version=version))
+        greedy_correct = torch.tensor(_grade(decoded, truths, checker))[:, 0]
+    majority = [[_commonest(group, checker)] for group in sampled]
+    return summarize(
+        torch.tensor(_grade(sampled, truths, checker)),
+        torch.tensor(_grade(majority, truths, checker))[:, 0],
+        unparseable=torch.tensor([[answer is None for answer in group] for group in sampled]),
+        truncated=rollouts.truncated.view(-1, samples),
+        lengths=rollouts.lengths.view(-1, samples),
+        greedy_correct=greedy_correct,
+    )
+
+
+def _truths(dataset: Dataset) -> list[str]:
+    """True answers of all prompts."""
+    missing = [prompt.index for prompt in dataset.prompts if prompt.answer is None]
+    if missing:
+        raise InputError(
+            f"evaluate: prompts must have answers, got {len(missing)} of {len(dataset)} without, "
+            f"the first at index {missing[0]}. Add answers, or name the key that holds them."
+        )
+    return [str(prompt.answer) for prompt in dataset.prompts]
+
+
+def _grade(groups: Sequence[Sequence[str | None]], truths: Sequence[str], checker: AnswerChecker) -> list[list[bool]]:
+    """Whether each answer equals its prompt's truth; every distinct text of a prompt is compared once."""
+    graded = []
+    for group, truth in zip(groups, truths, strict=True):
+        right = {answer: checker.is_correct(answer, truth) for answer in dict.fromkeys(group) if answer is not None}
+        graded.append([answer is not None and right[answer] for answer in group])
+    return graded
+
+
+def _commonest(group: Sequence[str | None], checker: AnswerChecker) -> str | None:
+    """First answer of the largest class, the earliest class on a tie; None where nobody answers."""
+    classes = checker.classes(group)
+    counts = Counter(i for i in classes if i >= 0)  # in order of first appearance, so max takes the earliest
+    return group[classes.index(max(counts, key=counts.__getitem__))] if counts else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArgs:
+    """Prints greedy accuracy, avg@K, maj@K and pass@K of a model with standard errors over prompts."""
+
+    data: str
+    """Labelled prompts: .jsonl, .json, .parquet or .csv file, a folder of them, a hub id, or
+    `arithmetic:NUM:OPERANDS:SEED`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model: any transformers folder, a run's checkpoints/step_N/policy and momentum among them."""
+    samples: int = 8
+    """K, sampled responses a prompt."""
+    prompt_key: str = "prompt"
+    """Key of the prompt in a record."""
+    answer_key: str = "answer"
+    """Key of the true answer in a record."""
+    split: str = "train"
+    """Split of a hub data set."""
+    template: str | None = None
+    """None takes prompts as they are, `chat` the tokenizer's chat template; else a text that holds `{prompt}`."""
+    extract: str = "boxed"
+    """`boxed` (last \\boxed{}), `hash` (after the last ####), `last-number`, `regex:PATTERN` (last match, group 1)."""
+    equivalence: Literal["math", "exact"] = "math"
+    """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
+    temperature: float = 0.8
+    """Of the samples. Below the usual training temperature of 1, yet with the variety that maj@K and pass@K need."""
+    top_p: float = 1.0
+    """Nucleus sampling of the samples; 1 is off."""
+    max_new_tokens: int | None = None
+    """Longest response in tokens; half of the model's context, at most 2048, when None."""
+    seed: int = 0
+    """Seed of the samples."""
+    limit: int | None = None
+    """Take only the first LIMIT records."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with prompts that leave no room for a response in the model's context."""
+    batch_size: int = 256
+    """Most sequences decoded together; bounds the KV cache."""
+    out: Path | None = None
+    """JSON file for the result and these settings; nothing is written when None."""
+
+
+def _check(args: EvaluateArgs) -> None:
+    """Raises ConfigError with every value out of range."""
+    counts = ("samples", "max_new_tokens", "limit", "batch_size")
+    requirements = [
+        *((name, getattr(args, name) is None or getattr(args, name) >= 1, "at least 1") for name in counts),
+        ("temperature", 0 < args.temperature < math.inf, "above 0 and finite"),
+        ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+        ("seed", 0 <= args.seed < 2**31, "in [0, 2^31)"),
+    ]
+    problems = [
+        f"evaluate: --{name.replace('_', '-')} must be {expected}, got {getattr(args, name)}."
+        for name, valid, expected in requirements
+        if not valid
+    ]
+    if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
+        problems.append(f"evaluate: --out must be a file in an existing folder, got {args.out}. Make the folder first.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def run(args: EvaluateArgs) -> Evaluation:
+    """Loads everything that `args` names and evaluates; raises InputError or ConfigError for bad input."""
+    _check(args)
+    answer = AnswerConfig(extract=args.extract, equivalence=args.equivalence)
+    try:
+        extract = make_extractor(answer.extract)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    records = load_records(args.data, prompt_key=args.prompt_key, answer_key=args.answer_key, split=args.split)
+    loaded = load_model(args.model)
+    max_new_tokens = args.max_new_tokens or min(loaded.context_length // 2, MAX_DEFAULT_NEW_TOKENS)
+    dataset = make_dataset(
+        read_answers(records[: args.limit], answer),
+        loaded.tokenizer,
+        template=args.template,
+        max_prompt_tokens=loaded.context_length - max_new_tokens,
+        overlong=args.overlong,
+        source=args.data,
+    )
+    if dataset.num_overlong:
+        print(f"evaluate: {dataset.num_overlong} overlong prompts were left out.", file=sys.stderr)
+    engine = TransformersEngine(
+        loaded.model,
+        eos_ids=loaded.eos_ids,
+        pad_id=loaded.pad_id,
+        dtype=loaded.dtype,
+        batch_size=args.batch_size,
+    )
+    engine.load(loaded.model.state_dict(), source="policy", version=0)
+    sampling = Sampling(temperature=args.temperature, top_p=args.top_p, max_new_tokens=max_new_tokens, seed=args.seed)
+    with AnswerChecker(mode=answer.equivalence) as checker:
+        return evaluate(
+            engine, loaded, dataset, extract, checker, sampling, samples=args.samples, source="policy", version=0
+        )
+
+
+def to_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """Turns a result into JSON-able data; NaN becomes None."""
+    data = dataclasses.asdict(evaluation)
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in data.items()}
+
+
+def make_table(evaluation: Evaluation, title: str) -> Table:
+    """Lays a result out for the terminal."""
+    e, k = evaluation, evaluation.samples
+    table = Table(
+        title=escape(title), caption=f"{e.num_prompts} prompts, {k} samples each, ± standard error over prompts"
+    )
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("±", justify="right")
+    rows: list[tuple[str, float | None, float | None]] = [
+        ("greedy", e.greedy, e.greedy_se),
+        (f"avg@{k}", e.avg_at_k, e.avg_at_k_se),
+        (f"maj@{k}", e.maj_at_k, e.maj_at_k_se),
+        (f"pass@{k}", e.pass_at_k, e.pass_at_k_se),
+        *((f"pass@{j}, unbiased", share, None) for j, share in e.pass_at.items() if 1 < j < k),
+        ("without answer", e.unparseable_share, None),
+        ("truncated", e.truncated_share, None),
+    ]
+    for name, value, error in rows:
+        if value is not None:
+            table.add_row(name, f"{value:.3f}", "" if error is None or math.isnan(error) else f"{error:.3f}")
+    table.add_row("mean length, tokens", f"{e.mean_length:.1f}", "")
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 2 for bad input and 6 where --out can not be written."""
+    quiet_transformers()
+    args = tyro.cli(EvaluateArgs, args=argv, prog="python -m mgrpo.evaluate")
+    try:
+        evaluation = run(args)
+    except (InputError, ConfigError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    Console().print(make_table(evaluation, f"{args.model.path} on {args.data}"))
+    if evaluation.unparseable_share > 0.5:
+        print("Most responses hold no answer: check --extract, --template and --max-new-tokens.", file=sys.stderr)
+    if args.out is not None:
+        settings = {k: v for k, v in dataclasses.asdict(args).items() if k != "out"}
+        try:
+            args.out.write_text(json.dumps({"evaluation": to_dict(evaluation), "settings": settings}, indent=2) + "\n")
+        except OSError as error:
+            print(f"evaluate: {args.out} could not be written: {error}.", file=sys.stderr)
+            return 6
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

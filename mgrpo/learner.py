@@ -1,0 +1,112 @@
+"""The update: AdamW steps on the clipped objective, each followed by the EMA of the momentum model.
+
+Letters: B prompts, G rollouts a prompt, R = B * G trajectories.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mgrpo.config import Config
+from mgrpo.metrics import Metrics, Timer
+from mgrpo.momentum import Momentum
+from mgrpo.objective import Batch, has_gradient, kl_cov_tokens, micro_batch_loss, normalizer
+from mgrpo.policy import LoadedModel
+from mgrpo.scoring import Scorer
+from mgrpo.trajectories import Trajectories
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Learning rate of optimiser step `step` (from 0): linear warm-up, then constant or cosine to zero."""
+    c, num_steps = config.optim, config.num_optimizer_steps
+    warmup = round(c.warmup_ratio * num_steps)
+    if step < warmup:
+        return c.lr * (step + 1) / warmup
+    if c.schedule == "constant":
+        return c.lr
+    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1)))
+
+
+class Learner:
+    """Moves the policy and, behind it, the momentum model."""
+
+    def __init__(self, config: Config, loaded: LoadedModel, momentum: Momentum, scorer: Scorer):
+        self.config, self.model, self.momentum, self.scorer = config, loaded.model, momentum, scorer
+        named = list(self.model.named_parameters())
+        self.names = [name for name, _ in named]
+        # Weight decay is for matrices; norms and biases have one dimension.
+        groups = [{"params": [p], "weight_decay": config.optim.weight_decay if p.ndim > 1 else 0.0} for _, p in named]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2))
+        self.step = 0  # optimiser steps taken or skipped
+        self.nonfinite_steps = 0
+        self.nonfinite_in_row = 0
+
+    def update(self, trajectories: Trajectories, batch: Batch, trains: torch.Tensor, timer: Timer) -> Metrics:
+        """Takes every optimiser step of one rollout batch; `trains` [B, G] says which trajectories enter the loss."""
+        c = self.config.optim
+        rows = torch.arange(trains.numel()).view(trains.shape)
+        steps = []
+        for _ in range(c.num_epochs):
+            for part in torch.arange(len(rows)).tensor_split(c.num_minibatches):
+                steps.append(self.optimizer_step(trajectories, batch, rows[part][trains[part]], timer))
+        return _mean_of_known(steps) | {"nonfinite_steps": self.nonfinite_steps}
+
+    def optimizer_step(self, trajectories: Trajectories, batch: Batch, rows: torch.Tensor, timer: Timer) -> Metrics:
+        """One optimiser step on trajectories `rows` [r], then the EMA. A non-finite one touches no weight."""
+        c = self.config
+        divisor = normalizer(batch.mask[rows], c.objective.reduce, c.rollout.max_new_tokens)
+        kl_cov = kl_cov_tokens(batch, rows, c.objective.kl_cov) if c.objective.kl_cov else None
+        lr = learning_rate(c, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        loss, metrics, weights = 0.0, [], []
+        for chosen in self.scorer.micro_batches(trajectories, rows[has_gradient(batch.advantage[rows], c.objective)]):
+            scores = self.scorer(self.model, trajectories, chosen)
+            result = micro_batch_loss(
+                scores.logprob,
+                scores.entropy,
+                batch,
+                chosen,
+                divisor,
+                c.objective,
+                kl_cov=kl_cov,
+                max_length=c.rollout.max_new_tokens,
+                backend=c.kernels.backend,
+            )
+            result.loss.backward()
+            loss += float(result.loss.detach())
+            metrics.append({key: float(value) for key, value in result.metrics.items()})
+            weights.append(len(scores.logprob))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.optim.grad_clip))
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.nonfinite_in_row = 0
+            self.optimizer.step()
+            with timer("ema"):
+                self.momentum.update(self.step, c.num_optimizer_steps)
+        else:
+            self.nonfinite_in_row += 1
+            self.nonfinite_steps += 1
+        self.step += 1
+        return {"loss": loss, "grad_norm": norm, "lr": lr, **_weighted_means(metrics, weights)}
+
+
+_LOSS_METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "tis_mean", "tis_clipped_share")
+
+
+def _weighted_means(rows: list[dict[str, float]], weights: list[int]) -> Metrics:
+    """Token-weighted means over micro-batches; None where nothing had a gradient."""
+    total = sum(weights)
+    return {
+        key: sum(row[key] * w for row, w in zip(rows, weights, strict=True)) / total if total else None
+        for key in _LOSS_METRICS
+    }
+
+
+def _mean_of_known(rows: list[Metrics]) -> Metrics:
+    """Mean of each number over the rows that have it."""
+    known = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
+    return {key: sum(values) / len(values) if values else None for key, values in known.items()}

@@ -1,0 +1,77 @@
+"""The momentum model: an exponential moving average of the policy's weights, in storage of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+import mgrpo_kernels as K
+from mgrpo.config import KernelsConfig, MomentumConfig
+
+
+def decay_at(config: MomentumConfig, step: int, num_steps: int) -> float:
+    """Share of the old weights kept at optimiser step `step` (from 0) of `num_steps`.
+
+    The cosine schedule moves 1 - m from 1 - decay to 1 - final_decay (Co-rewarding, arXiv 2508.00410).
+    """
+    if config.schedule == "constant":
+        return config.decay
+    progress = min(step / max(num_steps - 1, 1), 1.0)
+    start, end = 1 - config.decay, 1 - config.final_decay
+    return 1 - (end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress)))
+
+
+class Momentum:
+    """theta_k: averages every parameter of the policy once, copies its buffers."""
+
+    def __init__(self, policy: torch.nn.Module, config: MomentumConfig, *, seed: int, kernels: KernelsConfig):
+        self.config, self.seed, self.backend = config, seed, kernels.backend
+        self.policy = policy
+        dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+        device = torch.device("cpu") if config.device == "cpu" else None
+        # named_parameters() yields a tied weight once, which is how often it is to be averaged.
+        self.weights = {
+            name: weight.detach().to(device=device, dtype=dtype, copy=True)
+            for name, weight in policy.named_parameters()
+        }
+        self.compensation = None
+        if config.dtype == "bf16-kahan":
+            # What rounding to bf16 lost at the start is the first thing to remember.
+            self.compensation = {
+                name: (weight.detach().to(self.weights[name].device) - self.weights[name].float()).to(dtype)
+                for name, weight in policy.named_parameters()
+            }
+
+    def update(self, step: int, num_steps: int) -> None:
+        """Averages the policy in after optimiser step `step` (from 0) of `num_steps`."""
+        if (step + 1) % self.config.every:
+            return
+        names = list(self.weights)
+        parameters = dict(self.policy.named_parameters())
+        K.ema_update_(
+            [self.weights[name] for name in names],
+            [parameters[name].detach().to(self.weights[name].device) for name in names],
+            decay_at(self.config, step, num_steps),
+            rounding="stochastic" if self.config.dtype == "bf16-stochastic" else "nearest",
+            compensation=[self.compensation[name] for name in names] if self.compensation else None,
+            seed=self.seed,
+            step=step,
+            backend=self.backend,
+        )
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """A full state dict: averaged weights under every name they are tied to, and the policy's buffers."""
+        by_storage = {id(p): self.weights[name] for name, p in self.policy.named_parameters()}
+        return {
+            name: by_storage.get(id(tensor), tensor.detach())
+            for name, tensor in self.policy.state_dict(keep_vars=True).items()
+        }
+
+    def load(self, weights: Mapping[str, torch.Tensor], compensation: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Restores saved weights and Kahan terms, bit for bit."""
+        for name, weight in self.weights.items():
+            weight.copy_(weights[name])
+        for name, term in (self.compensation or {}).items():
+            term.copy_((compensation or {})[name])

@@ -1,0 +1,67 @@
+"""Collapse monitor: compares a run with its own start and says in plain words what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mgrpo.config import MonitorConfig
+from mgrpo.metrics import Metrics
+
+
+class Monitor:
+    """Keeps the window means it needs; feed it one row of metrics a step, in order."""
+
+    def __init__(self, config: MonitorConfig):
+        self.config = config
+        self.recent: list[Metrics] = []
+        self.start: Metrics | None = None
+        self.best_probe: float | None = None
+        self.first_alarm: int | None = None
+
+    def observe(self, row: Metrics) -> list[str]:
+        """Takes the metrics of one step; returns the reasons for alarm, none while the first window fills."""
+        probe = row.get("probe_accuracy_policy")
+        if probe is not None:
+            self.best_probe = max(probe, self.best_probe if self.best_probe is not None else probe)
+        self.recent = [*self.recent, row][-self.config.window :]
+        if len(self.recent) < self.config.window:
+            return []
+        if self.start is None:
+            self.start = _means(self.recent)
+        reasons = self._reasons(_means(self.recent), self.start, row, probe)
+        if reasons and self.first_alarm is None:
+            self.first_alarm = row["step"]
+        return reasons
+
+    def _reasons(self, now: Metrics, start: Metrics, row: Metrics, probe: float | None) -> list[str]:
+        """Judges the current window against the first one."""
+        c, reasons = self.config, []
+        if now["top_answer_share"] > max(c.top_answer_share, 2 * start["top_answer_share"]):
+            reasons.append(
+                f"{now['top_answer_share']:.0%} of the answers to different prompts are {row.get('top_answer')!r}"
+            )
+        if now["unparseable_share"] > max(c.unparseable_share, 2 * start["unparseable_share"]):
+            reasons.append(f"{now['unparseable_share']:.0%} of the responses hold no answer")
+        length, length_before = now["response_length"], start["response_length"]
+        if length > c.length_change * length_before or length * c.length_change < length_before:
+            reasons.append(f"responses went from {length_before:.0f} to {length:.0f} tokens")
+        agreement, agreement_before = now.get("vote_agreement"), start.get("vote_agreement")
+        if agreement is not None and agreement_before is not None and agreement < agreement_before - c.agreement_drop:
+            reasons.append(
+                f"policy and momentum elect the same answer for {agreement:.0%} of the prompts, {agreement_before:.0%} "
+                "at the start"
+            )
+        if probe is not None and self.best_probe is not None and probe < self.best_probe - c.probe_drop:
+            reasons.append(f"probe accuracy fell to {probe:.2f} from {self.best_probe:.2f}")
+        return reasons
+
+    def good_before(self) -> int | None:
+        """Last step that is surely sound: two windows before the first alarm; None while there was none."""
+        return None if self.first_alarm is None else self.first_alarm - 2 * self.config.window
+
+
+def _means(rows: Sequence[Metrics]) -> Metrics:
+    """Mean of each number over the rows that have it."""
+    keys = ("top_answer_share", "unparseable_share", "response_length", "vote_agreement")
+    values = {key: [row[key] for row in rows if row.get(key) is not None] for key in keys}
+    return {key: sum(numbers) / len(numbers) for key, numbers in values.items() if numbers}

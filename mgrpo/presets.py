@@ -1,0 +1,161 @@
+"""Whole configurations, each a function named for what it reproduces."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+
+from mgrpo.config import (
+    AnswerConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    FilterConfig,
+    LogConfig,
+    ModelConfig,
+    MomentumConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RolloutConfig,
+    VoteConfig,
+)
+
+
+def mgrpo_arithmetic() -> Config:
+    """M-GRPO as the paper describes it, on the built-in task: pooled votes of 12 policy and 4 momentum rollouts."""
+    return Config(
+        preset="mgrpo_arithmetic",
+        steps=300,
+        model=ModelConfig(path="builtin:arithmetic"),
+        data=DataConfig(train="arithmetic:8192:3-7:0", probe="arithmetic:250:3-7:1000003"),
+        answer=AnswerConfig(extract=r"regex:#(\d\d)", equivalence="exact"),
+        rollout=RolloutConfig(prompts=16, policy=12, momentum=4, temperature=1.0, max_new_tokens=64),
+        momentum=MomentumConfig(decay=0.99),
+        filter=FilterConfig(k=0.75, scope="prompt"),
+        objective=ObjectiveConfig(kl_coef=0.0, kl_reference="none"),
+        optim=OptimConfig(lr=2e-4, schedule="constant", warmup_ratio=0.0),
+        eval=EvalConfig(every=25, samples=4),
+        log=LogConfig(kl_initial_every=25),
+    )
+
+
+def anchored() -> Config:
+    """Votes of the momentum model alone, which moves slowly: 8 policy rollouts train, 8 momentum rollouts vote."""
+    base = mgrpo_arithmetic()
+    return replace(
+        base,
+        preset="anchored",
+        rollout=replace(base.rollout, policy=8, momentum=8),
+        momentum=MomentumConfig(decay=0.999),
+        vote=VoteConfig(pool="momentum"),
+    )
+
+
+def arithmetic() -> Config:
+    """The built-in task with the settings that held in the stability study."""
+    return replace(anchored(), preset="arithmetic")
+
+
+def srt() -> Config:
+    """SRT (arXiv 2505.21444) on the built-in task: the policy votes on itself, nothing anchors it."""
+    base = mgrpo_arithmetic()
+    return replace(
+        base,
+        preset="srt",
+        rollout=replace(base.rollout, policy=16, momentum=0),
+        filter=FilterConfig(applies_to="none"),
+    )
+
+
+def ttrl() -> Config:
+    """TTRL (arXiv 2504.16084) on the built-in task: 64 rollouts vote, 32 of them train."""
+    base = srt()
+    return replace(
+        base, preset="ttrl", rollout=replace(base.rollout, prompts=4, policy=64), vote=VoteConfig(num_train=32)
+    )
+
+
+def corewarding2() -> Config:
+    """Co-rewarding-II (arXiv 2508.00410) on the built-in task: momentum votes alone, cosine momentum schedule."""
+    base = mgrpo_arithmetic()
+    return replace(
+        base,
+        preset="corewarding2",
+        rollout=replace(base.rollout, policy=8, momentum=8),
+        momentum=MomentumConfig(decay=0.99, schedule="cosine", final_decay=0.9999),
+        filter=FilterConfig(applies_to="none"),
+        vote=VoteConfig(pool="momentum"),
+    )
+
+
+def intuitor() -> Config:
+    """Intuitor (arXiv 2505.19590) on the built-in task: the reward is the policy's own self-certainty."""
+    return _single_model("intuitor", ObjectiveConfig(reward="self-certainty"))
+
+
+def rent() -> Config:
+    """RENT (arXiv 2505.22660) on the built-in task: the reward is negative entropy."""
+    return _single_model("rent", ObjectiveConfig(reward="entropy"))
+
+
+def grpo_labels() -> Config:
+    """GRPO on true labels, on the built-in task: the ceiling."""
+    return _single_model("grpo_labels", ObjectiveConfig(reward="labels"))
+
+
+def _single_model(name: str, objective: ObjectiveConfig) -> Config:
+    """The SRT preset with another reward."""
+    return replace(srt(), preset=name, objective=replace(objective, kl_coef=0.0, kl_reference="none"))
+
+
+def mgrpo_qwen3_4b_math() -> Config:
+    """M-GRPO (arXiv 2512.13070) with the paper's values: Qwen3-4B-Base on unlabelled MATH."""
+    return Config(
+        preset="mgrpo_qwen3_4b_math",
+        steps=937,
+        model=ModelConfig(path="Qwen/Qwen3-4B-Base", dtype="bf16", gradient_checkpointing=True),
+        data=DataConfig(
+            train="DigitalLearningGmbH/MATH-lighteval",
+            prompt_key="problem",
+            answer_key="solution",
+            template="{prompt}\\nReason step by step, and put the final answer within \\boxed{}.\\n",
+            overlong="drop",
+        ),
+        answer=AnswerConfig(extract="boxed", equivalence="math"),
+        rollout=RolloutConfig(
+            prompts=8, policy=24, momentum=8, temperature=1.1, max_new_tokens=3072, truncated="train", batch_size=64
+        ),
+        momentum=MomentumConfig(decay=0.99),
+        filter=FilterConfig(k=0.75, scope="batch"),
+        objective=ObjectiveConfig(kl_coef=0.005, kl_reference="initial"),
+        optim=OptimConfig(lr=1e-6, schedule="cosine", warmup_ratio=0.1),
+        eval=EvalConfig(every=50, samples=8),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    preset.__name__: preset
+    for preset in (
+        arithmetic,
+        anchored,
+        mgrpo_arithmetic,
+        srt,
+        ttrl,
+        corewarding2,
+        intuitor,
+        rent,
+        grpo_labels,
+        mgrpo_qwen3_4b_math,
+    )
+}
+
+
+def make_preset(name: str) -> Config:
+    """Builds a preset by name; an unknown name raises ConfigError and offers the nearest."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError([f"config: PRESET must be one of {', '.join(PRESETS)}, got {name}.{hint}"])
+    return PRESETS[name]()

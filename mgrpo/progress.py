@@ -1,0 +1,100 @@
+"""What a person sees while a run goes on: one live line in a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from mgrpo.config import Config
+from mgrpo.metrics import Metrics
+
+PLAIN_LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """A context manager; `show` takes the metrics of each step."""
+
+    def __init__(self, config: Config, run_dir: Path, step: int, last_step: int):
+        self.console = Console()
+        self.run_dir, self.last_step = run_dir, last_step
+        self.live = RichProgress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.live.add_task("", total=last_step, completed=step)
+        self.start, self.first_step, self.last_line_s = time.monotonic(), step, -PLAIN_LINE_EVERY_S
+        self.alarmed = False
+        r = config.rollout
+        self.console.print(
+            f"[bold]{config.preset}[/]  {escape(config.model.path)}  {r.prompts} prompts x ({r.policy} policy + "
+            f"{r.momentum} momentum) rollouts  ->  {escape(str(run_dir))}"
+        )
+
+    def __enter__(self) -> Self:
+        self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.live.stop()
+
+    def show(self, row: Metrics) -> None:
+        """Shows one step, its probe accuracy, and an alarm when it starts."""
+        text = (
+            f"reward {row['reward_mean']:.3f}  majority {row['majority_share']:.2f}  "
+            f"entropy {row['token_entropy']:.3f}  top answer {row['top_answer_share']:.1%}  "
+            f"{row['tokens_per_s']:,.0f} tok/s"
+        )
+        self.live.update(self.task, completed=row["step"], description=text)
+        now = time.monotonic()
+        if not self.console.is_terminal and (
+            now - self.last_line_s > PLAIN_LINE_EVERY_S or row["step"] == self.last_step
+        ):
+            left = (now - self.start) / (row["step"] - self.first_step) * (self.last_step - row["step"])
+            self.console.print(f"step {row['step']}/{self.last_step}  {text}  {left:.0f} s left", soft_wrap=True)
+            self.last_line_s = now
+        if row.get("probe_accuracy_policy") is not None:
+            momentum = row.get("probe_accuracy_momentum")
+            beside = "" if momentum is None else f", momentum {momentum:.3f}"
+            self.console.print(f"  probe at step {row['step']}: policy {row['probe_accuracy_policy']:.3f}{beside}")
+        if row["alarm"] and not self.alarmed:
+            self.console.print(f"[bold red]collapse alarm at step {row['step']}:[/] {escape('; '.join(row['alarm']))}")
+        self.alarmed = bool(row["alarm"])
+
+    def show_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Shows sampled rollouts as a table."""
+        table = Table(title=f"rollouts of step {samples[0]['step']}", title_justify="left")
+        for column in ("prompt", "source", "response", "answer", "pseudo_label", "reward", "entropy", "kept"):
+            table.add_column(column)
+        for sample in samples:
+            table.add_row(
+                *(escape(str(sample[key])) for key in ("prompt", "source", "response", "answer", "pseudo_label")),
+                f"{sample['reward']:.2f}",
+                f"{sample['entropy']:.3f}",
+                "yes" if sample["kept"] else "pruned",
+            )
+        self.console.print(table)
+
+    def end(self, outcome: int, saved: int, report: Path | None) -> None:
+        """Says how the run ended and where its results are."""
+        self.live.stop()
+        reasons = {
+            0: "done",
+            3: "stopped by the collapse monitor",
+            4: "stopped: too many non-finite steps in a row. Lower --optim.lr",
+            75: "interrupted; continue with --resume",
+        }
+        self.console.print(f"[bold]{reasons[outcome]}[/]: checkpoint of step {saved} in {escape(str(self.run_dir))}")
+        if report:
+            self.console.print(f"report: {escape(str(report))}", soft_wrap=True)

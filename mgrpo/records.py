@@ -1,0 +1,320 @@
+"""Raw records of prompts and answers: read from files, from the hub, or drawn from the built-in task."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+READ_CHUNK = 1024
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Bounded digits: a slip of the finger cannot ask for a billion operands.
+ARITHMETIC = re.compile(r"arithmetic:([0-9]{1,9}):([0-9]{1,2})(?:-([0-9]{1,2}))?:([0-9]{1,18})")
+
+
+class InputError(ValueError):
+    """Bad input of the user: the message names the file, the line and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One raw record: text or chat messages, the answer if known, and where it was read (counted from 1)."""
+
+    prompt: str | list[dict[str, Any]]
+    answer: str | None
+    origin: str
+
+
+def load_records(
+    source: str, *, prompt_key: str = "prompt", answer_key: str | None = "answer", split: str = "train"
+) -> list[Record]:
+    """Reads all records of a source, in order.
+
+    Args:
+        source: a .jsonl, .json, .parquet or .csv file; a folder (every such file in it, sorted by name, hidden files
+            and subfolders left out); `arithmetic:NUM:OPERANDS:SEED` for built-in problems (OPERANDS is `5` or `3-7`);
+            or else the id of a hub data set.
+        prompt_key: key of the prompt; the built-in problems ignore it.
+        answer_key: key of the answer; None reads no answers, and a record without the key has none.
+        split: split of a hub data set; files ignore it.
+
+    Returns:
+        At least one record.
+
+    Raises:
+        InputError: the source cannot be found or read, is empty, or holds a bad record.
+
+    """
+    if not source.strip():
+        raise InputError("data: source must be a file, a folder or a hub data set, got an empty name. Name one.")
+    if source.startswith("arithmetic:"):
+        return _make_arithmetic(source)
+    keys = [prompt_key] if answer_key is None else [prompt_key, answer_key]
+    records = []
+    if os.path.exists(source):
+        for path in _list_files(Path(source)):
+            try:
+                for position, row in _read_rows(path, keys):
+                    records.append(_make_record(row, keys, where=f"{path}{position}", origin=f"{path.name}{position}"))
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error}. Check the file and its permissions.") from error
+    elif Path(source).suffix.lower() not in SUFFIXES and HUB_ID.fullmatch(source):
+        for position, row in _read_hub(source, keys, split):
+            origin = f"{source}{position}"
+            records.append(_make_record(row, keys, where=origin, origin=origin))
+    else:
+        raise InputError(f"{source}: no such file or folder.{_suggest_path(source)} Check the path.")
+    if not records:
+        raise InputError(f"{source}: data set must hold at least one record, got none. Add records or name other data.")
+    return records
+
+
+def _make_arithmetic(source: str) -> list[Record]:
+    """Draws the built-in problems that `arithmetic:NUM:OPERANDS:SEED` describes."""
+    from mgrpo.tasks.arithmetic import make_problems
+
+    match = ARITHMETIC.fullmatch(source)
+    if match:
+        num, low, high, seed = (int(group) for group in (match[1], match[2], match[3] or match[2], match[4]))
+        if num >= 1 and 2 <= low <= high:
+            problems = make_problems(num, operands=tuple(range(low, high + 1)), seed=seed)
+            return [
+                Record(prompt=p.prompt, answer=p.answer, origin=f"arithmetic:{i}") for i, p in enumerate(problems, 1)
+            ]
+    raise InputError(
+        f"data: source must be arithmetic:NUM:OPERANDS:SEED with NUM of 1 or more and OPERANDS from 2 to 99, "
+        f"got {source!r}. Write for example arithmetic:4096:3-7:0."
+    )
+
+
+def _list_files(path: Path) -> list[Path]:
+    """Lists the data files that a file or folder stands for."""
+    known = ", ".join(SUFFIXES)
+    if path.is_dir():
+        files = sorted(
+            f for f in path.iterdir() if f.is_file() and f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
+        )
+        if not files:
+            raise InputError(f"{path}: folder must hold {known} files, got none. Name the folder that holds the data.")
+        return files
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{path}: file name must end in {known}, got {path.suffix!r}. Convert or rename the file.")
+    return [path]
+
+
+def _suggest_path(source: str) -> str:
+    """Names the entry of the same folder that is nearest to a missing path, as a sentence, or nothing."""
+    path = Path(source)
+    names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f" Did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _read_rows(path: Path, keys: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yields the raw rows of a file, each with its position: `:LINE`, ` row N` or ` record N`."""
+    match path.suffix.lower():
+        case ".jsonl":
+            return _read_jsonl(path)
+        case ".json":
+            return _read_json(path)
+        case ".csv":
+            return _read_csv(path)
+        case _:
+            return _read_parquet(path, keys)
+
+
+def _decode(raw: bytes, path: Path, first_line: int = 1) -> str:
+    """Decodes UTF-8 with or without a byte order mark."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + error.object.count(b"\n", 0, error.start)
+        raise InputError(f"{path}:{line}: not valid UTF-8: {error.reason}. Save the file as UTF-8.") from error
+
+
+def _parse_json(text: str, path: Path, first_line: int, remedy: str) -> Any:
+    """Parses JSON text that begins at `first_line` of the file."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line, reason = first_line, str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+        raise InputError(f"{path}:{line}: not valid JSON: {reason}. {remedy}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Reads one JSON value a line; blank lines are allowed."""
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, 1):
+            text = _decode(raw, path, line).rstrip()
+            if text:
+                yield f":{line}", _parse_json(text, path, line, "Each line must be one whole JSON object.")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """Reads the list at the top of a JSON file, under `data`, or under the only key that holds a list."""
+    remedy = "Write a list of objects, or one object a line in a .jsonl file."
+    content = _parse_json(_decode(path.read_bytes(), path), path, 1, remedy)
+    if isinstance(content, dict):
+        lists = {key: value for key, value in content.items() if isinstance(value, list)}
+        if "data" in lists:
+            content = lists["data"]
+        elif len(lists) == 1:
+            (content,) = lists.values()
+        else:
+            found = ", ".join(content) or "none"
+            raise InputError(f"{path}: file must hold one list of records, got an object with keys {found}. {remedy}")
+    if not isinstance(content, list):
+        raise InputError(f"{path}: file must hold a list of records, got {_name_type(content)}. {remedy}")
+    for i, row in enumerate(content, 1):
+        yield f" record {i}", row
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    """Reads comma-separated rows under a header; a row's position is its first line."""
+    reader = csv.reader(io.StringIO(_decode(path.read_bytes(), path), newline=""), strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        for fields in reader:
+            if fields and not header:
+                header = fields
+                if len(set(header)) < len(header):
+                    message = f"{path}:{line}: column names must differ, got {', '.join(header)}. Rename the columns."
+                    raise InputError(message)
+            elif fields and len(fields) != len(header):
+                raise InputError(
+                    f"{path}:{line}: row must have {len(header)} fields, got {len(fields)}. "
+                    'Put fields that hold a comma or a newline in "quotes".'
+                )
+            elif fields:
+                yield f":{line}", dict(zip(header, fields, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{line}: not valid CSV: {error}. Correct the row or use .jsonl.") from error
+
+
+def _read_parquet(path: Path, keys: list[str]) -> Iterator[tuple[str, Any]]:
+    """Reads the wanted columns of a parquet file, a batch of rows at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    position = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = _choose_columns(file.schema_arrow.names, keys)
+            for batch in file.iter_batches(batch_size=READ_CHUNK, columns=columns):
+                for row in batch.to_pylist():
+                    position += 1
+                    yield f" row {position}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        message = f"{path}: not a readable parquet file after row {position}: {error}. Write or download it again."
+        raise InputError(message) from error
+
+
+def _read_hub(source: str, keys: list[str], split: str) -> Iterator[tuple[str, Any]]:
+    """Reads the wanted columns of a hub data set."""
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(source, split=split)
+    except Exception as error:  # the hub client raises its own, httpx's, OS and value errors
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise InputError(
+            f"{source}: neither a path nor a reachable hub data set with split {split!r}: {reason}."
+            f"{_suggest_path(source)} Check the name and the network, or name a local file."
+        ) from error
+    columns = _choose_columns(dataset.column_names, keys)
+    for i, row in enumerate(dataset.select_columns(columns), 1):
+        yield f" row {i}", row
+
+
+def _choose_columns(names: list[str], keys: list[str]) -> list[str]:
+    """Keeps the wanted columns, or all where the prompt is missing, so that the error can list them."""
+    return [key for key in keys if key in names] if keys[0] in names else names
+
+
+def _make_record(row: Any, keys: list[str], *, where: str, origin: str) -> Record:
+    """Checks one raw row and makes a record of it."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: record must be an object, got {_name_type(row)}. Write {{{keys[0]!r}: ...}}.")
+    if keys[0] not in row:
+        names = [str(key) for key in row]
+        close = difflib.get_close_matches(keys[0], names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise InputError(
+            f"{where}: record must have the key {keys[0]!r}, got {', '.join(names) or 'no keys'}.{hint} "
+            "Name the key with --data.prompt-key."
+        )
+    answer = _normalize_answer(row.get(keys[1]), keys[1], where) if len(keys) > 1 else None
+    return Record(prompt=_check_prompt(row[keys[0]], keys[0], where), answer=answer, origin=origin)
+
+
+def _check_prompt(prompt: Any, key: str, where: str) -> str | list[dict[str, Any]]:
+    """Returns a prompt that is text or a non-empty list of chat messages with text in at least one."""
+    if isinstance(prompt, str):
+        texts = [prompt]
+    elif isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        # Columnar formats fill the fields that a message lacks with nulls.
+        prompt = [{name: value for name, value in message.items() if value is not None} for message in prompt]
+        for message in prompt:
+            if not all(isinstance(message.get(name), str) for name in ("role", "content")):
+                raise InputError(
+                    f"{where}: each message of {key!r} must have a 'role' and a 'content' of text, "
+                    f"got {message!r:.80}. Correct the message."
+                )
+            check_unicode(message["role"], f"{key!r} role", where)
+        texts = [message["content"] for message in prompt]
+    else:
+        raise InputError(
+            f"{where}: {key!r} must be text or a list of chat messages, got {_name_type(prompt)}. "
+            "Correct the record or name another key with --data.prompt-key."
+        )
+    if not any(text.strip() for text in texts):
+        raise InputError(f"{where}: {key!r} must hold text, got a blank prompt. Remove or complete the record.")
+    for text in texts:
+        check_unicode(text, repr(key), where)
+    return prompt
+
+
+def _normalize_answer(value: Any, key: str, where: str) -> str | None:
+    """Turns an answer into text; null, NaN and blank text are no answer."""
+    if value is None or (isinstance(value, (float, Decimal)) and math.isnan(value)):
+        return None
+    if not isinstance(value, (str, int, float, Decimal)):
+        raise InputError(
+            f"{where}: {key!r} must be text or a number, got {_name_type(value)}. "
+            "Correct the record or name another key with --data.answer-key."
+        )
+    answer = str(value)
+    check_unicode(answer, repr(key), where)
+    return answer if answer.strip() else None
+
+
+def check_unicode(text: str, what: str, where: str) -> None:
+    """Refuses lone surrogates, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise InputError(
+            f"{where}: {what} must be valid Unicode, got the lone surrogate U+{code:04X}. Correct or remove it."
+        ) from error
+
+
+def _name_type(value: Any) -> str:
+    """Names a value's type as data files do."""
+    return {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}.get(
+        type(value), f"{type(value).__name__} {value!r:.40}"
+    )

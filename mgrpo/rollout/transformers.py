@@ -1,0 +1,162 @@
+"""The embedded engine: an own decode loop over a transformers model and its KV cache.
+
+Against `model.generate` it prefills each prompt once for all its n samples, keeps only unfinished sequences in the
+batch, and shares storage with the trainer's weights where dtype and device agree.
+Letters: B prompts, n rollouts a prompt, R = B * n sequences, L response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from mgrpo.rollout.engine import EngineError, Rollouts, Sampling, Source, StaleWeightsError
+
+# A batch is compacted once this share of its sequences has finished: copying the cache costs about one step.
+COMPACT_SHARE = 0.25
+
+
+class TransformersEngine:
+    """Rollouts from a copy of `model`'s structure, on its device."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, eos_ids: Sequence[int], pad_id: int, dtype: torch.dtype, batch_size: int
+    ):
+        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        self.device = next(model.parameters()).device
+        self.eos_ids = torch.tensor(sorted(eos_ids), device=self.device)
+        self.pad_id = pad_id
+        self.batch_size = batch_size
+        self.loaded: tuple[Source, int] | None = None
+
+    def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
+        """Shares the given tensors where dtype and device agree, copies them elsewhere."""
+        own = self.model.state_dict(keep_vars=True)
+        if missing := sorted(own.keys() - weights.keys()):
+            raise EngineError(f"load: weights must hold every tensor of the model, {missing[0]} is missing.")
+        for name, target in own.items():
+            value = weights[name].detach()
+            if value.shape != target.shape:
+                raise EngineError(f"load: {name} must have shape {tuple(target.shape)}, got {tuple(value.shape)}.")
+            target.data = value.to(device=target.device, dtype=target.dtype)
+        self.loaded = (source, version)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
+    ) -> Rollouts:
+        """Samples n responses to each prompt; prompts of similar length are decoded together."""
+        if self.loaded != (source, version):
+            raise StaleWeightsError(
+                f"generate: weights must be {source} version {version}, got {self.loaded}. Load them first."
+            )
+        generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        num_rows = len(prompts) * n
+        tokens = torch.full((num_rows, sampling.max_new_tokens), self.pad_id)
+        logprobs = torch.zeros(num_rows, sampling.max_new_tokens)
+        lengths = torch.zeros(num_rows, dtype=torch.int64)
+        truncated = torch.zeros(num_rows, dtype=torch.bool)
+        order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
+        per_batch = max(self.batch_size // n, 1)
+        for start in range(0, len(order), per_batch):
+            chosen = order[start : start + per_batch]
+            rows = (torch.tensor(chosen)[:, None] * n + torch.arange(n)).flatten()
+            batch = self._decode([prompts[b] for b in chosen], n, sampling, generator)
+            tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = (part.cpu() for part in batch)
+        longest = int(lengths.max()) if num_rows else 0
+        return Rollouts(
+            tokens=tokens[:, :longest].clone(),
+            lengths=lengths,
+            logprobs=logprobs[:, :longest].clone(),
+            truncated=truncated,
+            num_per_prompt=n,
+            source=source,
+            version=version,
+        )
+
+    def _decode(
+        self, prompts: list[Sequence[int]], n: int, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Decodes one batch; returns tokens and logprobs [R, L], lengths and truncated [R]."""
+        logits, cache, attention = self._prefill(prompts)
+        logits = logits.repeat_interleave(n, 0)
+        attention = attention.repeat_interleave(n, 0)
+        cache.batch_repeat_interleave(n)
+        num_rows = len(prompts) * n
+        position = attention.sum(1)
+        tokens = torch.full((num_rows, sampling.max_new_tokens), self.pad_id, device=self.device)
+        logprobs = torch.zeros(num_rows, sampling.max_new_tokens, device=self.device)
+        lengths = torch.full((num_rows,), sampling.max_new_tokens, device=self.device)
+        truncated = torch.ones(num_rows, dtype=torch.bool, device=self.device)
+        active = torch.arange(num_rows, device=self.device)  # rows still in the batch
+        alive = torch.ones(num_rows, dtype=torch.bool, device=self.device)  # of those, the unfinished
+        for t in range(sampling.max_new_tokens):
+            token, logprob = sample(logits, sampling, generator)
+            rows = active[alive]
+            tokens[rows, t], logprobs[rows, t] = token[alive], logprob[alive]
+            ended = alive & torch.isin(token, self.eos_ids)
+            lengths[active[ended]], truncated[active[ended]] = t + 1, False
+            alive = alive & ~ended
+            num_alive = int(alive.sum())
+            if num_alive == 0 or t + 1 == sampling.max_new_tokens:
+                break
+            if num_alive <= (1 - COMPACT_SHARE) * len(active):
+                kept = alive.nonzero().flatten()
+                cache.batch_select_indices(kept)
+                active, alive = active[kept], alive[kept]
+                attention, position, token = attention[kept], position[kept], token[kept]
+            attention = torch.cat([attention, attention.new_ones(len(active), 1)], 1)
+            logits = self.model(
+                input_ids=token[:, None],
+                attention_mask=attention,
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            position = position + 1
+        return tokens, logprobs, lengths, truncated
+
+    def _prefill(self, prompts: list[Sequence[int]]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+        """Runs the prompts, padded on the left; returns last logits [B, V], cache, attention mask [B, width]."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad_id)
+        attention = torch.zeros(len(prompts), width, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            attention[row, width - len(prompt) :] = 1
+        ids, attention = ids.to(self.device), attention.to(self.device)
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=(attention.cumsum(1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return logits, cache, attention
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws one token a row of [R, V]; returns tokens [R] and log-probs [R] fp32 after temperature and top-p."""
+    if sampling.temperature == 0:
+        token = logits.argmax(-1)
+        return token, torch.log_softmax(logits.float(), -1).gather(1, token[:, None])[:, 0]
+    logprobs = torch.log_softmax(logits.float() / sampling.temperature, -1)
+    if sampling.top_p < 1:
+        logprobs = _nucleus(logprobs, sampling.top_p)
+    # Exponential races draw from the distribution with one pass and no cumulative sum.
+    race = torch.empty_like(logprobs).exponential_(generator=generator).clamp_min_(torch.finfo(torch.float32).tiny)
+    token = (logprobs - race.log_()).argmax(-1)
+    return token, logprobs.gather(1, token[:, None])[:, 0]
+
+
+def _nucleus(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keeps the smallest set of tokens whose mass reaches top_p, renormalised; the others get -inf."""
+    ranked, index = logprobs.sort(-1, descending=True)
+    mass_before = ranked.exp().cumsum(-1) - ranked.exp()
+    ranked = ranked.masked_fill(mass_before >= top_p, -torch.inf)
+    return torch.log_softmax(torch.empty_like(logprobs).scatter_(-1, index, ranked), -1)

@@ -1,0 +1,87 @@
+"""`python -m mgrpo.train [PRESET] [--flags]`: label-free reinforcement learning from the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from mgrpo.checkpoint import CheckpointError
+from mgrpo.config import Config, ConfigError
+from mgrpo.metrics import StorageError
+from mgrpo.plan import find_problems, print_plan
+from mgrpo.policy import quiet_transformers
+from mgrpo.presets import PRESETS, make_preset
+from mgrpo.records import InputError
+from mgrpo.rollout import EngineError
+from mgrpo.run import Exit, check_resumable, resumed_config, run
+
+DESCRIPTION = f"""M-GRPO: label-free reinforcement learning of language models with a momentum anchor.
+
+The first argument names a preset, one of {", ".join(PRESETS)}; flags change it. Defaults below are those of the preset.
+"""
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Reads preset and flags; with --resume, the configuration of the run in --run-dir is what the flags change."""
+    arguments = list(arguments)
+    preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    before = None
+    if "--resume" in arguments and (run_dir := _value_of("--run-dir", arguments)):
+        before = resumed_config(Path(run_dir))
+    if before and preset not in (None, before.preset):
+        raise ConfigError([f"resume: PRESET must be {before.preset}, as the run was started, got {preset}."])
+    default = before or make_preset(preset or "arithmetic")
+    config = tyro.cli(
+        Config,
+        args=arguments,
+        default=default,
+        prog=f"python -m mgrpo.train {preset or '[PRESET]'}",
+        description=DESCRIPTION,
+        config=(tyro.conf.HelptextFromCommentsOff,),
+    )
+    if before:
+        check_resumable(config, before)
+    return config
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    """Value of a flag, given as `--flag value` or `--flag=value`."""
+    for i, argument in enumerate(arguments):
+        if argument == name and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(name + "="):
+            return argument.removeprefix(name + "=")
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    quiet_transformers()
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        if config.dry_run:
+            if problems := find_problems(config):
+                raise ConfigError(problems)
+            print_plan(config)
+            return Exit.DONE
+        return run(config)
+    except (ConfigError, InputError, CheckpointError) as error:
+        return _fail(Exit.BAD_INPUT, error)
+    except EngineError as error:
+        return _fail(Exit.ENGINE, error)
+    except StorageError as error:
+        return _fail(Exit.STORAGE, error)
+
+
+def _fail(code: Exit, error: Exception) -> Exit:
+    """Says what went wrong on stderr."""
+    Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,390 @@
+"""The training loop, which reads as the algorithm.
+
+One step: prompts, rollouts of momentum and policy, scores, IQR filter, vote, rewards, advantages, clipped update, EMA.
+Letters: B prompts, M policy and N momentum rollouts a prompt, G = M + N, R = B * G trajectories, L response tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import mgrpo_kernels as K
+from mgrpo import checkpoint
+from mgrpo.answers import AnswerChecker, make_extractor
+from mgrpo.config import Config
+from mgrpo.data import Prompt, Sampler
+from mgrpo.evaluate import Evaluation, evaluate
+from mgrpo.learner import Learner
+from mgrpo.metrics import Metrics, Outcome, Timer, mean, outcome_metrics
+from mgrpo.momentum import Momentum
+from mgrpo.objective import Batch, group_advantage
+from mgrpo.policy import LoadedModel, borrowed_weights, load_model, load_weights, save_model
+from mgrpo.prompts import load_prompts, require_answers
+from mgrpo.reward import Evidence, reward
+from mgrpo.rollout.engine import Engine, Rollouts, Sampling, Source
+from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.scoring import Scorer, TokenScores
+from mgrpo.trajectories import Trajectories, join
+from mgrpo.voting import filter_trajectories, first_of_class, vote
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the scoring passes found; [R, L] with zeros at padding, [B, G] a trajectory."""
+
+    old_logprob: torch.Tensor  # [R, L] fp32, under the policy
+    ref_logprob: torch.Tensor | None  # [R, L] fp32, under the reference of the KL
+    kl_initial: float | None  # mean k3 KL of the policy's tokens to the initial model
+    entropy: torch.Tensor  # [B, G] fp32, mean token entropy under the policy
+    judged_entropy: torch.Tensor  # [B, G] fp32, what the filter looks at
+    self_certainty: torch.Tensor | None  # [B, G] fp32
+
+
+class Trainer:
+    """Holds everything that a run carries from step to step, and takes the steps."""
+
+    def __init__(self, config: Config, *, make_engine: Callable[[LoadedModel, Config], Engine] | None = None):
+        self.config = config
+        self.extract = make_extractor(config.answer.extract)
+        self.loaded = load_model(config.model)
+        self.model = self.loaded.model
+        self.data = load_prompts(config, self.loaded, config.data.train)
+        self.probe = load_prompts(config, self.loaded, config.data.probe) if config.data.probe else None
+        if config.objective.reward == "labels":
+            require_answers(self.data, "--objective.reward labels")
+        if self.probe is not None:
+            require_answers(self.probe, "--data.probe")
+        self.sampler = Sampler(len(self.data), config.rollout.prompts, config.seed)
+        self.checker = AnswerChecker(mode=config.answer.equivalence, timeout_s=config.answer.timeout_s)
+        self.scorer = Scorer(
+            self.loaded,
+            temperature=config.rollout.temperature,
+            kernels=config.kernels,
+            micro_batch_tokens=config.optim.micro_batch_tokens,
+        )
+        self.engine = (make_engine or embedded_engine)(self.loaded, config)
+        self.momentum = Momentum(self.model, config.momentum, seed=config.seed, kernels=config.kernels)
+        self.learner = Learner(config, self.loaded, self.momentum, self.scorer)
+        self.initial = self._copy_initial() if needs_initial(config) else None
+        self.step = 0
+        self.samples: list[dict[str, Any]] = []  # of the newest sampled step
+
+    def train(self, num_steps: int) -> Iterator[Metrics]:
+        """Takes steps up to `num_steps` and yields the metrics of each."""
+        while self.step < num_steps:
+            yield self.train_step()
+
+    def train_step(self) -> Metrics:
+        """One step of M-GRPO."""
+        start, timer = time.perf_counter(), Timer()
+        self.step += 1
+        prompts = [self.data.prompts[i] for i in self.sampler.next()]
+        with timer("rollout"):
+            trajectories = self.roll_out(prompts, timer)
+        with timer("score"):
+            scores = self.score(trajectories)
+        with timer("vote"):
+            outcome = self.judge(prompts, trajectories, scores)
+        with timer("update"):
+            batch = Batch(
+                mask=trajectories.mask,
+                advantage=outcome.advantage.flatten(),
+                old_logprob=scores.old_logprob,
+                rollout_logprob=trajectories.rollout_logprob,
+                ref_logprob=scores.ref_logprob,
+            )
+            update_metrics = self.learner.update(trajectories, batch, outcome.trains, timer)
+        metrics = {"step": self.step, **outcome_metrics(outcome), **update_metrics}
+        metrics["kl"] = metrics["kl"] if scores.ref_logprob is not None else None
+        metrics["kl_initial"] = scores.kl_initial
+        metrics["logprob_gap"] = mean(
+            (scores.old_logprob - trajectories.rollout_logprob).abs()[self._by_policy(trajectories)]
+        )
+        if self._due(self.config.eval.every):
+            with timer("eval"):
+                metrics |= self.probe_metrics()
+            if self.config.log.samples:
+                self.samples = self._collect_samples(prompts, trajectories, outcome)
+        metrics |= timer.metrics()
+        metrics["step_s"] = time.perf_counter() - start
+        metrics["tokens_per_s"] = int(trajectories.mask.sum()) / metrics["step_s"]
+        return metrics
+
+    def roll_out(self, prompts: Sequence[Prompt], timer: Timer) -> Trajectories:
+        """Generates N momentum rollouts, then M policy rollouts of every prompt."""
+        ids = [prompt.ids for prompt in prompts]
+        momentum = None
+        if self.config.rollout.momentum:
+            momentum = self._generate(ids, self.config.rollout.momentum, "momentum", timer)
+        return join(ids, self._generate(ids, self.config.rollout.policy, "policy", timer), momentum)
+
+    @torch.no_grad()
+    def score(self, trajectories: Trajectories) -> Scores:
+        """Takes old log-probs and entropies under the policy, and what filter and KL ask of other weights."""
+        c = self.config
+        under_policy = self._score(trajectories, self_certainty=c.objective.reward == "self-certainty")
+        certainty = under_policy.self_certainty
+        judged = under_policy.entropy
+        if c.filter.score == "source" and c.rollout.momentum:
+            rows = trajectories.is_momentum.flatten().nonzero().flatten()
+            with borrowed_weights(self.model, self.momentum.state_dict()):
+                judged = judged.index_copy(0, rows, self._score(trajectories, rows=rows).entropy[rows])
+        under_initial = reference = kl_initial = None
+        uses_reference = c.objective.kl_coef > 0
+        if (uses_reference and c.objective.kl_reference == "initial") or self._due(c.log.kl_initial_every):
+            assert self.initial is not None
+            with borrowed_weights(self.model, self.initial):
+                under_initial = self._score(trajectories).logprob
+            difference = (under_initial - under_policy.logprob)[self._by_policy(trajectories)]
+            kl_initial = mean(difference.exp() - difference - 1)
+        if uses_reference and c.objective.kl_reference == "initial":
+            reference = under_initial
+        elif uses_reference:
+            with borrowed_weights(self.model, self.momentum.state_dict()):
+                reference = self._score(trajectories).logprob
+        return Scores(
+            old_logprob=under_policy.logprob,
+            ref_logprob=reference,
+            kl_initial=kl_initial,
+            entropy=self._per_trajectory(under_policy.entropy, trajectories),
+            judged_entropy=self._per_trajectory(judged, trajectories, reduce=c.filter.entropy),
+            self_certainty=None if certainty is None else self._per_trajectory(certainty, trajectories),
+        )
+
+    def judge(self, prompts: Sequence[Prompt], trajectories: Trajectories, scores: Scores) -> Outcome:
+        """Filters, votes, rewards and compares within groups. True answers reach metrics and reward `labels` alone."""
+        c, backend = self.config, self.config.kernels.backend
+        answers = self.read_answers(trajectories)
+        answer_ids = torch.tensor(self.checker.group_classes(answers))
+        keep = filter_trajectories(scores.judged_entropy, c.filter, backend=backend)
+        voters = torch.ones_like(keep) if c.filter.applies_to == "loss" else keep
+        elected = vote(answer_ids, voters, trajectories.num_policy, c.vote, backend=backend)
+        correct = None
+        if c.objective.reward == "labels":
+            is_right = self.checker.is_correct
+            correct = torch.tensor(
+                [[is_right(a, p.answer) for a in row] for p, row in zip(prompts, answers, strict=True)]
+            )
+        evidence = Evidence(
+            answer_ids=answer_ids, entropy=scores.entropy, self_certainty=scores.self_certainty, correct=correct
+        )
+        rewards = reward(c.objective.reward, elected, evidence)
+        trains = keep & self._may_train(trajectories)
+        labels = [
+            first_of_class(*row) for row in zip(answer_ids.tolist(), answers, elected.label.tolist(), strict=True)
+        ]
+        return Outcome(
+            answers=answers,
+            answer_ids=answer_ids,
+            labels=labels,
+            lengths=trajectories.lengths,
+            truncated=trajectories.truncated,
+            entropy=scores.entropy,
+            keep=keep,
+            trains=trains,
+            vote=elected,
+            rewards=rewards,
+            advantage=group_advantage(rewards, keep, trains, c.objective, backend=backend),
+            num_policy=trajectories.num_policy,
+            label_correct=[
+                self.checker.is_correct(label, prompt.answer)
+                for label, prompt in zip(labels, prompts, strict=True)
+                if prompt.answer is not None
+            ],
+        )
+
+    def read_answers(self, trajectories: Trajectories) -> list[list[str | None]]:
+        """Answers of every trajectory, [B][G]; None where there is none."""
+        num_prompts, group = trajectories.truncated.shape
+        texts = self.loaded.tokenizer.batch_decode(
+            [trajectories.response(row) for row in range(num_prompts * group)], skip_special_tokens=True
+        )
+        answers = [self.extract(text) for text in texts]
+        return [answers[b * group : (b + 1) * group] for b in range(num_prompts)]
+
+    def probe_metrics(self) -> Metrics:
+        """Accuracy of policy and momentum on the probe; nothing without one."""
+        metrics: Metrics = {}
+        if self.probe is None:
+            return metrics
+        sources: list[Source] = ["policy", "momentum"] if self.config.rollout.momentum else ["policy"]
+        for source in sources:
+            result = self.evaluate_probe(source)
+            metrics[f"probe_accuracy_{source}"] = result.avg_at_k
+            metrics[f"probe_greedy_{source}"] = result.greedy
+            metrics[f"probe_majority_{source}"] = result.maj_at_k
+            metrics[f"probe_pass_{source}"] = result.pass_at_k
+        return metrics
+
+    def evaluate_probe(self, source: Source) -> Evaluation:
+        """Evaluates one source's weights on the probe."""
+        assert self.probe is not None
+        c = self.config
+        self.publish(source)
+        sampling = Sampling(
+            temperature=c.rollout.temperature,
+            top_p=c.rollout.top_p,
+            max_new_tokens=c.rollout.max_new_tokens,
+            seed=derive_seed(c.seed, self.step, "probe"),
+        )
+        return evaluate(
+            self.engine,
+            self.loaded,
+            self.probe,
+            self.extract,
+            self.checker,
+            sampling,
+            samples=c.eval.samples,
+            source=source,
+            version=self.step,
+        )
+
+    def publish(self, source: Source) -> None:
+        """Hands one source's weights to the engine under this step's version."""
+        weights = self.model.state_dict() if source == "policy" else self.momentum.state_dict()
+        self.engine.load(weights, source=source, version=self.step)
+
+    def save(self, folder: Path) -> None:
+        """Writes everything that the next step depends on into a checkpoint folder."""
+        tokenizer = self.loaded.tokenizer
+        save_model(folder / "policy", self.model, self.model.state_dict(), tokenizer)
+        save_model(folder / "momentum", self.model, self.momentum.state_dict(), tokenizer)
+        if self.momentum.compensation:
+            save_file(self.momentum.compensation, folder / "momentum_compensation.safetensors")
+        checkpoint.save_optimizer(folder / "optimizer.safetensors", self.learner.optimizer, self.learner.names)
+        state = {
+            "step": self.step,
+            "optimizer_step": self.learner.step,
+            "nonfinite_steps": self.learner.nonfinite_steps,
+            "nonfinite_in_row": self.learner.nonfinite_in_row,
+            "sampler": self.sampler.state_dict(),
+            "fingerprint": self.data.fingerprint,
+            "rng": checkpoint.rng_state(),
+        }
+        (folder / "state.json").write_text(json.dumps(state))
+
+    def restore(self, folder: Path) -> None:
+        """Restores what `save` wrote; raises CheckpointError where the data set is another one."""
+        state = json.loads((folder / "state.json").read_text())
+        if state["fingerprint"] != self.data.fingerprint:
+            raise checkpoint.CheckpointError(
+                f"resume: --data.train must hold the prompts that {folder} was trained on, got others."
+            )
+        policy = load_weights(folder / "policy")
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(policy[name])
+        compensation = folder / "momentum_compensation.safetensors"
+        self.momentum.load(
+            load_weights(folder / "momentum"), load_file(compensation) if self.momentum.compensation else None
+        )
+        checkpoint.load_optimizer(folder / "optimizer.safetensors", self.learner.optimizer, self.learner.names)
+        self.step = state["step"]
+        self.learner.step = state["optimizer_step"]
+        self.learner.nonfinite_steps = state["nonfinite_steps"]
+        self.learner.nonfinite_in_row = state["nonfinite_in_row"]
+        self.sampler.load_state_dict(state["sampler"])
+        checkpoint.set_rng_state(state["rng"])
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self.checker.close()
+
+    def _generate(self, ids: list[tuple[int, ...]], n: int, source: Source, timer: Timer) -> Rollouts:
+        """Samples n rollouts a prompt from one source."""
+        c = self.config.rollout
+        with timer("publish"):
+            self.publish(source)
+        sampling = Sampling(
+            temperature=c.temperature,
+            top_p=c.top_p,
+            max_new_tokens=c.max_new_tokens,
+            seed=derive_seed(self.config.seed, self.step, source),
+        )
+        with timer(f"rollout_{source}"):
+            return self.engine.generate(ids, n, sampling, source=source, version=self.step)
+
+    def _score(self, trajectories: Trajectories, **options: Any) -> TokenScores:
+        """Scores under the weights that the model holds just now."""
+        return self.scorer.score(self.model, trajectories, **options)
+
+    def _per_trajectory(self, values: torch.Tensor, trajectories: Trajectories, reduce: str = "mean") -> torch.Tensor:
+        """Token values [R, L] to one number a trajectory, [B, G]."""
+        reduced = K.trajectory_entropy(
+            values, mask=trajectories.mask, reduce=reduce, backend=self.config.kernels.backend
+        )
+        return reduced.view(trajectories.truncated.shape)
+
+    def _may_train(self, trajectories: Trajectories) -> torch.Tensor:
+        """[B, G] bool, trajectories that the options let into the loss."""
+        c = self.config
+        may = (torch.arange(trajectories.truncated.shape[1]) < c.num_train).expand(trajectories.truncated.shape)
+        if c.objective.momentum_in_loss:
+            may = may | trajectories.is_momentum
+        return may & ~trajectories.truncated if c.rollout.truncated == "mask" else may
+
+    def _by_policy(self, trajectories: Trajectories) -> torch.Tensor:
+        """[R, L] bool, response tokens that the policy wrote."""
+        return trajectories.mask & ~trajectories.is_momentum.flatten()[:, None]
+
+    def _due(self, every: int) -> bool:
+        """Whether this step is one of every so many, or the last."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
+
+    def _copy_initial(self) -> dict[str, torch.Tensor]:
+        """A copy of the starting weights, in the precision of forward passes."""
+        return {name: p.detach().to(self.loaded.dtype, copy=True) for name, p in self.model.named_parameters()}
+
+    def _collect_samples(self, prompts: Sequence[Prompt], t: Trajectories, o: Outcome) -> list[dict[str, Any]]:
+        """Rollouts of the first --log.samples prompts, as rows."""
+        group = o.keep.shape[1]
+        responses = self.loaded.tokenizer.batch_decode(
+            [t.response(row) for row in range(min(self.config.log.samples, len(prompts)) * group)]
+        )
+        return [
+            {
+                "step": self.step,
+                "prompt": prompts[b].text,
+                "source": "momentum" if i >= o.num_policy else "policy",
+                "response": response,
+                "answer": o.answers[b][i],
+                "pseudo_label": o.labels[b],
+                "reward": float(o.rewards[b, i]),
+                "advantage": float(o.advantage[b, i]),
+                "entropy": float(o.entropy[b, i]),
+                "kept": bool(o.keep[b, i]),
+            }
+            for row, response in enumerate(responses)
+            for b, i in [divmod(row, group)]
+        ]
+
+
+def embedded_engine(loaded: LoadedModel, config: Config) -> Engine:
+    """The transformers engine in this process."""
+    return TransformersEngine(
+        loaded.model,
+        eos_ids=loaded.eos_ids,
+        pad_id=loaded.pad_id,
+        dtype=loaded.dtype,
+        batch_size=config.rollout.batch_size,
+    )
+
+
+def needs_initial(config: Config) -> bool:
+    """Whether the run compares itself with its starting weights."""
+    o = config.objective
+    return config.log.kl_initial_every > 0 or (o.kl_coef > 0 and o.kl_reference == "initial")
+
+
+def derive_seed(seed: int, step: int, stream: str) -> int:
+    """A seed of its own for every step and stream of draws."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()[:6])

@@ -1,0 +1,1 @@
+"""Advantage within a group of rollouts."""

@@ -1,0 +1,1 @@
+"""Interquartile filter on trajectory entropy."""

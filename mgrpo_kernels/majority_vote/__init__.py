@@ -1,0 +1,1 @@
+"""Majority vote over the answers of a group."""

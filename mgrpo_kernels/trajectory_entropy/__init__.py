@@ -1,0 +1,1 @@
+"""Entropy of whole trajectories."""

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mgrpo_kernels import group_advantage
+from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget, poison_masked
+
+MODES = ("std", "mean", "leave_one_out", "sign")
+
+
+def slow_group(rewards: list[float], keep: list[bool], mode: str) -> list[float]:
+    kept = [reward for reward, used in zip(rewards, keep, strict=True) if used]
+    if len(set(kept)) < 2:
+        return [0.0] * len(rewards)
+    mean = statistics.fmean(kept)
+    rules = {
+        "std": lambda r: (r - mean) / (statistics.stdev(kept) + 1e-6),
+        "mean": lambda r: r - mean,
+        "leave_one_out": lambda r: r - (sum(kept) - r) / (len(kept) - 1),
+        "sign": lambda r: 2 * r - 1,
+    }
+    return [rules[mode](reward) if used else 0.0 for reward, used in zip(rewards, keep, strict=True)]
+
+
+def slow(rewards: Tensor, keep: Tensor, mode: str) -> Tensor:
+    rows = [slow_group(r, k, mode) for r, k in zip(rewards.tolist(), keep.tolist(), strict=True)]
+    return torch.tensor(rows, dtype=torch.float64).reshape(rewards.shape)
+
+
+def check(op) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rewards = torch.rand(9, 8, generator=generator) + 5
+    keep = torch.rand(9, 8, generator=generator) > 0.3
+    for mode in MODES:
+        actual = op(poison_masked(rewards, keep), keep=keep, mode=mode)
+        oracle = slow(rewards, keep, mode)
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual[~keep], torch.zeros(int((~keep).sum())))
+        # The mean of rewards near 5 is itself rounded: its error passes to every difference, divided by the spread.
+        baseline = oracle + (oracle.abs() > 0) * 5 * torch.finfo(torch.float32).eps / (0.25 if mode == "std" else 1)
+        assert_within_budget(actual, oracle, baseline, reduction_length=8, what=mode)
+
+
+def test_matches_a_loop_and_rejects_every_mutant():
+    assert_mutants_rejected(group_advantage, check, without=("wrong_temperature",))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_property_against_a_loop(data):
+    size = data.draw(st.integers(1, 6))
+    row = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=size, max_size=size)
+    flags = st.lists(st.booleans(), min_size=size, max_size=size)
+    rewards = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=4)), dtype=torch.float64)
+    keep = torch.tensor([data.draw(flags) for _ in range(len(rewards))])
+    for mode in MODES:
+        torch.testing.assert_close(group_advantage(rewards, keep=keep, mode=mode), slow(rewards, keep, mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_without_a_signal_give_zero(mode):
+    rewards = torch.tensor([[0.1] * 4, [1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
+    keep = torch.tensor([[True] * 4, [True, False, False, False], [False] * 4])
+    assert torch.equal(group_advantage(rewards, keep=keep, mode=mode), torch.zeros(3, 4))
+    assert torch.equal(group_advantage(torch.ones(3, 1), mode=mode), torch.zeros(3, 1))
+    assert group_advantage(torch.zeros(0, 4), mode=mode).shape == (0, 4)
+
+
+def test_large_mean_does_not_cancel_the_variance():
+    rewards = torch.tensor([[4096.0, 4097.0, 4098.0, 4099.0]])
+    expected = slow(rewards - 4096, torch.ones(1, 4, dtype=torch.bool), "std")
+    torch.testing.assert_close(group_advantage(rewards).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_nan_reward_spoils_only_its_group():
+    rewards = torch.tensor([[1.0, torch.nan, 0.0], [1.0, 0.0, 0.0]])
+    advantage = group_advantage(rewards)
+    alone = torch.tensor([[False, True, False], [True, True, True]])
+    assert torch.equal(group_advantage(rewards, keep=alone)[0], torch.zeros(3))
+    assert advantage[0].isnan().all() and torch.equal(advantage[1:], group_advantage(rewards[1:]))
+
+
+def test_compiles_whole():
+    rewards = torch.rand(3, 5)
+    compiled = torch.compile(group_advantage, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rewards), group_advantage(rewards))
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (r"rewards must be of shape \[B, G\]", {"rewards": torch.zeros(3)}),
+        (r"rewards must be of shape \[B, G\] with G >= 1", {"rewards": torch.zeros(3, 0)}),
+        ("rewards must be of dtype", {"rewards": torch.zeros(2, 3, dtype=torch.int64)}),
+        (r"keep must be of shape \[B, G\] = \[2, 3\]", {"keep": torch.ones(2, 2).bool()}),
+        ("keep must be of dtype bool", {"keep": torch.ones(2, 3)}),
+        ("mode must be one of .* got 'rank'", {"mode": "rank"}),
+        ("backend must be one of", {"backend": "none"}),
+    ],
+)
+def test_wrong_arguments_are_refused(message, arguments):
+    with pytest.raises(ValueError, match=f"^group_advantage: {message}"):
+        group_advantage(**({"rewards": torch.zeros(2, 3)} | arguments))

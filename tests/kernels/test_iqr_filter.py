@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mgrpo_kernels import iqr_filter
+from mgrpo_kernels.testing import assert_mutants_rejected, on_argument
+
+
+def slow_filter(values: Tensor, used: list[bool], k: float, two_sided: bool) -> tuple[list[bool], Tensor, Tensor]:
+    """One scope, entry by entry, with torch.quantile."""
+    taken = values[torch.tensor(used)]
+    if len(taken) == 0:
+        return [False] * len(used), values.new_tensor(torch.nan), values.new_tensor(torch.nan)
+    q1, q3 = torch.quantile(taken, 0.25), torch.quantile(taken, 0.75)
+    iqr = q3 - q1
+    kept = []
+    for value, use in zip(values, used, strict=True):
+        outside = value < q1 - k * iqr or (two_sided and value > q3 + k * iqr)
+        kept.append(use and not (outside and len(taken) >= 4 and iqr >= 1e-6))
+    return kept, q1, q3
+
+
+def assert_equals_slow(op, entropy: Tensor, used: Tensor, k: float, two_sided: bool, poison: float = torch.nan) -> None:
+    poisoned = entropy.masked_fill(~used, poison)
+    out = op(poisoned, k=k, scope="batch", keep=used, two_sided=two_sided)
+    kept, q1, q3 = slow_filter(entropy.flatten(), used.flatten().tolist(), k, two_sided)
+    assert out.keep.flatten().tolist() == kept
+    assert torch.equal(torch.stack([out.q1, out.q3]).nan_to_num(-9), torch.stack([q1, q3]).nan_to_num(-9))
+    out = op(poisoned, k=k, scope="prompt", keep=used, two_sided=two_sided)
+    for row, (values, use) in enumerate(zip(entropy, used, strict=True)):
+        kept, q1, q3 = slow_filter(values, use.tolist(), k, two_sided)
+        assert out.keep[row].tolist() == kept
+        assert torch.equal(torch.stack([out.q1[row], out.q3[row]]).nan_to_num(-9), torch.stack([q1, q3]).nan_to_num(-9))
+
+
+def check(op) -> None:
+    generator = torch.Generator().manual_seed(2)
+    entropy = torch.randn(10, 12, generator=generator).exp()
+    used = torch.rand(10, 12, generator=generator) > 0.25
+    for two_sided in (False, True):
+        assert_equals_slow(op, entropy, used, 0.4, two_sided, poison=50.0)
+
+
+def test_matches_a_loop_and_rejects_every_mutant():
+    extra = {
+        "wider_fence": on_argument(("k",), lambda k: k * 1.3),
+        "one_sided": on_argument(("two_sided",), lambda _: False),
+    }
+    assert_mutants_rejected(iqr_filter, check, extra=extra, without=("wrong_temperature",))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_property_against_torch_quantile(data):
+    size = data.draw(st.integers(1, 9))
+    prompts = data.draw(st.integers(1, 3))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    number = st.one_of(st.integers(0, 3).map(float), st.floats(0, 4, width=32))
+    rows = st.lists(st.lists(number, min_size=size, max_size=size), min_size=prompts, max_size=prompts)
+    flags = st.lists(st.lists(st.booleans(), min_size=size, max_size=size), min_size=prompts, max_size=prompts)
+    entropy, used = torch.tensor(data.draw(rows), dtype=dtype), torch.tensor(data.draw(flags))
+    assert_equals_slow(
+        iqr_filter, entropy, used, data.draw(st.sampled_from([0.0, 0.75, 1.5])), data.draw(st.booleans())
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 100, 511, 4096])
+def test_quartiles_are_bit_equal_to_torch_quantile(count):
+    entropy = torch.rand(1, count, generator=torch.Generator().manual_seed(count)) * 7
+    out = iqr_filter(entropy)
+    assert torch.equal(torch.stack([out.q1, out.q3]), torch.quantile(entropy, torch.tensor([0.25, 0.75])))
+
+
+def test_the_fence_is_strict_and_needs_a_spread_and_four_entries():
+    on_fence = torch.tensor([[0.0, 4.0, 4.0, 8.0, 8.0]])  # q1 = 4, q3 = 8: the fence at k = 1 is 0
+    assert iqr_filter(on_fence, k=1.0).keep.all()
+    assert iqr_filter(on_fence, k=0.99).keep.tolist() == [[False, True, True, True, True]]
+    assert iqr_filter(torch.tensor([[0.0, 5.0, 5.0, 5.0, 5.0]])).keep.all()
+    three = torch.tensor([[0.0, 9.0, 9.5]])
+    assert iqr_filter(three, k=0.0).keep.all()
+    assert not iqr_filter(torch.tensor([[0.0, 9.0, 9.5, 9.7]]), k=0.0).keep.all()
+
+
+def test_entries_left_out_stay_out_and_an_empty_batch_is_empty():
+    used = torch.tensor([[True, False, True]])
+    out = iqr_filter(torch.tensor([[1.0, torch.nan, 2.0]]), keep=used)
+    assert torch.equal(out.keep, used)
+    empty = iqr_filter(torch.zeros(0, 3))
+    assert empty.keep.shape == (0, 3) and empty.q1.isnan()
+    assert iqr_filter(torch.zeros(0, 3), scope="prompt").q3.shape == (0,)
+
+
+def test_compiles_whole():
+    entropy = torch.rand(3, 8)
+    compiled = torch.compile(iqr_filter, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(tuple(compiled(entropy)), tuple(iqr_filter(entropy)))
+
+
+H = torch.rand(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (r"entropy must be of shape \[B, G\]", {"entropy": H[0]}),
+        ("entropy must be .* G >= 1", {"entropy": H[:, :0]}),
+        ("entropy must be of dtype float32 or float64", {"entropy": H.bfloat16()}),
+        ("entropy must be finite, got nan", {"entropy": H.masked_fill(H == H[0, 0], torch.nan)}),
+        ("entropy must be finite, got inf", {"entropy": H + torch.inf, "keep": torch.ones(2, 3).bool()}),
+        ("keep must be of dtype bool", {"keep": H}),
+        ("k must be a finite number", {"k": -0.5}),
+        ("scope must be one of", {"scope": "group"}),
+        ("backend must be one of", {"backend": "none"}),
+    ],
+)
+def test_wrong_arguments_are_refused(message, arguments):
+    with pytest.raises(ValueError, match=f"^iqr_filter: {message}"):
+        iqr_filter(**({"entropy": H} | arguments))

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mgrpo_kernels import TokenLogprob, token_logprob
+from mgrpo_kernels.testing import (
+    assert_gradient_within_budget,
+    assert_mutants_rejected,
+    assert_within_budget,
+    peaked_logits,
+    poison_masked,
+)
+from mgrpo_kernels.token_logprob import reference
+
+ROWS, VOCABULARY = 9, 131
+NAMES = ("logprob", "entropy", "lse", "self_certainty")
+
+
+def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = peaked_logits(ROWS, VOCABULARY, dtype=dtype)
+    targets = logits.argmax(1)
+    targets[::2] = torch.arange(0, VOCABULARY, 29)[: len(targets[::2])]
+    targets[-1] = VOCABULARY - 1
+    mask = torch.tensor([True, True, False, True, True, True, False, True, True])
+    return poison_masked(logits, mask), targets, mask, torch.linspace(0.5, 1.7, ROWS)
+
+
+def independent(
+    logits: Tensor, targets: Tensor, mask: Tensor, temperature: float | Tensor, softcap: float | None = None
+) -> TokenLogprob:
+    """The definitions, by log_softmax and plain autograd, in the dtype of the logits."""
+    scale = temperature.to(logits.dtype)[:, None] if isinstance(temperature, Tensor) else temperature
+    z = torch.where(mask[:, None], logits, 0)
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / scale
+    logp = z.log_softmax(1)
+    outputs = (
+        logp.gather(1, targets[:, None]).squeeze(1),
+        -(logp.exp() * logp).sum(1),
+        z.logsumexp(1),
+        z.logsumexp(1) - z.mean(1),
+    )
+    return TokenLogprob(*(torch.where(mask, output, 0) for output in outputs))
+
+
+def with_gradient(op, logits: Tensor, upstream: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    leaf = logits.clone().requires_grad_()
+    outputs = op(leaf)
+    total = sum((output * weight.to(output.dtype)).sum() for output, weight in zip(outputs, upstream, strict=True))
+    if not total.requires_grad:
+        return list(outputs), torch.zeros_like(leaf)
+    total.backward()
+    return [output.detach() for output in outputs], leaf.grad
+
+
+def check(op, *, dtype: torch.dtype = torch.float32, softcap: float | None = None) -> None:
+    logits, targets, mask, temperature = make_inputs(dtype)
+    upstream = [torch.randn(ROWS, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+    def run(leaf: Tensor):
+        return op(leaf, targets, temperature=temperature, mask=mask, softcap=softcap, self_certainty=True)
+
+    outputs, gradient = with_gradient(run, logits, upstream)
+    expected, baseline = (
+        with_gradient(
+            lambda leaf, to=to: independent(leaf.to(to), targets, mask, temperature, softcap), logits.double(), upstream
+        )
+        for to in (torch.float64, torch.float32)
+    )
+    for name, actual, oracle, rounded in zip(NAMES, outputs, expected[0], baseline[0], strict=True):
+        assert actual.dtype == torch.float32
+        assert_within_budget(actual, oracle, rounded, reduction_length=VOCABULARY, what=name)
+    assert gradient.dtype == dtype
+    assert torch.equal(gradient[~mask], torch.zeros_like(gradient[~mask]))
+    assert_gradient_within_budget(gradient, expected[1], baseline[1].to(dtype), targets, reduction_length=VOCABULARY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_outputs_and_gradient_match_fp64(dtype, softcap):
+    check(token_logprob, dtype=dtype, softcap=softcap)
+
+
+def test_every_mutant_is_rejected():
+    def without_last_columns(op):
+        def mutated(logits, *args, **kwargs):
+            keep = torch.arange(logits.shape[1]) < logits.shape[1] - 3
+            return op(logits.masked_fill(~keep, -torch.inf), *args, **kwargs)
+
+        return mutated
+
+    assert_mutants_rejected(token_logprob, check, extra={"last_columns_skipped": without_last_columns})
+
+
+def test_blocks_of_rows_agree_with_one_block(monkeypatch):
+    logits, targets, mask, _ = make_inputs()
+    whole = token_logprob(logits, targets, mask=mask)
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 2 * VOCABULARY)
+    blocks = token_logprob(logits, targets, mask=mask)
+    for one, other in zip(whole[:3], blocks[:3], strict=True):
+        assert torch.equal(one, other)
+    check(token_logprob)
+
+
+def test_gradcheck_of_all_outputs():
+    logits = peaked_logits(4, 6, dtype=torch.float64, boosted=1).mul_(0.4)
+    logits[0, 2] = -torch.inf
+    targets = torch.tensor([0, 5, -100, 3])
+    temperature = torch.tensor([0.7, 1.0, 1.3, 2.0], dtype=torch.float64)
+
+    def run(leaf: Tensor, softcap: float | None) -> tuple[Tensor, ...]:
+        full = torch.cat([leaf[:, :2], torch.where(torch.isinf(logits[:, 2:]), logits[:, 2:], leaf[:, 2:])], 1)
+        return tuple(token_logprob(full, targets, temperature=temperature, softcap=softcap, self_certainty=True))
+
+    leaf = logits.nan_to_num(neginf=0.0).requires_grad_()
+    for softcap in (None, 3.0):
+        assert torch.autograd.gradcheck(lambda x, cap=softcap: run(x, cap), leaf)
+
+
+def test_minus_infinite_logits():
+    logits = torch.tensor([[1.0, -torch.inf, 3.0], [0.5, -torch.inf, -torch.inf]], requires_grad=True)
+    out = token_logprob(logits, torch.tensor([2, 1]), self_certainty=True)
+    finite = torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(out.logprob[0], finite.log_softmax(0)[1])
+    assert out.logprob[1] == -torch.inf
+    torch.testing.assert_close(
+        out.entropy, torch.stack([torch.distributions.Categorical(logits=finite).entropy(), torch.tensor(0.0)])
+    )
+    torch.testing.assert_close(out.self_certainty[0], finite.logsumexp(0) - 2.0)
+    (out.logprob.nan_to_num(neginf=0.0) + 3 * out.entropy + 2 * out.self_certainty).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert torch.equal(logits.grad[:, 1], torch.zeros(2))
+    only = logits.detach().requires_grad_()
+    token_logprob(only, torch.tensor([2, 1])).logprob[1].backward()
+    assert torch.equal(only.grad, torch.zeros_like(only))
+
+
+def test_target_whose_probability_underflows_keeps_its_gradient():
+    logits = torch.tensor([[0.0, -500.0]], requires_grad=True)
+    token_logprob(logits, torch.tensor([1])).logprob.backward()
+    assert torch.equal(logits.grad, torch.tensor([[-1.0, 1.0]]))
+
+
+def test_entropy_does_not_cancel_for_large_logits():
+    logits = peaked_logits(4, 64) + 3000.0
+    exact = torch.distributions.Categorical(logits=logits.double()).entropy()
+    torch.testing.assert_close(
+        token_logprob(logits, torch.zeros(4, dtype=torch.int64)).entropy.double(), exact, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_bf16_logits_are_not_rounded_by_the_temperature():
+    logits = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.bfloat16)
+    out = token_logprob(logits, torch.tensor([0]), temperature=1.1)
+    torch.testing.assert_close(out.logprob, (logits.float() / 1.1).log_softmax(1)[:, 0], rtol=1e-6, atol=1e-6)
+
+
+def test_inplace_backward_writes_over_the_logits_and_bumps_their_version():
+    logits, targets, mask, temperature = make_inputs()
+    plain, inplace = (logits.clone().requires_grad_() for _ in range(2))
+    token_logprob(plain, targets, temperature=temperature, mask=mask).entropy.sum().backward()
+    version = inplace._version
+    out = token_logprob(inplace, targets, temperature=temperature, mask=mask, inplace_backward=True)
+    out.entropy.sum().backward(retain_graph=True)
+    assert torch.equal(inplace.detach(), plain.grad)
+    assert torch.equal(inplace.grad, plain.grad)
+    assert inplace._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.entropy.sum().backward()
+
+
+def test_strided_rows_no_rows_and_one_row():
+    storage = peaked_logits(4, 20)
+    targets = torch.tensor([0, 1, 2, 3])
+    strided = token_logprob(storage[:, :13], targets)
+    assert torch.equal(strided.logprob, token_logprob(storage[:, :13].clone(), targets).logprob)
+    one = token_logprob(storage[3:, :13], targets[3:])
+    assert torch.equal(one.entropy, strided.entropy[3:])
+    empty = torch.zeros(0, 7, requires_grad=True)
+    out = token_logprob(empty, torch.zeros(0, dtype=torch.int64))
+    out.logprob.sum().backward()
+    assert out.lse.shape == (0,) and empty.grad.shape == (0, 7)
+    assert token_logprob(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64)).entropy.tolist() == [0.0, 0.0]
+
+
+def test_ignored_targets_equal_a_mask():
+    logits, targets, mask, _ = make_inputs()
+    by_mask = token_logprob(logits, targets, mask=mask)
+    by_target = token_logprob(logits, targets.masked_fill(~mask, -100))
+    for one, other in zip(by_mask[:3], by_target[:3], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_compiles_whole():
+    logits, targets, mask, temperature = make_inputs()
+
+    def run(leaf: Tensor) -> tuple[Tensor, ...]:
+        return token_logprob(leaf, targets, temperature=temperature, mask=mask)[:3]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    upstream = [torch.randn(ROWS) for _ in range(3)]
+    eager, traced = (with_gradient(op, logits, upstream) for op in (run, compiled))
+    for one, other in zip([*eager[0], eager[1]], [*traced[0], traced[1]], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+LOGITS, TARGETS = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (r"logits must be a tensor \[T, V\], got list", {"logits": [1.0]}),
+        (r"logits must be of shape \[T, V\]", {"logits": torch.zeros(3)}),
+        (r"logits must be of dtype", {"logits": torch.zeros(3, 5, dtype=torch.int64)}),
+        (r"V >= 1", {"logits": torch.zeros(3, 0)}),
+        (r"unit stride along V", {"logits": torch.zeros(5, 3).T}),
+        (r"overlapping rows", {"logits": torch.zeros(1, 5).expand(3, 5), "inplace_backward": True}),
+        (r"targets must be of shape \[T\] = \[3\]", {"targets": TARGETS[:2]}),
+        (r"targets must be of dtype int64", {"targets": TARGETS.int()}),
+        (r"targets must be in \[0, 5\) or -100, got 5", {"targets": torch.tensor([0, 5, 0])}),
+        (r"targets must be in \[0, 5\) or -100, got -1", {"targets": torch.tensor([0, -1, 0])}),
+        (r"targets must be on cpu", {"targets": TARGETS.to("meta")}),
+        (r"mask must be of dtype bool", {"mask": TARGETS}),
+        (r"softcap must be a finite number in \(0", {"softcap": 0.0}),
+        (r"temperature must be a finite number in \(0", {"temperature": 0.0}),
+        (r"temperature must be a finite number", {"temperature": float("nan")}),
+        (r"temperature must be of shape \[T\]", {"temperature": torch.tensor(1.0)}),
+        (r"temperature must be finite and > 0, got nan", {"temperature": torch.tensor([1.0, torch.nan, 1.0])}),
+        (r"temperature must be finite and > 0, got -1", {"temperature": torch.tensor([1.0, 1.0, -1.0])}),
+        (r"backend must be one of \['auto', 'reference'\], got 'fast'", {"backend": "fast"}),
+    ],
+)
+def test_wrong_arguments_are_refused(message, arguments):
+    with pytest.raises(ValueError, match=f"^token_logprob: .*{message}"):
+        token_logprob(**({"logits": LOGITS, "targets": TARGETS} | arguments))
+
+
+def test_out_of_range_rows_are_nan_where_values_are_not_read():
+    options = {"mask": None, "softcap": None, "self_certainty": False, "inplace_backward": False}
+    out = reference.token_logprob(LOGITS, torch.tensor([0, 5, 0]), temperature=torch.tensor([1.0, 1.0, 0.0]), **options)
+    assert out.logprob.isnan().tolist() == [False, True, True]

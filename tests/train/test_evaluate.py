@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mgrpo.answers import AnswerChecker, make_extractor
+from mgrpo.config import ModelConfig
+from mgrpo.data import Dataset, Prompt
+from mgrpo.evaluate import evaluate, main, summarize, to_dict
+from mgrpo.policy import load_model
+from mgrpo.records import InputError
+from mgrpo.rollout.engine import Rollouts, Sampling
+from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.tasks.arithmetic import make_model, make_problems, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=12, seed=5)
+EXTRACT = make_extractor(r"regex:#(\d\d)")
+
+
+class ScriptedEngine:
+    """Answers prompt b with scripted texts; greedy decoding has its own."""
+
+    def __init__(self, sampled: list[list[str]], greedy: list[str]):
+        self.sampled, self.greedy, self.calls = sampled, greedy, []
+
+    def generate(self, prompts, n, sampling, *, source, version):
+        self.calls.append((list(prompts), n, sampling, source, version))
+        texts = [[text] for text in self.greedy] if sampling.temperature == 0 else self.sampled
+        rows = [[*TOKENIZER.encode(text), TOKENIZER.eos_token_id] for group in texts for text in group[:n]]
+        lengths = torch.tensor([len(row) for row in rows])
+        width = int(lengths.max())
+        return Rollouts(
+            tokens=torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+            lengths=lengths,
+            logprobs=torch.zeros(len(rows), width),
+            truncated=lengths > 6,
+            num_per_prompt=n,
+            source=source,
+            version=version,
+        )
+
+
+def make_data(answers: list[str | None]) -> Dataset:
+    prompts = tuple(Prompt(ids=(2, 3 + i), text="", answer=answer, index=i) for i, answer in enumerate(answers))
+    return Dataset(prompts=prompts, num_overlong=0, fingerprint="")
+
+
+def run_scripted(sampled, greedy_texts, answers, **options):
+    engine = ScriptedEngine(sampled, greedy_texts)
+    result = evaluate(
+        engine,
+        SimpleNamespace(tokenizer=TOKENIZER),
+        make_data(answers),
+        EXTRACT,
+        AnswerChecker(mode="exact"),
+        SAMPLING,
+        **{"samples": len(sampled[0]), "source": "momentum", "version": 7} | options,
+    )
+    return result, engine
+
+
+def summarize_counts(right: list[list[int]], majority: list[int]):
+    correct = torch.tensor(right, dtype=torch.bool)
+    nothing = torch.zeros_like(correct)
+    return summarize(correct, torch.tensor(majority).bool(), unparseable=nothing, truncated=nothing, lengths=correct)
+
+
+def test_summary_equals_numbers_worked_out_by_hand():
+    result = summarize_counts([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], [1, 0, 1])
+    assert (result.num_prompts, result.samples, result.greedy, result.greedy_se) == (3, 4, None, None)
+    assert result.avg_at_k == pytest.approx(0.5)
+    assert result.avg_at_k_se == pytest.approx(0.5 / math.sqrt(3))  # std of 0.5, 0, 1
+    assert result.maj_at_k == pytest.approx(2 / 3)
+    assert result.maj_at_k_se == pytest.approx(1 / 3)  # sqrt((2/9 * 3/2) / 3)
+    assert result.pass_at_k == pytest.approx(2 / 3)
+    assert result.pass_at_k_se == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8])
+def test_pass_at_j_equals_the_share_over_all_subsets(k):
+    generator = torch.Generator().manual_seed(k)
+    right = (torch.rand(6, k, generator=generator) < 0.35).int().tolist()
+    result = summarize_counts(right, [0] * 6)
+    assert list(result.pass_at) == [j for j in (1, 2, 4, 8) if j <= k]
+    for j, share in result.pass_at.items():
+        subsets = [any(subset) for row in right for subset in itertools.combinations(row, j)]
+        assert share == pytest.approx(sum(subsets) / len(subsets))
+    assert result.pass_at[1] == pytest.approx(result.avg_at_k)
+
+
+def test_one_prompt_has_no_standard_error():
+    result = summarize_counts([[1, 0]], [1])
+    assert math.isnan(result.avg_at_k_se)
+    assert to_dict(result)["avg_at_k_se"] is None
+    json.dumps(to_dict(result), allow_nan=False)
+
+
+def test_evaluate_grades_samples_majority_and_greedy():
+    sampled = [["#10", "#10", "#20", "9"], ["#33", "#44", "#44", "#33"], ["1", "2", "3", "+123456"]]
+    result, engine = run_scripted(sampled, ["#10", "#44", "#99"], answers=["10", "44", "99"])
+    assert result.greedy == pytest.approx(1.0)
+    assert result.avg_at_k == pytest.approx((2 + 2 + 0) / 12)
+    assert result.maj_at_k == pytest.approx(1 / 3)  # the tie of 33 and 44 goes to 33, the earlier
+    assert result.pass_at_k == pytest.approx(2 / 3)
+    assert result.unparseable_share == pytest.approx(5 / 12)
+    assert result.truncated_share == pytest.approx(1 / 12)
+    lengths = [len(text) + 1 for group in sampled for text in group]
+    assert result.mean_length == pytest.approx(sum(lengths) / 12)
+    greedy_sampling = Sampling(temperature=0.0, max_new_tokens=12, seed=5)
+    ids = [(2, 3), (2, 4), (2, 5)]
+    assert engine.calls == [(ids, 4, SAMPLING, "momentum", 7), (ids, 1, greedy_sampling, "momentum", 7)]
+
+
+def test_equivalent_answers_vote_together():
+    extract = make_extractor(r"regex:#(.+)")
+    engine = ScriptedEngine([["#8", "#5", "#05", "#8", "#0005"]], [])
+    result = evaluate(
+        engine,
+        SimpleNamespace(tokenizer=TOKENIZER),
+        make_data(["5"]),
+        extract,
+        AnswerChecker(mode="exact"),
+        SAMPLING,
+        samples=5,
+        source="policy",
+        version=0,
+        greedy=False,
+    )
+    assert (result.maj_at_k, result.avg_at_k) == (1.0, pytest.approx(0.6))
+
+
+def test_responses_without_answer_do_not_vote():
+    result, _ = run_scripted([["9", "8", "7", "#10"]], ["9"], ["10"])
+    assert (result.maj_at_k, result.greedy) == (1.0, 0.0)
+
+
+def test_greedy_is_left_out_on_request():
+    result, engine = run_scripted([["#10"]], ["#10"], ["10"], greedy=False)
+    assert result.greedy is None
+    assert len(engine.calls) == 1
+
+
+def test_prompts_without_answer_and_no_samples_are_refused():
+    with pytest.raises(InputError, match=r"got 2 of 3 without, the first at index 1\. Add answers"):
+        run_scripted([["#10"]] * 3, ["#10"] * 3, ["10", None, None])
+    with pytest.raises(InputError, match="samples must be at least 1, got 0"):
+        run_scripted([["#10"]], ["#10"], ["10"], samples=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def flags(folder, *more: str) -> list[str]:
+    model = ["--model.path", str(folder), "--model.device", "cpu"]
+    rest = ["--data", "arithmetic:6:2-3:0", "--extract", r"regex:(\d)", "--equivalence", "exact"]
+    return [*model, *rest, "--samples", "3", "--max-new-tokens", "8", *more]
+
+
+def test_command_line_writes_what_the_engine_gives(folder, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    assert main(flags(folder, "--out", str(out), "--limit", "4", "--seed", "3")) == 0
+    written = json.loads(out.read_text())
+    assert written["settings"]["samples"] == 3 and written["settings"]["seed"] == 3
+    loaded = load_model(ModelConfig(path=str(folder), device="cpu"))
+    engine = TransformersEngine(
+        loaded.model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, dtype=torch.float32, batch_size=256
+    )
+    engine.load(loaded.model.state_dict(), source="policy", version=0)
+    problems = make_problems(6, operands=(2, 3), seed=0)[:4]
+    prompts = [TOKENIZER.encode(problem.prompt) for problem in problems]
+    sampling = Sampling(temperature=0.8, max_new_tokens=8, seed=3)
+    rollouts = engine.generate(prompts, 3, sampling, source="policy", version=0)
+    texts = TOKENIZER.batch_decode([rollouts.response(i) for i in range(12)], skip_special_tokens=True)
+    digits = [next((c for c in reversed(text) if c.isdigit()), None) for text in texts]
+    right = [d is not None and int(d) == int(problems[i // 3].answer) for i, d in enumerate(digits)]
+    found = written["evaluation"]
+    assert found["num_prompts"] == 4
+    assert found["avg_at_k"] == pytest.approx(sum(right) / 12)
+    assert found["unparseable_share"] == pytest.approx(sum(d is None for d in digits) / 12)
+    assert found["mean_length"] == pytest.approx(rollouts.lengths.double().mean().item())
+    printed = capsys.readouterr().out
+    assert f"{found['mean_length']:.1f}" in printed and "maj@3" in printed
+
+
+def test_command_line_warns_where_nothing_is_read(folder, capsys):
+    assert main(flags(folder, "--extract", "hash")) == 0
+    assert "Most responses hold no answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--samples", "0", "--top-p", "0"], "--samples must be at least 1, got 0"),
+        (["--samples", "0", "--top-p", "0"], r"--top-p must be in (0, 1], got 0.0"),
+        (["--temperature", "0"], "--temperature must be above 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--seed", "-1"], "--seed must be in"),
+        (["--out", "/nowhere/x.json"], "--out must be a file in an existing folder"),
+        (["--extract", "bracket"], "spec must be boxed, hash, last-number or regex:PATTERN"),
+        (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--model.path", "./no-such-folder"], "model: ./no-such-folder"),
+        (["--max-new-tokens", "255"], "prompts must have at most 1 tokens"),
+    ],
+)
+def test_bad_input_exits_with_2(folder, capsys, more, message):
+    assert main(flags(folder, *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_overlong_prompts_are_dropped_aloud(folder, capsys):
+    assert main(flags(folder, "--max-new-tokens", "250", "--overlong", "drop")) == 0
+    assert "3 overlong prompts were left out" in capsys.readouterr().err
+
+
+def test_an_unwritable_result_exits_with_6(folder, tmp_path, capsys, monkeypatch):
+    def fail(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", fail)
+    assert main(flags(folder, "--out", str(tmp_path / "x.json"))) == 6
+    captured = capsys.readouterr()
+    assert "No space left" in captured.err and "avg@3" in captured.out
