@@ -398,7 +398,7 @@ def _range_problems(config: Config) -> list[str]:
     """Lists the numbers outside their ranges."""
     problems = []
     for name, (low, high, low_included, high_included) in _RANGES.items():
-        value = config
+        value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
         if value is None:

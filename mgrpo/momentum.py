@@ -63,11 +63,9 @@ class Momentum:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A full state dict: averaged weights under every name they are tied to, and the policy's buffers."""
-        by_storage = {id(p): self.weights[name] for name, p in self.policy.named_parameters()}
-        return {
-            name: by_storage.get(id(tensor), tensor.detach())
-            for name, tensor in self.policy.state_dict(keep_vars=True).items()
-        }
+        averaged = {id(parameter): self.weights[name] for name, parameter in self.policy.named_parameters()}
+        full: dict[str, torch.Tensor] = self.policy.state_dict(keep_vars=True)
+        return {name: averaged.get(id(tensor), tensor.detach()) for name, tensor in full.items()}
 
     def load(self, weights: Mapping[str, torch.Tensor], compensation: Mapping[str, torch.Tensor] | None = None) -> None:
         """Restores saved weights and Kahan terms, bit for bit."""

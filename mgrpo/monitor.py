@@ -15,25 +15,25 @@ class Monitor:
         self.config = config
         self.recent: list[Metrics] = []
         self.start: Metrics | None = None
+        self.probe: float | None = None  # newest accuracy on the probe
         self.best_probe: float | None = None
         self.first_alarm: int | None = None
 
     def observe(self, row: Metrics) -> list[str]:
         """Takes the metrics of one step; returns the reasons for alarm, none while the first window fills."""
-        probe = row.get("probe_accuracy_policy")
-        if probe is not None:
-            self.best_probe = max(probe, self.best_probe if self.best_probe is not None else probe)
+        if (probe := row.get("probe_accuracy_policy")) is not None:
+            self.probe, self.best_probe = probe, max(probe, self.best_probe or 0.0)
         self.recent = [*self.recent, row][-self.config.window :]
         if len(self.recent) < self.config.window:
             return []
         if self.start is None:
             self.start = _means(self.recent)
-        reasons = self._reasons(_means(self.recent), self.start, row, probe)
+        reasons = self._reasons(_means(self.recent), self.start, row)
         if reasons and self.first_alarm is None:
             self.first_alarm = row["step"]
         return reasons
 
-    def _reasons(self, now: Metrics, start: Metrics, row: Metrics, probe: float | None) -> list[str]:
+    def _reasons(self, now: Metrics, start: Metrics, row: Metrics) -> list[str]:
         """Judges the current window against the first one."""
         c, reasons = self.config, []
         if now["top_answer_share"] > max(c.top_answer_share, 2 * start["top_answer_share"]):
@@ -51,8 +51,8 @@ class Monitor:
                 f"policy and momentum elect the same answer for {agreement:.0%} of the prompts, {agreement_before:.0%} "
                 "at the start"
             )
-        if probe is not None and self.best_probe is not None and probe < self.best_probe - c.probe_drop:
-            reasons.append(f"probe accuracy fell to {probe:.2f} from {self.best_probe:.2f}")
+        if self.probe is not None and self.best_probe is not None and self.probe < self.best_probe - c.probe_drop:
+            reasons.append(f"probe accuracy fell to {self.probe:.2f} from {self.best_probe:.2f}")
         return reasons
 
     def good_before(self) -> int | None:

@@ -123,8 +123,9 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train(config.gradient_checkpointing)
+    torch.nn.Module.to(model, pick_device(config.device))
     return LoadedModel(
-        model=model.to(pick_device(config.device)),
+        model=model,
         tokenizer=tokenizer.tokenizer,
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
@@ -165,7 +166,7 @@ def _disable_dropout(model: PreTrainedModel) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010, a plain attribute for the type checker
 
 
 def save_model(folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -137,6 +138,7 @@ class Interrupt:
 @contextmanager
 def locked(run_dir: Path, config: Config) -> Iterator[None]:
     """Makes the run directory and holds it; refuses one in use, and one with content unless the run is resumed."""
+    is_new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
     content = [path.name for path in run_dir.iterdir() if path.name != ".lock"]
     if content and not config.resume:
@@ -146,7 +148,12 @@ def locked(run_dir: Path, config: Config) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError([f"run: --run-dir must be free, another process trains in {run_dir}."]) from error
-        yield
+        try:
+            yield
+        finally:
+            # A run that failed before it wrote anything leaves no directory behind.
+            if is_new and [path.name for path in run_dir.iterdir()] == [".lock"]:
+                shutil.rmtree(run_dir)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Scorer:
         self.pad_id, self.dtype = loaded.pad_id, loaded.dtype
         self.temperature, self.backend = temperature, kernels.backend
         self.micro_batch_tokens = micro_batch_tokens
-        self.plain_head = has_plain_head(loaded.model)
+        self.head = plain_head(loaded.model)
 
     def micro_batches(self, trajectories: Trajectories, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Splits trajectories [r] into groups of similar length whose padded tokens stay within the budget."""
@@ -63,13 +63,13 @@ class Scorer:
         """Scores trajectories `rows` [r], all by default, without gradient; [R, L] with zeros elsewhere."""
         mask = trajectories.mask
         chosen = torch.arange(len(mask)) if rows is None else rows
-        padded = TokenScores(*(torch.zeros(mask.shape) for _ in TokenScores._fields))
+        padded = [torch.zeros(mask.shape) for _ in range(3 if self_certainty else 2)]
         for group in self.micro_batches(trajectories, chosen):
             packed = self(model, trajectories, group, self_certainty=self_certainty)
-            for target, values in zip(padded, packed, strict=True):
-                if values is not None:
-                    target[group] = torch.zeros(mask[group].shape).masked_scatter_(mask[group], values.cpu())
-        return padded if self_certainty else padded._replace(self_certainty=None)
+            for target, values in zip(padded, packed, strict=False):
+                assert values is not None
+                target[group] = torch.zeros(mask[group].shape).masked_scatter_(mask[group], values.cpu())
+        return TokenScores(padded[0], padded[1], padded[2] if self_certainty else None)
 
     def __call__(
         self, model: PreTrainedModel, trajectories: Trajectories, rows: torch.Tensor, *, self_certainty: bool = False
@@ -89,24 +89,23 @@ class Scorer:
         # Right padding comes after every real token, so causal attention alone keeps it out.
         autocast = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
         with autocast:
-            if not self.plain_head:
+            if self.head is None:
                 logits = model(input_ids=ids, use_cache=False).logits[line, column]
                 scores = self._from_logits(logits, targets, self_certainty)
             else:
                 hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[line, column]
-                head = model.get_output_embeddings()
-                if 4 * len(line) * head.weight.shape[0] > MAX_LOGITS_BYTES:
+                if 4 * len(line) * self.head.out_features > MAX_LOGITS_BYTES:
                     scores = K.linear_token_logprob(
                         hidden,
-                        head.weight.to(hidden.dtype),
+                        self.head.weight.to(hidden.dtype),
                         targets,
-                        bias=head.bias,
+                        bias=self.head.bias,
                         temperature=self.temperature,
                         self_certainty=self_certainty,
                         backend=self.backend,
                     )
                 else:
-                    scores = self._from_logits(head(hidden), targets, self_certainty)
+                    scores = self._from_logits(self.head(hidden), targets, self_certainty)
         return TokenScores(scores.logprob, scores.entropy, scores.self_certainty)
 
     def _from_logits(self, logits: torch.Tensor, targets: torch.Tensor, self_certainty: bool) -> K.TokenLogprob:
@@ -117,11 +116,13 @@ class Scorer:
 
 
 @torch.no_grad()
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are the output embedding of the last hidden state and nothing else (no scale, no softcap)."""
+def plain_head(model: PreTrainedModel) -> torch.nn.Linear | None:
+    """The output embedding, if logits are it applied to the last hidden state and nothing else (no scale, no cap)."""
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     if not isinstance(head, torch.nn.Linear) or decoder is None or decoder is model:
-        return False
-    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+        return None
+    ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
     hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    return hidden is not None and torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)
+    if hidden is None or not torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits):
+        return None
+    return head

@@ -24,7 +24,7 @@ from mgrpo.config import Config
 from mgrpo.data import Prompt, Sampler
 from mgrpo.evaluate import Evaluation, evaluate
 from mgrpo.learner import Learner
-from mgrpo.metrics import Metrics, Outcome, Timer, mean, outcome_metrics
+from mgrpo.metrics import KEYS, Metrics, Outcome, Timer, mean, outcome_metrics
 from mgrpo.momentum import Momentum
 from mgrpo.objective import Batch, group_advantage
 from mgrpo.policy import LoadedModel, borrowed_weights, load_model, load_weights, save_model
@@ -103,7 +103,7 @@ class Trainer:
                 ref_logprob=scores.ref_logprob,
             )
             update_metrics = self.learner.update(trajectories, batch, outcome.trains, timer)
-        metrics = {"step": self.step, **outcome_metrics(outcome), **update_metrics}
+        metrics: Metrics = dict.fromkeys(KEYS) | {"step": self.step, **outcome_metrics(outcome), **update_metrics}
         metrics["kl"] = metrics["kl"] if scores.ref_logprob is not None else None
         metrics["kl_initial"] = scores.kl_initial
         metrics["logprob_gap"] = mean(

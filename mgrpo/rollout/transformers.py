@@ -25,7 +25,8 @@ class TransformersEngine:
     def __init__(
         self, model: PreTrainedModel, *, eos_ids: Sequence[int], pad_id: int, dtype: torch.dtype, batch_size: int
     ):
-        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        torch.nn.Module.to(self.model, dtype)
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), device=self.device)
         self.pad_id = pad_id

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from mgrpo.answers import AnswerChecker, make_extractor
 from mgrpo.config import ModelConfig
@@ -191,6 +192,39 @@ def test_command_line_writes_what_the_engine_gives(folder, tmp_path, capsys):
     assert found["mean_length"] == pytest.approx(rollouts.lengths.double().mean().item())
     printed = capsys.readouterr().out
     assert f"{found['mean_length']:.1f}" in printed and "maj@3" in printed
+
+
+@pytest.mark.parametrize(
+    ("extract", "accuracy"),
+    [("hash", 1.0), (r"regex:####(\d)", 0.5)],  # a pattern is for responses; the truth is then taken as it stands
+)
+def test_command_line_reads_true_answers_out_of_worked_solutions(folder, tmp_path, monkeypatch, extract, accuracy):
+    class Engine(ScriptedEngine):
+        def __init__(self, *_args, **_options):
+            super().__init__([["####3"], ["####5"]], ["####3", "####5"])
+
+        def load(self, *_args, **_options):
+            pass
+
+    monkeypatch.setattr("mgrpo.evaluate.TransformersEngine", Engine)
+    data, out = tmp_path / "x.jsonl", tmp_path / "result.json"
+    rows = [{"prompt": "1+2=", "answer": "1+2 makes three.\n#### 3"}, {"prompt": "2+3=", "answer": "5"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--data", str(data), "--samples", "1", "--extract", extract, "--out", str(out)]
+    assert main(flags(folder, *more)) == 0
+    found = json.loads(out.read_text())["evaluation"]
+    assert found["greedy"] == found["avg_at_k"] == accuracy
+
+
+def test_command_line_shows_no_progress_bars(folder, capsys):
+    logging.enable_progress_bar()
+    try:
+        load_model(ModelConfig(path=str(folder), device="cpu"))
+        assert "Loading weights" in capsys.readouterr().err
+        assert main(flags(folder)) == 0
+        assert "Loading weights" not in capsys.readouterr().err
+    finally:
+        logging.disable_progress_bar()
 
 
 def test_command_line_warns_where_nothing_is_read(folder, capsys):

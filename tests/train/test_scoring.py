@@ -1,0 +1,196 @@
+"""Log-probs and entropies of responses against one forward pass a sequence."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, VOCABULARY, loaded, make_trajectories, random_trajectories, tiny_model
+
+from mgrpo import scoring
+from mgrpo.config import KernelsConfig
+from mgrpo.scoring import Scorer, has_plain_head
+from mgrpo_kernels.testing import assert_within_budget
+
+TEMPERATURE = 0.7
+LENGTHS = [3, 1, 7, 5, 2, 9]
+TRAJECTORIES = random_trajectories(LENGTHS, num_prompts=2, num_policy=2)
+# Longest sum behind a score: the hidden size of the tiny models, once a layer in attention and once in the MLP.
+REDUCTION = 16 * 4
+
+
+def scorer_of(model, *, micro_batch_tokens: int = 10**6, dtype: torch.dtype = torch.float32, pad_id: int = 0) -> Scorer:
+    return Scorer(
+        loaded(model, dtype=dtype, pad_id=pad_id),
+        temperature=TEMPERATURE,
+        kernels=KernelsConfig(),
+        micro_batch_tokens=micro_batch_tokens,
+    )
+
+
+def one_by_one(model, trajectories, rows=None):
+    """Log-prob, entropy and self-certainty [R, L] from a forward pass of each sequence alone."""
+    shape = trajectories.mask.shape
+    out = [torch.zeros(shape, dtype=model.dtype) for _ in range(3)]
+    for row in range(len(trajectories.mask)) if rows is None else rows:
+        prompt, response = list(trajectories.prompt(row)), trajectories.response(row)
+        if not response:
+            continue
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+        logp = torch.log_softmax(logits, -1)
+        values = (
+            logp.gather(1, torch.tensor(response)[:, None])[:, 0],
+            -(logp.exp() * logp).sum(-1),
+            torch.logsumexp(logits, -1) - logits.mean(-1),
+        )
+        for target, value in zip(out, values, strict=True):
+            target[row, : len(response)] = value
+    return out
+
+
+@torch.no_grad()
+def assert_scores(model, scores, trajectories, rows=None):
+    oracle = one_by_one(copy.deepcopy(model).double(), trajectories, rows)
+    reference = one_by_one(model, trajectories, rows)
+    for name, actual, *values in zip(("logprob", "entropy", "certainty"), scores, oracle, reference, strict=True):
+        if actual is not None:
+            assert_within_budget(actual, *values, reduction_length=REDUCTION, what=name)
+
+
+@pytest.fixture(params=["logits", "fused"])
+def head(request, monkeypatch):
+    """Both ways from hidden states to scores."""
+    if request.param == "fused":
+        monkeypatch.setattr(scoring, "MAX_LOGITS_BYTES", 0)
+    return request.param
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 24, 10**6])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_equal_one_forward_a_sequence(architecture, micro_batch_tokens, head):
+    model = tiny_model(architecture)
+    scores = scorer_of(model, micro_batch_tokens=micro_batch_tokens).score(model, TRAJECTORIES, self_certainty=True)
+    assert_scores(model, scores, TRAJECTORIES)
+
+
+def test_the_fused_head_is_really_taken(monkeypatch):
+    monkeypatch.setattr(scoring, "MAX_LOGITS_BYTES", 0)
+    calls = []
+    fused = scoring.K.linear_token_logprob
+    monkeypatch.setattr(scoring.K, "linear_token_logprob", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    for architecture in ARCHITECTURES:
+        model = tiny_model(architecture)
+        scorer_of(model).score(model, TRAJECTORIES)
+    assert len(calls) == len(ARCHITECTURES) - 1  # a softcap needs the model's own logits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_plain_heads_are_told_from_softcapped_ones(architecture):
+    assert has_plain_head(tiny_model(architecture)) is (architecture != "gemma2")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_pad_ids_reach_no_score(architecture):
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = 1e4  # a prompt or response never holds it here
+    tokens = TRAJECTORIES.tokens.masked_fill(TRAJECTORIES.tokens == 5, 6)
+    clean = replace(
+        TRAJECTORIES, tokens=tokens, prompts=[[6 if t == 5 else t for t in p] for p in TRAJECTORIES.prompts]
+    )
+    dirty = replace(clean, tokens=tokens.masked_fill(~TRAJECTORIES.mask, 5))
+    usual = scorer_of(model).score(model, clean)
+    poisoned = scorer_of(model, pad_id=5).score(model, dirty)
+    assert torch.equal(usual.logprob, poisoned.logprob)
+    assert torch.equal(usual.entropy, poisoned.entropy)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_empty_responses(architecture, head):
+    model = tiny_model(architecture)
+    trajectories = make_trajectories([[2, 3, 4], [5, 6]], [[], [7, 8], [9], []], num_policy=1)
+    for micro_batch_tokens in (1, 10**6):
+        scores = scorer_of(model, micro_batch_tokens=micro_batch_tokens).score(model, trajectories)
+        assert_scores(model, scores[:2] + (torch.zeros(4, 2),), trajectories) if False else None
+        oracle = one_by_one(copy.deepcopy(model).double(), trajectories)
+        reference = one_by_one(model, trajectories)
+        assert_within_budget(scores.logprob, oracle[0], reference[0], reduction_length=REDUCTION)
+        assert scores.logprob[[0, 3]].eq(0).all()
+        assert scores.entropy[[0, 3]].eq(0).all()
+
+
+def test_chosen_rows_alone_are_scored():
+    model = tiny_model("llama")
+    rows = torch.tensor([4, 1])
+    scores = scorer_of(model).score(model, TRAJECTORIES, rows=rows)
+    assert_scores(model, (scores.logprob, scores.entropy, None), TRAJECTORIES, rows.tolist())
+    assert scores.self_certainty is None
+
+
+def gradients(model):
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_equal_one_forward_a_sequence(architecture, head):
+    model = tiny_model(architecture)
+    weight = torch.randn(TRAJECTORIES.mask.shape, generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor([5, 0, 3])
+    packed = scorer_of(model)(model, TRAJECTORIES, rows)
+    coefficient = weight[rows][TRAJECTORIES.mask[rows]]
+    (coefficient * (packed.logprob + 0.3 * packed.entropy)).sum().backward()
+    actual = gradients(model)
+    double = copy.deepcopy(model).double()
+    expected = []
+    for one in (double, model):
+        logprob, entropy, _ = one_by_one(one, TRAJECTORIES, rows.tolist())
+        (weight.to(one.dtype) * (logprob + 0.3 * entropy)).sum().backward()
+        expected.append(gradients(one))
+    oracle, reference = expected
+    assert actual.keys() == oracle.keys()
+    for name in oracle:
+        assert_within_budget(
+            actual[name], oracle[name], reference[name], reduction_length=REDUCTION * sum(LENGTHS), what=name
+        )
+
+
+def test_bf16_stays_within_the_error_of_plain_bf16():
+    model = tiny_model("qwen3")
+    scores = scorer_of(model, dtype=torch.bfloat16).score(model, TRAJECTORIES)
+    with torch.no_grad():
+        oracle = one_by_one(copy.deepcopy(model).double(), TRAJECTORIES)
+        reference = one_by_one(copy.deepcopy(model).bfloat16(), TRAJECTORIES)
+        exact = one_by_one(model, TRAJECTORIES)
+    assert_within_budget(scores.logprob, oracle[0], reference[0].float(), reduction_length=REDUCTION)
+    assert not torch.equal(scores.logprob, exact[0])
+
+
+def test_micro_batches_cover_each_row_once_within_the_budget():
+    model = tiny_model("llama")
+    total = [len(TRAJECTORIES.prompt(row)) + LENGTHS[row] for row in range(6)]
+    for budget in (1, 15, 24, 40, 10**6):
+        groups = [
+            group.tolist()
+            for group in scorer_of(model, micro_batch_tokens=budget).micro_batches(TRAJECTORIES, torch.arange(6))
+        ]
+        assert sorted(row for group in groups for row in group) == list(range(6))
+        for group in groups:
+            assert len(group) == 1 or len(group) * max(total[row] for row in group) <= budget
+        # No group would have taken the first row of the next one.
+        for group, following in zip(groups, groups[1:], strict=False):
+            assert (len(group) + 1) * total[following[0]] > budget
+    assert len(groups) == 1
+
+
+def test_another_model_of_the_architecture_may_be_scored():
+    one, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    scores = scorer_of(one).score(other, TRAJECTORIES)
+    assert_scores(other, (scores.logprob, scores.entropy, None), TRAJECTORIES)
+
+
+def test_vocabulary_fits_the_models():
+    assert int(TRAJECTORIES.tokens.max()) < VOCABULARY

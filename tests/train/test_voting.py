@@ -1,0 +1,195 @@
+"""IQR filter and majority vote, against hand-made cases and a plain count."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from mgrpo.config import FilterConfig, VoteConfig
+from mgrpo.voting import filter_trajectories, first_of_class, vote
+
+
+def elect(ids: list[int], num_policy: int, *, dropped: tuple[int, ...] = (), **config: object):
+    """Vote of one prompt."""
+    keep = torch.tensor([[i not in dropped for i in range(len(ids))]])
+    return vote(torch.tensor([ids]), keep, num_policy, VoteConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_policy", "dropped", "label", "tie"),
+    [
+        ([5, 5, 7, 7], 3, (), 7, True),
+        ([5, 7, 7, 5], 2, (), 5, True),
+        ([7, 5, 5, 7], 4, (), 7, True),
+        ([5, 7, 5, 7], 4, (), 5, True),
+        ([9, 5, 5, 9, 9], 5, (0,), 5, True),
+        ([5, 5, 7, 7, 5], 3, (4,), 7, True),
+        ([5, 5, 5, 7, 7], 3, (), 5, False),
+        ([-1, -1, -1, 7, 5], 4, (), 5, True),
+    ],
+    ids=[
+        "momentum decides against the earliest",
+        "equal momentum votes fall to the earliest",
+        "earliest, not smallest id",
+        "earliest, not largest id",
+        "a dropped rollout is not the earliest",
+        "a dropped momentum vote does not decide",
+        "no tie, momentum decides nothing",
+        "unparsed rollouts elect nobody",
+    ],
+)
+def test_ties(ids, num_policy, dropped, label, tie):
+    elected = elect(ids, num_policy, dropped=dropped)
+    assert elected.label.tolist() == [label]
+    assert elected.tie.tolist() == [tie]
+
+
+@pytest.mark.parametrize(
+    ("config", "label", "share"),
+    [
+        ({"pool": "both"}, 1, 3 / 5),
+        ({"pool": "policy"}, 1, 1.0),
+        ({"pool": "momentum"}, 2, 1.0),
+        ({"momentum_weight": 2}, 2, 4 / 7),
+        ({"pool": "momentum", "momentum_weight": 3}, 2, 1.0),
+    ],
+)
+def test_pool_and_momentum_weight(config, label, share):
+    elected = elect([1, 1, 1, 2, 2], 3, **config)
+    assert elected.label.tolist() == [label]
+    assert elected.share.item() == pytest.approx(share, rel=1e-6)
+
+
+def test_share_is_over_survivors_parsed_or_not():
+    assert elect([1, 1, -1, -1], 4).share.item() == 0.5
+    assert elect([1, 1, -1, -1], 4, dropped=(3,)).share.item() == pytest.approx(2 / 3)
+    assert elect([1, 1, 2, -1], 4, dropped=(2,)).class_share.tolist()[0] == pytest.approx([2 / 3, 2 / 3, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("config", "signal"),
+    [
+        ({}, True),
+        ({"min_share": 0.5}, True),
+        ({"min_share": 0.51}, False),
+        ({"min_margin": 0.25}, True),
+        ({"min_margin": 0.26}, False),
+        ({"min_share": 0.5, "min_margin": 0.26}, False),
+    ],
+)
+def test_thresholds_include_their_value(config, signal):
+    assert elect([1, 1, 2, -1], 4, **config).signal.tolist() == [signal]
+
+
+def test_without_votes_there_is_no_label_and_no_signal():
+    for elected in (elect([-1, -1], 1), elect([3, 3], 1, dropped=(0, 1)), elect([3, -1], 1, pool="momentum")):
+        assert elected.label.tolist() == [-1]
+        assert elected.signal.tolist() == [False]
+        assert elected.share.tolist() == [0]
+
+
+def test_agreement_compares_what_each_source_elects_alone():
+    ids = torch.tensor([[1, 1, 2, 1], [1, 1, 2, 2], [1, 1, -1, -1], [-1, -1, -1, -1]])
+    elected = vote(ids, torch.ones_like(ids, dtype=torch.bool), 2, VoteConfig(pool="momentum"))
+    assert elected.agreement_known.tolist() == [True, True, False, False]
+    # The first prompt's momentum tie falls to its earliest, 2.
+    assert elected.agreement.tolist() == [False, False, False, False]
+    agreeing = vote(ids.flip(1), torch.ones_like(ids, dtype=torch.bool), 2, VoteConfig())
+    assert agreeing.agreement.tolist() == [True, False, False, False]
+    dropped = torch.tensor([[True, True, False, True]] * 4)
+    assert vote(ids, dropped, 2, VoteConfig()).agreement.tolist()[0]
+
+
+def count(ids, keep, num_policy, config):
+    """The vote of one prompt by plain counting: label, share, margin, tie."""
+    votes, by_momentum, earliest, total = {}, {}, {}, 0
+    for i, (answer, kept) in enumerate(zip(ids, keep, strict=True)):
+        momentum = i >= num_policy
+        if not kept or config.pool not in ("both", "momentum" if momentum else "policy"):
+            continue
+        weight = config.momentum_weight if momentum else 1
+        total += weight
+        if answer >= 0:
+            votes[answer] = votes.get(answer, 0) + weight
+            by_momentum[answer] = by_momentum.get(answer, 0) + momentum
+            earliest.setdefault(answer, i)
+    if not votes:
+        return -1, 0.0, 0.0, False
+    ranked = sorted(votes, key=lambda a: (-votes[a], -by_momentum[a], earliest[a]))
+    second = votes[ranked[1]] if len(ranked) > 1 else 0
+    return ranked[0], votes[ranked[0]] / total, (votes[ranked[0]] - second) / total, votes[ranked[0]] == second
+
+
+@pytest.mark.parametrize("pool", ["both", "policy", "momentum"])
+@pytest.mark.parametrize("weight", [1, 3])
+def test_vote_equals_a_plain_count(pool, weight):
+    rng = random.Random(weight)
+    config = VoteConfig(pool=pool, momentum_weight=weight, min_share=0.4, min_margin=0.2)
+    ids = [[rng.randrange(-1, 4) for _ in range(7)] for _ in range(200)]
+    keep = [[rng.random() < 0.8 for _ in range(7)] for _ in range(200)]
+    elected = vote(torch.tensor(ids), torch.tensor(keep), 4, config)
+    for b in range(200):
+        label, share, margin, tie = count(ids[b], keep[b], 4, config)
+        assert elected.label[b] == label
+        assert elected.share[b].item() == pytest.approx(share, rel=1e-6)
+        assert bool(elected.tie[b]) == tie
+        assert bool(elected.signal[b]) == (label >= 0 and share >= 0.4 and margin >= 0.2 - 1e-7)
+
+
+def test_first_of_class_is_the_earliest_text():
+    assert first_of_class([2, 1, 1], ["a", "1/2", "0.5"], 1) == "1/2"
+    assert first_of_class([-1, -1], [None, None], -1) is None
+
+
+# Q1 = 2, Q3 = 4, so the lower fence of k = 0.75 is 0.5 and the upper one 5.5.
+LEVEL = [2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "two_sided", "expected"),
+    [
+        (0.5, 5.0, False, [True, True]),
+        (0.4999, 5.0, False, [False, True]),
+        (0.5, 50.0, False, [True, True]),
+        (0.5, 5.5, True, [True, True]),
+        (0.5, 5.5001, True, [True, False]),
+    ],
+)
+def test_filter_fence_is_strict(low, high, two_sided, expected):
+    entropy = torch.tensor([[low, *LEVEL, high]])
+    keep = filter_trajectories(entropy, FilterConfig(k=0.75, two_sided=two_sided))
+    assert keep.tolist() == [[expected[0], True, True, True, expected[1]]]
+
+
+def test_filter_quartiles_interpolate_linearly():
+    # Q1 = 1.75 and Q3 = 3.25 at k = 1: fence 0.25; a nearest-rank quartile would put it elsewhere.
+    for lowest, kept in ((0.2501, True), (0.2, False)):
+        entropy = torch.tensor([[lowest, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0]])
+        q1, q3 = torch.quantile(entropy, 0.25).item(), torch.quantile(entropy, 0.75).item()
+        assert (q1, q3) == (1.75, 3.25)
+        assert filter_trajectories(entropy, FilterConfig(k=1.0)).tolist()[0][0] is kept
+
+
+def test_filter_scope():
+    entropy = torch.tensor([[1.0, 1.1, 1.2, 1.3], [0.1, 3.0, 3.1, 3.2]])
+    assert filter_trajectories(entropy, FilterConfig(k=0.75, scope="batch")).all()
+    assert filter_trajectories(entropy, FilterConfig(k=0.75, scope="prompt")).tolist() == [
+        [True] * 4,
+        [False, True, True, True],
+    ]
+
+
+def test_filter_is_skipped_for_few_or_equal_trajectories():
+    assert filter_trajectories(torch.tensor([[0.0, 5.0, 6.0]]), FilterConfig(k=0.0)).all()
+    assert filter_trajectories(torch.tensor([[0.0, 5.0], [6.0, 7.0]]), FilterConfig(k=0.0, scope="prompt")).all()
+    assert not filter_trajectories(torch.tensor([[0.0, 5.0], [6.0, 7.0]]), FilterConfig(k=0.0)).all()
+    assert filter_trajectories(torch.tensor([[0.0, 5.0, 5.0, 5.0, 5.0]]), FilterConfig(k=0.0)).all()
+
+
+def test_filter_applies_to_none_keeps_everything():
+    entropy = torch.tensor([[-9.0, *LEVEL, 5.0]])
+    assert filter_trajectories(entropy, FilterConfig(applies_to="none")).all()
+    for applies_to in ("vote-and-loss", "loss"):
+        assert filter_trajectories(entropy, FilterConfig(applies_to=applies_to)).tolist()[0] == [False] + [True] * 4
