@@ -269,8 +269,8 @@ class MonitorConfig:
     """Steps averaged before a signal is judged."""
     top_answer_share: float = 0.3
     """Alarm when this share of different prompts gets one and the same answer, and twice what it was at the start."""
-    agreement_drop: float = 0.25
-    """Alarm when policy and momentum votes agree on fewer prompts than at the start, by this much."""
+    agreement_drop: float = 0.15
+    """Alarm when policy and momentum elect the same answer for a share of prompts this far below its best."""
     unparseable_share: float = 0.5
     """Alarm when this share of rollouts has no answer, and twice what it was at the start."""
     length_change: float = 2.0

@@ -17,6 +17,7 @@ class Monitor:
         self.start: Metrics | None = None
         self.probe: float | None = None  # newest accuracy on the probe
         self.best_probe: float | None = None
+        self.best_agreement = 0.0  # of any window
         self.first_alarm: int | None = None
 
     def observe(self, row: Metrics) -> list[str]:
@@ -45,11 +46,12 @@ class Monitor:
         length, length_before = now["response_length"], start["response_length"]
         if length > c.length_change * length_before or length * c.length_change < length_before:
             reasons.append(f"responses went from {length_before:.0f} to {length:.0f} tokens")
-        agreement, agreement_before = now.get("vote_agreement"), start.get("vote_agreement")
-        if agreement is not None and agreement_before is not None and agreement < agreement_before - c.agreement_drop:
+        agreement = now.get("vote_agreement", self.best_agreement)
+        self.best_agreement = max(agreement, self.best_agreement)
+        if agreement < self.best_agreement - c.agreement_drop:
             reasons.append(
-                f"policy and momentum elect the same answer for {agreement:.0%} of the prompts, {agreement_before:.0%} "
-                "at the start"
+                f"policy and momentum elect the same answer for {agreement:.0%} of the prompts, "
+                f"at their best {self.best_agreement:.0%}"
             )
         if self.probe is not None and self.best_probe is not None and self.probe < self.best_probe - c.probe_drop:
             reasons.append(f"probe accuracy fell to {self.probe:.2f} from {self.best_probe:.2f}")

@@ -78,6 +78,11 @@ class Trainer:
         self.step = 0
         self.samples: list[dict[str, Any]] = []  # of the newest sampled step
 
+    @property
+    def version(self) -> int:
+        """Version of the weights: optimiser steps so far."""
+        return self.learner.step
+
     def train(self, num_steps: int) -> Iterator[Metrics]:
         """Takes steps up to `num_steps` and yields the metrics of each."""
         while self.step < num_steps:
@@ -245,13 +250,13 @@ class Trainer:
             sampling,
             samples=c.eval.samples,
             source=source,
-            version=self.step,
+            version=self.version,
         )
 
     def publish(self, source: Source) -> None:
-        """Hands one source's weights to the engine under this step's version."""
+        """Hands one source's weights to the engine under their version."""
         weights = self.model.state_dict() if source == "policy" else self.momentum.state_dict()
-        self.engine.load(weights, source=source, version=self.step)
+        self.engine.load(weights, source=source, version=self.version)
 
     def save(self, folder: Path) -> None:
         """Writes everything that the next step depends on into a checkpoint folder."""
@@ -311,7 +316,7 @@ class Trainer:
             seed=derive_seed(self.config.seed, self.step, source),
         )
         with timer(f"rollout_{source}"):
-            return self.engine.generate(ids, n, sampling, source=source, version=self.step)
+            return self.engine.generate(ids, n, sampling, source=source, version=self.version)
 
     def _score(self, trajectories: Trajectories, **options: Any) -> TokenScores:
         """Scores under the weights that the model holds just now."""

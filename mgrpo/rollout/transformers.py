@@ -26,7 +26,8 @@ class TransformersEngine:
         self, model: PreTrainedModel, *, eos_ids: Sequence[int], pad_id: int, dtype: torch.dtype, batch_size: int
     ):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        torch.nn.Module.to(self.model, dtype)
+        for parameter in self.model.parameters():  # not the buffers: rotary frequencies stay in fp32
+            parameter.data = parameter.data.to(dtype)
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), device=self.device)
         self.pad_id = pad_id
