@@ -1,7 +1,5 @@
-"""Shared by all tests: quiet transformers, a fixed number of threads."""
+"""Shared by all tests: quiet transformers."""
 
-import torch
-import transformers
+from mgrpo.policy import quiet_transformers
 
-torch.set_num_threads(2)
-transformers.utils.logging.disable_progress_bar()
+quiet_transformers()

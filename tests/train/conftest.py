@@ -67,6 +67,15 @@ def deterministic(row: dict[str, Any]) -> dict[str, Any]:
     return {key: v for key, v in row.items() if not key.startswith("time_") and key not in ("step_s", "tokens_per_s")}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small spend more time waking a second thread than computing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small() -> Callable[..., Config]:
     """Makes a small configuration: `small({"optim.lr": 1e-3}, preset="srt")`."""

@@ -59,9 +59,7 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
 
 def loaded(model: PreTrainedModel, *, dtype: torch.dtype = torch.float32, pad_id: int = PAD) -> LoadedModel:
     """A model as `load_model` would return it, without a tokenizer."""
-    return LoadedModel(
-        model=model, tokenizer=None, eos_ids=(EOS,), pad_id=pad_id, context_length=128, dtype=dtype
-    )
+    return LoadedModel(model=model, tokenizer=None, eos_ids=(EOS,), pad_id=pad_id, context_length=128, dtype=dtype)
 
 
 def padded(rows: Sequence[Sequence[float]], width: int | None = None, value: float = 0) -> torch.Tensor:
@@ -102,6 +100,28 @@ def random_trajectories(
     return make_trajectories(
         [draw(2 + 3 * b) for b in range(num_prompts)], [draw(length) for length in lengths], num_policy=num_policy
     )
+
+
+def one_by_one(
+    model: PreTrainedModel, trajectories: Trajectories, temperature: float, rows: Sequence[int] | None = None
+):
+    """Log-prob, entropy and self-certainty [R, L] from a forward pass of each sequence alone."""
+    shape = trajectories.mask.shape
+    out = [torch.zeros(shape, dtype=model.dtype) for _ in range(3)]
+    for row in range(len(trajectories.mask)) if rows is None else rows:
+        prompt, response = list(trajectories.prompt(row)), trajectories.response(row)
+        if not response:
+            continue
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+        logp = torch.log_softmax(logits, -1)
+        values = (
+            logp.gather(1, torch.tensor(response)[:, None])[:, 0],
+            -(logp.exp() * logp).sum(-1),
+            torch.logsumexp(logits, -1) - logits.mean(-1),
+        )
+        for target, value in zip(out, values, strict=True):
+            target[row, : len(response)] = value
+    return out
 
 
 def snapshot(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

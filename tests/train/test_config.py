@@ -128,7 +128,13 @@ def test_all_problems_come_at_once(altered):
         changes |= {name: value for name, value in extra.items() if name not in ("resume", "steps")}
     changes |= {"rollout.momentum": 0, "resume": False}
     problems = problems_of(altered, Config(), changes)
-    expected = ["--optim.lr", "--rollout.temperature", "--vote.pool", "--objective.momentum-in-loss", "--vote.num-train"]
+    expected = [
+        "--optim.lr",
+        "--rollout.temperature",
+        "--vote.pool",
+        "--objective.momentum-in-loss",
+        "--vote.num-train",
+    ]
     expected += ["--optim.num-minibatches", "--stop-after", "--objective.kl-coef", "--resume-extend"]
     found = [next((name for name in expected if name in problem), problem) for problem in problems]
     assert sorted(found) == sorted(expected)
@@ -324,5 +330,7 @@ def test_the_paper_takes_a_quarter_of_its_rollouts_from_momentum():
 
 
 def test_unknown_preset_offers_the_nearest():
-    with pytest.raises(ConfigError, match=r"PRESET must be one of arithmetic.*got corewarding\. Did you mean corewardi"):
+    with pytest.raises(
+        ConfigError, match=r"PRESET must be one of arithmetic.*got corewarding\. Did you mean corewardi"
+    ):
         make_preset("corewarding")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from mgrpo.metrics import (
 )
 from mgrpo.voting import vote
 
-IDS = torch.tensor([[1, 1, 2, 1], [3, 4, 4, 3], [-1, -1, -1, 5]])
+IDS = torch.tensor([[1, 1, 2, 1], [0, 4, 4, 0], [-1, -1, -1, 5]])
 ANSWERS = [["a", "a", "b", "a"], ["c", "a", "a", "c"], [None, None, None, "e"]]
 LENGTHS = torch.tensor([[2, 4, 6, 8], [1, 1, 1, 1], [10, 2, 2, 2]])
 KEEP = torch.tensor([[True, True, False, True], [True] * 4, [True] * 4])
@@ -57,7 +59,7 @@ def test_outcome_metrics():
         "reward_mean": 3 / 9,
         "reward_mean_momentum": 1.0,
         "majority_share": (1 + 1 / 2 + 1 / 4) / 3,
-        # Alone, the policy elects 1, 4 and nothing; momentum 1, 3 and 5.
+        # Alone, the policy elects 1, 4 and nothing; momentum 1, 0 and 5.
         "vote_agreement": 1 / 2,
         "tie_share": 1 / 3,
         "no_signal_share": 0.0,
@@ -157,17 +159,12 @@ def test_a_cut_last_line_is_left_out_and_a_cut_middle_is_not(tmp_path):
 
 
 def test_a_missing_tracker_names_the_package(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(ConfigError, match="trackio is not. pip install trackio"):
+    with pytest.raises(ConfigError, match=r"trackio is not\. pip install trackio"):
         make_trackers(Config(log=LogConfig(backends=("trackio",))), tmp_path, 0)
 
 
 def test_module_tracker_sends_numbers_alone(tmp_path, monkeypatch):
-    import sys
-    from types import SimpleNamespace
-
     calls = []
     fake = SimpleNamespace(
         init=lambda **options: calls.append(("init", options["name"], options["config"]["seed"])),

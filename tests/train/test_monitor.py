@@ -18,7 +18,8 @@ CALM = {
 
 def feed(rows: list[dict], **config: float) -> tuple[list[list[str]], Monitor]:
     """Reasons of each row; steps count from 1."""
-    monitor = Monitor(MonitorConfig(window=4, **config))
+    limits = dict(agreement_drop=0.25, top_answer_share=0.3, unparseable_share=0.5, length_change=2.0, probe_drop=0.1)
+    monitor = Monitor(MonitorConfig(window=4, **limits | config))
     return [monitor.observe({"step": step, **row}) for step, row in enumerate(rows, 1)], monitor
 
 
@@ -40,7 +41,7 @@ def test_silent_in_a_calm_run():
         ({"response_length": 14.0}, "responses went from 30 to 14 tokens"),
         (
             {"vote_agreement": 0.5},
-            "policy and momentum elect the same answer for 50% of the prompts, 90% at the start",
+            "policy and momentum elect the same answer for 50% of the prompts, at their best 90%",
         ),
     ],
 )
@@ -99,6 +100,8 @@ def test_no_momentum_rollouts_no_agreement_to_lose():
     alone = CALM | {"vote_agreement": None}
     assert not any(feed([alone] * 12)[0])
     assert not any(feed([CALM] * 6 + [alone] * 12)[0])
+    unmeasured = {key: value for key, value in CALM.items() if key != "vote_agreement"}
+    assert not any(feed([CALM] * 6 + [unmeasured] * 12)[0])
 
 
 def test_good_before_remembers_the_first_alarm():

@@ -223,6 +223,21 @@ def test_importance_weight_of_a_momentum_rollout(cap):
     assert grad[0].tolist() == pytest.approx(expected, rel=8 * torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.xfail(strict=True, reason="as many tokens as sequences are read as one advantage a sequence")
+def test_empty_responses_move_no_advantage():
+    mask = torch.tensor([[False] * 3, [True] * 3, [True, False, False], [False] * 3])
+    zeros = torch.zeros(4, 3)
+    batch = Batch(
+        mask=mask,
+        advantage=torch.tensor([0.0, 1.0, -1.0, 0.0]),
+        old_logprob=zeros,
+        rollout_logprob=zeros,
+        ref_logprob=None,
+    )
+    _, grad, _ = loss_and_grads(zeros, zeros, batch, [[0, 1, 2, 3]], PLAIN)
+    assert grad[mask].tolist() == [-0.25, -0.25, -0.25, 0.25]
+
+
 def test_padding_may_hold_anything():
     logprob, entropy, batch = make_batch()
 
