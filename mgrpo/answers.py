@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 from mgrpo.equivalence import EquivalenceWorker, WorkerError
+from mgrpo.records import InputError
 
 MAX_ANSWER_CHARS = 1000
 MAX_MATH_CHARS = 300
@@ -48,7 +49,7 @@ def make_extractor(spec: str) -> Callable[[str], str | None]:
     elif spec in _FINDERS:
         find = _FINDERS[spec]
     else:
-        raise ValueError(
+        raise InputError(
             f"make_extractor: spec must be boxed, hash, last-number or regex:PATTERN, got {spec!r}. "
             "Choose how the model is told to mark its answer."
         )
@@ -65,11 +66,11 @@ def _compile_pattern(spec: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(spec.removeprefix("regex:"))
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
+        raise InputError(
             f"make_extractor: spec must be regex: and a valid pattern, got {spec!r} ({error}). Correct the pattern."
         ) from error
     if not pattern.pattern or pattern.groups > 1:
-        raise ValueError(
+        raise InputError(
             f"make_extractor: spec must be regex: and a pattern with at most one group, got {spec!r}. "
             "Turn the other groups into (?:...)."
         )

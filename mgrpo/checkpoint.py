@@ -64,13 +64,14 @@ def verify_checkpoint(folder: Path) -> int:
     """Returns the step of a complete checkpoint; raises CheckpointError naming the file that is not as written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"checkpoint: {folder / MANIFEST} must be readable, got {error}.") from error
-    for name, digest in manifest["sha256"].items():
+        step, digests = int(manifest["step"]), dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint: {folder / MANIFEST} must be as it was written, got {error!r}.") from error
+    for name, digest in digests.items():
         path = folder / name
         if not path.is_file() or _sha256(path) != digest:
             raise CheckpointError(f"checkpoint: {path} must be as it was written, got other bytes or no file.")
-    return int(manifest["step"])
+    return step
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -84,14 +85,14 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint that verifies, and what is wrong with newer ones."""
-    complaints = []
+    complaints: dict[Path, str] = {}
     for folder in reversed(list_checkpoints(run_dir)):
         try:
             verify_checkpoint(folder)
         except CheckpointError as error:
-            complaints.append(str(error))
+            complaints[folder] = str(error)
         else:
             return folder, complaints
     return None, complaints

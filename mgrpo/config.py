@@ -463,7 +463,7 @@ def from_dict(data: dict[str, Any]) -> Config:
 def _build(cls: Any, data: Any, where: str) -> Any:
     """Builds one dataclass, recursively."""
     if not isinstance(data, dict):
-        raise ConfigError([f"config: {where or 'the file'} must be an object, got {data!r}."])
+        raise ConfigError([f"config: {where.rstrip('.') or 'the file'} must be an object, got {data!r}."])
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():

@@ -82,8 +82,10 @@ class Learner:
             metrics.append({key: float(value) for key, value in result.metrics.items()})
             weights.append(len(scores.logprob))
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.optim.grad_clip))
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.nonfinite_in_row = 0
+        sound = bool(batch.old_logprob[batch.mask].isfinite().all())
+        if sound and math.isfinite(loss) and math.isfinite(norm):
+            # A step on which nothing had a gradient says nothing about the weights.
+            self.nonfinite_in_row = 0 if weights else self.nonfinite_in_row
             self.optimizer.step()
             with timer("ema"):
                 self.momentum.update(self.step, c.num_optimizer_steps)

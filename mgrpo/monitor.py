@@ -11,8 +11,10 @@ from mgrpo.metrics import Metrics
 class Monitor:
     """Keeps the window means it needs; feed it one row of metrics a step, in order."""
 
-    def __init__(self, config: MonitorConfig):
+    def __init__(self, config: MonitorConfig, *, num_prompts: int):
         self.config = config
+        # Two prompts may share their answer by chance, which is a large share of few prompts.
+        self.top_answer_share = max(config.top_answer_share, 2 / num_prompts)
         self.recent: list[Metrics] = []
         self.start: Metrics | None = None
         self.probe: float | None = None  # newest accuracy on the probe
@@ -37,7 +39,7 @@ class Monitor:
     def _reasons(self, now: Metrics, start: Metrics, row: Metrics) -> list[str]:
         """Judges the current window against the first one."""
         c, reasons = self.config, []
-        if now["top_answer_share"] > max(c.top_answer_share, 2 * start["top_answer_share"]):
+        if now["top_answer_share"] > max(self.top_answer_share, 2 * start["top_answer_share"]):
             reasons.append(
                 f"{now['top_answer_share']:.0%} of the answers to different prompts are {row.get('top_answer')!r}"
             )

@@ -5,6 +5,7 @@ Letters: B prompts, G rollouts a prompt, R trajectories, L longest response, T p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,7 @@ def kl_cov_tokens(batch: Batch, rows: torch.Tensor, share: float) -> torch.Tenso
     logprob, advantage = batch.old_logprob[mask], batch.advantage[:, None].expand(mask.shape)[mask]
     covariance = (logprob - logprob.mean()) * (advantage - advantage.mean())
     chosen = torch.zeros_like(covariance, dtype=torch.bool)
-    chosen[covariance.topk(int(share * len(covariance))).indices] = True
+    chosen[covariance.topk(math.ceil(share * len(covariance))).indices] = True
     return torch.zeros_like(mask).masked_scatter(mask, chosen)
 
 
@@ -103,6 +104,7 @@ def micro_batch_loss(
         max_length: longest response in tokens, for reduce "constant".
         backend: backend of mgrpo_kernels.
     """
+    rows = rows[batch.mask[rows].any(1)]  # an empty response adds nothing to the packed tokens
     mask = batch.mask[rows]
     device = logprob.device
 
@@ -130,7 +132,7 @@ def micro_batch_loss(
         kl_coef=config.kl_coef if batch.ref_logprob is not None else 0.0,
         kl=config.kl,
         entropy_coef=config.entropy_coef,
-        tis_cap=config.tis_cap,
+        tis_cap=min(config.tis_cap, torch.finfo(torch.float32).max),
         ratio=config.ratio,
         reduce=config.reduce.replace("-", "_"),
         max_length=max_length,
@@ -140,7 +142,8 @@ def micro_batch_loss(
     if penalised is None:
         return result
     log_ratio = logprob - old_logprob
-    penalty = -advantage * log_ratio.exp() + config.kl_cov_coef * log_ratio.abs()
+    importance = (old_logprob - pack(batch.rollout_logprob)).exp().clamp_max(config.tis_cap)
+    penalty = -importance * advantage * log_ratio.exp() + config.kl_cov_coef * log_ratio.abs()
     weight = torch.ones_like(logprob)
     if config.reduce == "sequence-mean-token-mean":
         weight = 1 / torch.repeat_interleave(lengths, lengths).to(device)

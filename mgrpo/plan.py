@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ OPS = (
 )
 
 
+# Bytes a parameter; Kahan compensation is a second bf16 number.
+MOMENTUM_BYTES = {"fp32": 4, "bf16-stochastic": 2, "bf16-kahan": 4}
+
+
 def find_problems(config: Config) -> list[str]:
     """Tries everything that a run reads at its start, short of the weights, and lists all that fails."""
     problems: list[str] = []
@@ -46,6 +51,8 @@ def find_problems(config: Config) -> list[str]:
             return None
 
     attempt(refuse_distributed)
+    if config.run_dir:
+        attempt(lambda: refuse_used_directory(Path(config.run_dir or ""), config))
     attempt(lambda: make_extractor(config.answer.extract))
     attempt(lambda: pick_device(config.model.device))
     tokenizer = attempt(lambda: load_tokenizer(config.model))
@@ -70,6 +77,15 @@ def refuse_distributed() -> None:
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size != "1":
         raise ConfigError([f"run: WORLD_SIZE must be 1, got {world_size}. A run is one process, without torchrun."])
+
+
+def refuse_used_directory(run_dir: Path, config: Config) -> None:
+    """Raises ConfigError for a run directory with content, unless the run is resumed."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError([f"run: --run-dir must be a directory, {run_dir} is a file."])
+    content = [path.name for path in run_dir.iterdir() if path.name != ".lock"] if run_dir.is_dir() else []
+    if content and not config.resume:
+        raise ConfigError([f"run: --run-dir must be empty, {run_dir} holds {content[0]}. Continue it with --resume."])
 
 
 def print_plan(config: Config) -> None:
@@ -125,7 +141,7 @@ def memory_plan(config: Config, tokenizer: Tokenizer, data: Dataset) -> list[tup
         "weights (fp32)": 4 * num_parameters,
         "gradient (fp32)": 4 * num_parameters,
         "AdamW moments (fp32)": 8 * num_parameters,
-        f"momentum ({config.momentum.dtype})": (4 if config.momentum.dtype == "fp32" else 2) * num_parameters,
+        f"momentum ({config.momentum.dtype})": MOMENTUM_BYTES[config.momentum.dtype] * num_parameters,
         "rollout copy (bf16)": 2 * num_parameters if half else 0,
         "initial weights": (2 if half else 4) * num_parameters if needs_initial(config) else 0,
         "logits of a micro-batch": min(4 * config.optim.micro_batch_tokens * text.vocab_size, MAX_LOGITS_BYTES),

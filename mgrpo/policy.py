@@ -165,8 +165,9 @@ def _disable_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010, a plain attribute for the type checker
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 def save_model(folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:
@@ -175,9 +176,10 @@ def save_model(folder: Path, model: PreTrainedModel, weights: dict[str, torch.Te
     tokenizer.save_pretrained(folder)
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+def load_weights(folder: Path, *, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
     """Reads the parameters of a saved model in fp32, under the names of `named_parameters`."""
-    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return dict(model.named_parameters())
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class Evidence:
 
 
 def reward(kind: str, vote: Vote, evidence: Evidence) -> torch.Tensor:
-    """Rewards each rollout; prompts without signal get the same reward everywhere, hence no gradient.
+    """Rewards each rollout; by vote, prompts without signal get 0 everywhere, hence no gradient.
 
     Args:
         kind: "majority" (1 for the pseudo-label's class), "soft" (share of the own class, SRT and EMPO), "labels"

@@ -22,7 +22,7 @@ from mgrpo import checkpoint
 from mgrpo.config import Config, ConfigError, flag, from_dict, to_dict
 from mgrpo.metrics import Metrics, StorageError, make_trackers, read_metrics
 from mgrpo.monitor import Monitor
-from mgrpo.plan import refuse_distributed
+from mgrpo.plan import refuse_distributed, refuse_used_directory
 from mgrpo.progress import Progress
 from mgrpo.report import write_report
 from mgrpo.trainer import Trainer
@@ -63,9 +63,9 @@ def _train(trainer: Trainer, run_dir: Path) -> Exit:
     """The loop and what surrounds it."""
     config = trainer.config
     rows = resume(trainer, run_dir) if config.resume else []
-    (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=1))
+    write_aside(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
     trackers = make_trackers(config, run_dir, trainer.step)
-    monitor, interrupt = Monitor(config.monitor), Interrupt()
+    monitor, interrupt = Monitor(config.monitor, num_prompts=config.rollout.prompts), Interrupt()
     for row in rows:
         monitor.observe(row)
     last_step = min(config.stop_after or config.steps, config.steps)
@@ -138,11 +138,9 @@ class Interrupt:
 @contextmanager
 def locked(run_dir: Path, config: Config) -> Iterator[None]:
     """Makes the run directory and holds it; refuses one in use, and one with content unless the run is resumed."""
+    refuse_used_directory(run_dir, config)
     is_new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
-    content = [path.name for path in run_dir.iterdir() if path.name != ".lock"]
-    if content and not config.resume:
-        raise ConfigError([f"run: --run-dir must be empty, {run_dir} holds {content[0]}. Continue it with --resume."])
     with (run_dir / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,7 +170,7 @@ def storage_errors() -> Iterator[None]:
 def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
     """Restores the newest valid checkpoint and cuts metrics.jsonl back to it; returns the rows before."""
     folder, complaints = checkpoint.newest_valid(run_dir)
-    for complaint in complaints:
+    for complaint in complaints.values():
         print(f"resume: skipped {complaint}")
     if folder is None:
         if any(path.name != ".lock" for path in run_dir.iterdir()):
@@ -182,12 +180,19 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
         print(f"resume: {run_dir} is empty, starting from step 0")
         return []
     trainer.restore(folder)
+    for damaged in complaints:  # out of the way, so that it never takes the place of a sound one
+        damaged.rename(damaged.with_name("damaged_" + damaged.name))
     rows = read_metrics(run_dir / "metrics.jsonl", up_to=trainer.step)
-    aside = run_dir / "metrics.jsonl.tmp"
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    aside.replace(run_dir / "metrics.jsonl")
+    write_aside(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     print(f"resume: step {trainer.step} of {trainer.config.steps}, weights, optimiser and sampler from {folder}")
     return rows
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Replaces a text file at once or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def resumed_config(run_dir: Path) -> Config | None:

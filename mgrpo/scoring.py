@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ class Scorer:
         self.pad_id, self.dtype = loaded.pad_id, loaded.dtype
         self.temperature, self.backend = temperature, kernels.backend
         self.micro_batch_tokens = micro_batch_tokens
-        self.head = plain_head(loaded.model)
+        self.has_plain_head = has_plain_head(loaded.model)
 
     def micro_batches(self, trajectories: Trajectories, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Splits trajectories [r] into groups of similar length whose padded tokens stay within the budget."""
@@ -88,41 +89,48 @@ class Scorer:
         targets = ids[line, column + 1]
         # Right padding comes after every real token, so causal attention alone keeps it out.
         autocast = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
-        with autocast:
-            if self.head is None:
+        if not self.has_plain_head:
+            with autocast:
                 logits = model(input_ids=ids, use_cache=False).logits[line, column]
-                scores = self._from_logits(logits, targets, self_certainty)
-            else:
-                hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[line, column]
-                if 4 * len(line) * self.head.out_features > MAX_LOGITS_BYTES:
-                    scores = K.linear_token_logprob(
-                        hidden,
-                        self.head.weight.to(hidden.dtype),
-                        targets,
-                        bias=self.head.bias,
-                        temperature=self.temperature,
-                        self_certainty=self_certainty,
-                        backend=self.backend,
-                    )
-                else:
-                    scores = self._from_logits(self.head(hidden), targets, self_certainty)
+            return self._from_logits(logits, targets, self_certainty)
+        with autocast:
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[line, column]
+        return self._from_hidden(hidden.to(self.dtype), model.get_output_embeddings(), targets, self_certainty)
+
+    def _from_hidden(
+        self, hidden: torch.Tensor, head: torch.nn.Module | None, targets: torch.Tensor, self_certainty: bool
+    ) -> TokenScores:
+        """Scores hidden states [T, D]; logits are fp32 whether they are materialised or not."""
+        assert isinstance(head, torch.nn.Linear)
+        weight = head.weight.to(hidden.dtype)
+        if 4 * len(hidden) * head.out_features <= MAX_LOGITS_BYTES:
+            bias = None if head.bias is None else head.bias.float()
+            return self._from_logits(linear(hidden.float(), weight.float(), bias), targets, self_certainty)
+        scores = K.linear_token_logprob(
+            hidden,
+            weight,
+            targets,
+            bias=head.bias,
+            temperature=self.temperature,
+            self_certainty=self_certainty,
+            backend=self.backend,
+        )
         return TokenScores(scores.logprob, scores.entropy, scores.self_certainty)
 
-    def _from_logits(self, logits: torch.Tensor, targets: torch.Tensor, self_certainty: bool) -> K.TokenLogprob:
+    def _from_logits(self, logits: torch.Tensor, targets: torch.Tensor, self_certainty: bool) -> TokenScores:
         """Scores materialised logits [T, V]."""
-        return K.token_logprob(
+        scores = K.token_logprob(
             logits, targets, temperature=self.temperature, self_certainty=self_certainty, backend=self.backend
         )
+        return TokenScores(scores.logprob, scores.entropy, scores.self_certainty)
 
 
 @torch.no_grad()
-def plain_head(model: PreTrainedModel) -> torch.nn.Linear | None:
-    """The output embedding, if logits are it applied to the last hidden state and nothing else (no scale, no cap)."""
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether logits are the output embedding of the last hidden state and nothing else (no scale, no softcap)."""
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     if not isinstance(head, torch.nn.Linear) or decoder is None or decoder is model:
-        return None
+        return False
     ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
     hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    if hidden is None or not torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits):
-        return None
-    return head
+    return hidden is not None and torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -32,6 +33,8 @@ def parse(arguments: Sequence[str]) -> Config:
     before = None
     if "--resume" in arguments and (run_dir := _value_of("--run-dir", arguments)):
         before = resumed_config(Path(run_dir))
+        # These belong to one call, not to the run.
+        before = before and replace(before, stop_after=None, resume=False, resume_extend=False, dry_run=False)
     if before and preset not in (None, before.preset):
         raise ConfigError([f"resume: PRESET must be {before.preset}, as the run was started, got {preset}."])
     default = before or make_preset(preset or "arithmetic")

@@ -284,13 +284,15 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"resume: --data.train must hold the prompts that {folder} was trained on, got others."
             )
-        policy = load_weights(folder / "policy")
+        trusted = self.config.model.trust_remote_code
+        policy = load_weights(folder / "policy", trust_remote_code=trusted)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(policy[name])
         compensation = folder / "momentum_compensation.safetensors"
         self.momentum.load(
-            load_weights(folder / "momentum"), load_file(compensation) if self.momentum.compensation else None
+            load_weights(folder / "momentum", trust_remote_code=trusted),
+            load_file(compensation) if self.momentum.compensation else None,
         )
         checkpoint.load_optimizer(folder / "optimizer.safetensors", self.learner.optimizer, self.learner.names)
         self.step = state["step"]

@@ -32,15 +32,23 @@ def filter_trajectories(entropy: torch.Tensor, config: FilterConfig, *, backend:
 
     Args:
         entropy: [B, G] fp32, trajectory entropies in nats.
-        config: factor, scope and sides; `applies_to` "none" keeps everything.
+        config: factor, scope and sides; `applies_to` "none" keeps all whose entropy is finite.
         backend: backend of mgrpo_kernels.
 
     Returns:
         [B, G] bool, True where the trajectory stays.
     """
+    finite = entropy.isfinite()
     if config.applies_to == "none":
-        return torch.ones_like(entropy, dtype=torch.bool)
-    return K.iqr_filter(entropy, k=config.k, scope=config.scope, two_sided=config.two_sided, backend=backend).keep
+        return finite
+    return K.iqr_filter(
+        entropy.masked_fill(~finite, 0.0),
+        k=config.k,
+        scope=config.scope,
+        keep=finite,
+        two_sided=config.two_sided,
+        backend=backend,
+    ).keep
 
 
 def vote(

@@ -40,10 +40,10 @@ class TransformersEngine:
         if missing := sorted(own.keys() - weights.keys()):
             raise EngineError(f"load: weights must hold every tensor of the model, {missing[0]} is missing.")
         for name, target in own.items():
-            value = weights[name].detach()
-            if value.shape != target.shape:
-                raise EngineError(f"load: {name} must have shape {tuple(target.shape)}, got {tuple(value.shape)}.")
-            target.data = value.to(device=target.device, dtype=target.dtype)
+            if (shape := weights[name].shape) != target.shape:
+                raise EngineError(f"load: {name} must have shape {tuple(target.shape)}, got {tuple(shape)}.")
+        for name, target in own.items():
+            target.data = weights[name].detach().to(device=target.device, dtype=target.dtype)
         self.loaded = (source, version)
 
     @torch.inference_mode()
@@ -62,12 +62,13 @@ class TransformersEngine:
         lengths = torch.zeros(num_rows, dtype=torch.int64)
         truncated = torch.zeros(num_rows, dtype=torch.bool)
         order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
-        per_batch = max(self.batch_size // n, 1)
+        per_batch = max(self.batch_size // max(n, 1), 1)
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
-            rows = (torch.tensor(chosen)[:, None] * n + torch.arange(n)).flatten()
-            batch = self._decode([prompts[b] for b in chosen], n, sampling, generator)
-            tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = (part.cpu() for part in batch)
+            for samples in torch.arange(n).split(self.batch_size):
+                rows = (torch.tensor(chosen)[:, None] * n + samples).flatten()
+                batch = self._decode([prompts[b] for b in chosen], len(samples), sampling, generator)
+                tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = (part.cpu() for part in batch)
         longest = int(lengths.max()) if num_rows else 0
         return Rollouts(
             tokens=tokens[:, :longest].clone(),

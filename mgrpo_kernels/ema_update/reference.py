@@ -48,6 +48,8 @@ def _store_stochastically(
 
 def _store_compensated(momentum: Tensor, policy: Tensor, weight: float | Tensor, term: Tensor) -> None:
     """Update momentum + term as one number of twice the precision."""
+    if not isinstance(weight, Tensor) and weight == 0.0:
+        return
     mixed = _blend(momentum.float() + term.float(), policy, weight)
     momentum.copy_(mixed)
     term.copy_(mixed - momentum.float())

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import ast
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -162,15 +161,19 @@ def test_launchers_of_many_processes_are_refused(launch, monkeypatch, capsys):
     assert "WORLD_SIZE must be 1, got 2." in said(capsys)
 
 
-def test_a_run_directory_in_use_is_refused(launch, resume, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    with (run_dir / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for start in (launch, resume):
-            assert start() == 2
-            assert f"--run-dir must be free, another process trains in {run_dir}." in said(capsys)
-    assert launch({"steps": 1}) == 0
+def test_a_run_directory_in_use_is_refused(launch, resume, tmp_path, rows_of, monkeypatch, capsys):
+    judge, codes = Trainer.judge, []
+
+    def meanwhile(trainer, *args):
+        if trainer.step == 2:
+            codes.append(resume())
+        return judge(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "judge", meanwhile)
+    assert launch() == 0 and codes == [2]
+    assert f"--run-dir must be free, another process trains in {tmp_path}/run." in said(capsys)
+    assert len(rows_of(tmp_path / "run")) == 3
+    assert resume() == 0
 
 
 def test_default_run_directory(launch, monkeypatch, tmp_path):

@@ -311,7 +311,6 @@ def test_a_later_epoch_meets_the_clip():
     assert ratios[1]["clip_low_share"] + ratios[1]["clip_high_share"] > 0.2
 
 
-@pytest.mark.xfail(strict=True, reason="the kernels refuse the infinity that the configuration allows")
 def test_an_infinite_importance_cap_is_no_cap():
     setting = Setting(configure(lr=0.0, tis_cap=math.inf))
     assert setting.update()["tis_clipped_share"] == 0

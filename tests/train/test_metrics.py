@@ -106,13 +106,6 @@ def test_top_answer_is_the_commonest_over_all_rollouts():
     assert top_answer([[None], [None]]) == (None, 0.0)
 
 
-@pytest.mark.xfail(strict=True, reason="agreement on each prompt's own answer reads as one answer to many prompts")
-def test_top_answer_share_does_not_grow_with_consensus():
-    loose = [["a", "a", "x"], ["b", "b", "y"], ["c", "c", "z"]]
-    agreed = [["a"] * 3, ["b"] * 3, ["c"] * 3]
-    assert top_answer(loose)[1] == top_answer(agreed)[1]
-
-
 def test_mean_and_weighted_mean():
     assert mean([]) == 0.0
     assert mean(torch.tensor([True, False, False, False])) == 0.25

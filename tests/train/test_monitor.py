@@ -16,11 +16,18 @@ CALM = {
 }
 
 
-def feed(rows: list[dict], **config: float) -> tuple[list[list[str]], Monitor]:
+def feed(rows: list[dict], *, num_prompts: int = 16, **config: float) -> tuple[list[list[str]], Monitor]:
     """Reasons of each row; steps count from 1."""
     limits = dict(agreement_drop=0.25, top_answer_share=0.3, unparseable_share=0.5, length_change=2.0, probe_drop=0.1)
-    monitor = Monitor(MonitorConfig(window=4, **limits | config))
+    monitor = Monitor(MonitorConfig(window=4, **limits | config), num_prompts=num_prompts)
     return [monitor.observe({"step": step, **row}) for step, row in enumerate(rows, 1)], monitor
+
+
+def test_chance_agreement_of_two_prompts_is_no_alarm():
+    """With 4 prompts, two that share their answer make a share of 0.5."""
+    rows = [CALM] * 6 + [CALM | {"top_answer_share": 0.45, "top_answer": "99"}] * 6
+    assert feed(rows, num_prompts=4)[0][-1] == []
+    assert feed(rows, num_prompts=16)[0][-1] == ["45% of the answers to different prompts are '99'"]
 
 
 def test_silent_in_a_calm_run():

@@ -143,7 +143,6 @@ def test_kl_cov_replaces_the_clip_of_its_tokens_alone(reduce):
     assert_matches_formula(actual, logprob, entropy, batch, config, kl_cov=chosen)
 
 
-@pytest.mark.xfail(strict=True, reason="tokens under KL-Cov lose their truncated importance weight")
 def test_kl_cov_keeps_the_importance_weight():
     logprob, entropy, batch = make_batch()
     config = ObjectiveConfig(kl_coef=0.1, kl_cov=0.3, kl_cov_coef=0.7)
@@ -223,7 +222,6 @@ def test_importance_weight_of_a_momentum_rollout(cap):
     assert grad[0].tolist() == pytest.approx(expected, rel=8 * torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.xfail(strict=True, reason="as many tokens as sequences are read as one advantage a sequence")
 def test_empty_responses_move_no_advantage():
     mask = torch.tensor([[False] * 3, [True] * 3, [True, False, False], [False] * 3])
     zeros = torch.zeros(4, 3)

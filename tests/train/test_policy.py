@@ -146,10 +146,7 @@ def opt_model() -> OPTForCausalLM:
 
 @pytest.mark.parametrize(
     "architecture",
-    [
-        "gpt2",
-        pytest.param("opt", marks=pytest.mark.xfail(strict=True, reason="dropout that is no module stays on")),
-    ],
+    ["gpt2", "opt"],
 )
 def test_dropout_is_off_even_while_checkpointing(tmp_path, architecture):
     model = opt_model() if architecture == "opt" else tiny_model("gpt2")

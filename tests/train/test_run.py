@@ -121,6 +121,18 @@ def test_one_seed_gives_one_run(launch, tmp_path, rows_of, weights_of, small, tr
     assert not torch.equal(first.model.model.norm.weight, third.model.model.norm.weight)
 
 
+def test_rollouts_depend_on_seed_and_step(small, trained):
+    # One prompt, weights that stay: what differs is drawn.
+    still = {"data.train": "arithmetic:1:6:0", "rollout.prompts": 1, "rollout.temperature": 2.0, "optim.lr": 0.0}
+    drawn = [
+        row["token_entropy" + suffix]
+        for seed in (0, 1)
+        for row in trained(small(still | {"seed": seed}), 2)[1]
+        for suffix in ("_policy", "_momentum")
+    ]
+    assert len(set(drawn)) == len(drawn)
+
+
 def test_the_order_of_prompts_depends_on_the_seed(small, trained):
     orders = [[trained(small({"seed": seed}), 0)[0].sampler.next() for _ in range(2)] for seed in (0, 1)]
     assert orders[0][0] == orders[0][1] != orders[1][0] == orders[1][1]

@@ -12,7 +12,7 @@ from helpers import ARCHITECTURES, loaded, make_trajectories, one_by_one, random
 
 from mgrpo import scoring
 from mgrpo.config import KernelsConfig
-from mgrpo.scoring import Scorer, plain_head
+from mgrpo.scoring import Scorer, has_plain_head
 from mgrpo_kernels.testing import assert_within_budget
 
 TEMPERATURE = 0.7
@@ -70,7 +70,7 @@ def test_the_fused_head_is_really_taken(monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_plain_heads_are_told_from_softcapped_ones(architecture):
     model = tiny_model(architecture)
-    assert plain_head(model) is (None if architecture == "gemma2" else model.get_output_embeddings())
+    assert has_plain_head(model) == (architecture != "gemma2")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
@@ -148,7 +148,6 @@ def test_bf16_stays_within_the_error_of_plain_bf16():
     assert (scores.logprob - exact[0]).abs().max() > 2**-10 * exact[0].abs().max()
 
 
-@pytest.mark.xfail(strict=True, reason="small micro-batches round their logits to bf16, large ones do not")
 def test_bf16_scores_do_not_depend_on_the_size_of_the_micro_batch(monkeypatch):
     model = tiny_model("qwen3")
     small = scorer_of(model, dtype=torch.bfloat16).score(model, TRAJECTORIES).logprob
@@ -174,7 +173,6 @@ def test_micro_batches_cover_each_row_once_within_the_budget():
     assert len(groups) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the scores come from the head of the model that the scorer was made with")
 def test_another_model_of_the_architecture_may_be_scored():
     one, other = tiny_model("llama"), tiny_model("llama", seed=1)
     scores = scorer_of(one).score(other, TRAJECTORIES)
