@@ -98,6 +98,12 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, complaints
 
 
+def sweep(run_dir: Path) -> None:
+    """Deletes what a crash left of a checkpoint that was being written."""
+    for aside in (run_dir / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(aside)
+
+
 def prune_checkpoints(run_dir: Path, *, keep_last: int, best: list[int]) -> None:
     """Deletes all but the newest `keep_last` checkpoints and those of the steps in `best`."""
     folders = list_checkpoints(run_dir)

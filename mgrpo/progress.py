@@ -92,7 +92,7 @@ class Progress:
         reasons = {
             0: "done",
             3: "stopped by the collapse monitor",
-            4: "stopped: too many non-finite steps in a row. Lower --optim.lr",
+            4: "stopped: too many non-finite steps in a row. Start anew with a lower --optim.lr",
             75: "interrupted; continue with --resume",
         }
         self.console.print(f"[bold]{reasons[outcome]}[/]: checkpoint of step {saved} in {escape(str(self.run_dir))}")

@@ -29,7 +29,11 @@ from mgrpo.trainer import Trainer
 
 # Options that may differ when a run is resumed: they change what is watched and kept, not what is computed.
 RESUMABLE = {"run_dir", "stop_after", "resume", "resume_extend", "dry_run", "checkpoint", "log", "monitor"}
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+STORAGE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+}
+KILLED = 130  # exit code of a second signal, which saves nothing
 
 
 class Exit(IntEnum):
@@ -78,7 +82,7 @@ def _train(trainer: Trainer, run_dir: Path) -> Exit:
             rows.append(row)
             progress.show(row)
             write_samples(trainer, run_dir, progress)
-            outcome = _outcome(trainer, row, interrupt)
+            outcome = _outcome(trainer, row, interrupt.asked and trainer.step < last_step)
             checkpoint_s = None
             if outcome or trainer.step == last_step or _due(config.checkpoint.every, trainer.step):
                 start = time.perf_counter()
@@ -95,13 +99,13 @@ def _train(trainer: Trainer, run_dir: Path) -> Exit:
     return outcome
 
 
-def _outcome(trainer: Trainer, row: Metrics, interrupt: Interrupt) -> Exit:
+def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:
     """Whether the run has to end after this step."""
     if trainer.learner.nonfinite_in_row >= trainer.config.optim.max_nonfinite:
         return Exit.NON_FINITE
     if row["alarm"] and trainer.config.monitor.on_collapse == "stop":
         return Exit.COLLAPSE
-    return Exit.INTERRUPTED if interrupt.asked else Exit.DONE
+    return Exit.INTERRUPTED if interrupted else Exit.DONE
 
 
 def _due(every: int, step: int) -> bool:
@@ -121,7 +125,7 @@ class Interrupt:
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.asked:
-                os._exit(Exit.INTERRUPTED)
+                os._exit(KILLED)
             self.asked = True
 
         try:
@@ -156,11 +160,11 @@ def locked(run_dir: Path, config: Config) -> Iterator[None]:
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turns a full or read-only disk into StorageError."""
+    """Turns a full disk, or one that may not be written, into StorageError."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, StorageError) or error.errno not in FULL:
+        if isinstance(error, StorageError) or error.errno not in STORAGE_ERRORS:
             raise
         raise StorageError(
             f"run: the disk must take what is written, got: {error}. Checkpoints are untouched."
@@ -179,7 +183,12 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
             )
         print(f"resume: {run_dir} is empty, starting from step 0")
         return []
+    if not (run_dir / "config.json").is_file():
+        raise checkpoint.CheckpointError(
+            f"resume: {run_dir} must hold the config.json that it was started with, got none. Put it back."
+        )
     trainer.restore(folder)
+    checkpoint.sweep(run_dir)
     for damaged in complaints:  # out of the way, so that it never takes the place of a sound one
         damaged.rename(damaged.with_name("damaged_" + damaged.name))
     rows = read_metrics(run_dir / "metrics.jsonl", up_to=trainer.step)

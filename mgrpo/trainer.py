@@ -121,7 +121,7 @@ class Trainer:
                 self.samples = self._collect_samples(prompts, trajectories, outcome)
         metrics |= timer.metrics()
         metrics["step_s"] = time.perf_counter() - start
-        metrics["tokens_per_s"] = int(trajectories.mask.sum()) / metrics["step_s"]
+        metrics["tokens_per_s"] = int(trajectories.mask.sum()) / (metrics["step_s"] - timer.seconds.get("eval", 0.0))
         return metrics
 
     def roll_out(self, prompts: Sequence[Prompt], timer: Timer) -> Trajectories:

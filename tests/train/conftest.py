@@ -13,10 +13,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mgrpo.config import Config, flag
+from mgrpo.policy import quiet_transformers
 from mgrpo.presets import make_preset
 from mgrpo.tasks.arithmetic import make_tokenizer
 from mgrpo.train import main
 from mgrpo.trainer import Trainer
+
+quiet_transformers()
 
 # A step of this takes well under 0.2 s.
 SMALL: dict[str, Any] = {

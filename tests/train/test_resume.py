@@ -319,3 +319,17 @@ def export(trainer, folder):
         assert model.config.eos_token_id == tokenizer.eos_token_id == 1
         models[source] = dict(model.named_parameters())
     return models
+
+
+def test_checkpoints_without_the_configuration_are_refused(resume, run_of_two, capsys):
+    (run_of_two / "config.json").unlink()
+    assert resume() == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_what_a_crash_left_of_a_checkpoint_is_swept(resume, run_of_two):
+    left = run_of_two / "checkpoints" / ".step_9.tmp"
+    left.mkdir()
+    (left / "state.json").write_text("{")
+    assert resume("--stop-after", "3") == 0
+    assert not left.exists()
