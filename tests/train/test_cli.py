@@ -321,6 +321,48 @@ def test_sigint_ends_after_the_step(launch, tmp_path, rows_of, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_sigint_on_the_last_step_is_no_interruption(launch, monkeypatch):
+    judge = Trainer.judge
+
+    def interrupted(self, *args):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return judge(self, *args)
+
+    monkeypatch.setattr(Trainer, "judge", interrupted)
+    assert launch({"steps": 2}) == 0
+
+
+def test_a_second_signal_ends_at_once_and_saves_nothing(launch, tmp_path, monkeypatch):
+    """The exit itself is replaced by an exception, which leaves the step where the process would have ended."""
+
+    class Ended(Exception):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    def interrupted(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(Trainer, "judge", interrupted)
+    with pytest.raises(Ended, match=r"^130$"):
+        launch({"steps": 5})
+    assert steps_saved(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_directory_that_may_not_be_written_exits_with_6(launch, monkeypatch, capsys, code):
+    def refuse(self, metrics):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(JsonlTracker, "log", refuse)
+    assert launch() == 6
+    assert os.strerror(code) in said(capsys)
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_resume_goes_on(command_line, resume, tmp_path, rows_of):
     run_dir = tmp_path / "run"
