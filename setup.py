@@ -1,5 +1,45 @@
-"""Build entry point; the metadata is in pyproject.toml."""
+"""Builds the native library with CMake; all other metadata is in pyproject.toml."""
 
-from setuptools import setup
+from __future__ import annotations
 
-setup()
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds CMakeLists.txt; MGRPO_CMAKE_ARGS adds to its configuration."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build every native module of the project into the package."""
+        import pybind11
+
+        # Beside the interpreter first: an environment that is not activated is not on the PATH.
+        cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        if cmake is None:
+            raise SystemExit("setup.py: cmake must be on the PATH, got none. pip install cmake.")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        work = Path(self.build_temp).resolve()
+        configure = [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(work),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            *os.environ.get("MGRPO_CMAKE_ARGS", "").split(),
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(work), "--parallel", str(os.cpu_count() or 1)], check=True)
+
+
+setup(ext_modules=[Extension("mgrpo_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from mgrpo_kernels._checks import check_logits, check_token_rows, invalid
 from mgrpo_kernels.backends import resolve
 from mgrpo_kernels.results import TokenLogprob
-from mgrpo_kernels.token_logprob import reference
+from mgrpo_kernels.token_logprob import autograd, reference
 
-_IMPLEMENTATIONS = {"reference": reference.token_logprob}
+_IMPLEMENTATIONS = {"reference": reference.token_logprob, "cpu": partial(autograd.token_logprob, backend="cpu")}
 
 
 def token_logprob(
@@ -56,7 +58,7 @@ def token_logprob(
     if inplace_backward and rows > 1 and logits.stride(0) < vocabulary:
         raise invalid(where, "logits", "free of overlapping rows for inplace_backward", logits.stride(), "Copy it.")
     check_token_rows(where, targets, temperature, mask, softcap, rows, vocabulary, logits.device)
-    return _IMPLEMENTATIONS[resolve(where, logits.device, backend)](
+    return _IMPLEMENTATIONS[resolve(where, logits.device, backend, (logits.dtype,))](
         logits,
         targets,
         temperature=temperature,

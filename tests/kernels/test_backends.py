@@ -54,13 +54,33 @@ def test_root_exports_the_operations_their_results_and_backends():
 def test_reference_is_available_everywhere(monkeypatch):
     monkeypatch.delenv("MGRPO_BACKEND", raising=False)
     assert backends()["reference"].available
-    for device in ("cpu", "cuda", "meta"):
+    for device in ("cuda", "meta"):
         assert resolve("op", torch.device(device), "auto") == "reference"
+
+
+def test_the_compiled_library_is_here_and_comes_first_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("MGRPO_BACKEND", raising=False)
+    assert backends()["cpu"].available, backends()["cpu"].reason
+    assert resolve("op", CPU, "auto", (torch.float32, torch.bfloat16)) == "cpu"
+    assert resolve("op", CPU, "auto", (torch.float32, torch.float64)) == "reference"
+    assert resolve("op", torch.device("meta"), "cpu", (torch.float32,)) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "message"),
+    [
+        ("cuda", torch.float32, "op: backend must be a backend for cuda tensors, got 'cpu'. Move the tensors"),
+        ("cpu", torch.float64, "op: backend must be a backend for float64, got 'cpu'. Convert the tensors"),
+    ],
+)
+def test_a_named_backend_never_falls_back(device, dtype, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        resolve("op", torch.device(device), "cpu", (dtype,))
 
 
 def test_unknown_backend_lists_what_is_available():
     message = (
-        r"^op: backend must be one of \['auto', 'reference'\], got 'turbo'. 'turbo' is not a backend of this build.$"
+        r"^op: backend must be one of \['auto', 'reference'.*\], got 'turbo'. 'turbo' is not a backend of this build.$"
     )
     with pytest.raises(ValueError, match=message):
         resolve("op", CPU, "turbo")

@@ -230,7 +230,7 @@ LOGITS, TARGETS = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
         (r"temperature must be of shape \[T\]", {"temperature": torch.tensor(1.0)}),
         (r"temperature must be finite and > 0, got nan", {"temperature": torch.tensor([1.0, torch.nan, 1.0])}),
         (r"temperature must be finite and > 0, got -1", {"temperature": torch.tensor([1.0, 1.0, -1.0])}),
-        (r"backend must be one of \['auto', 'reference'\], got 'fast'", {"backend": "fast"}),
+        (r"backend must be one of \['auto', 'reference'.*\], got 'fast'", {"backend": "fast"}),
     ],
 )
 def test_wrong_arguments_are_refused(message, arguments):
