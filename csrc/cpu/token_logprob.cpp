@@ -55,10 +55,7 @@ void forward(const TokenLogprobForward& args) {
 
 RowGrad row_grad(const TokenLogprobBackward& args, int64_t t) {
   RowGrad grad = {};
-  if (args.dlogprob && args.logprob[t] != -INFINITY) {
-    grad.onehot = args.dlogprob[t];
-    grad.constant -= args.dlogprob[t];
-  }
+  if (args.dlogprob && args.logprob[t] != -INFINITY) grad.onehot = args.dlogprob[t];
   if (args.dentropy) {
     grad.constant -= args.dentropy[t] * args.entropy[t];
     grad.slope = -args.dentropy[t];
@@ -82,7 +79,7 @@ void backward(const TokenLogprobBackward& args) {
       continue;
     }
     const RowGrad grad = row_grad(args, t);
-    if (grad.constant == 0 && grad.slope == 0 && grad.onehot == 0 && grad.uniform == 0) {
+    if (grad.is_zero()) {
       zero_row(out, rows.vocabulary);
       continue;
     }
@@ -90,7 +87,7 @@ void backward(const TokenLogprobBackward& args) {
     const bool valid = is_valid(rows, t, temperature);
     const T* row = static_cast<const T*>(rows.logits) + t * rows.stride;
     row_gradient<T, kCapped>(row, out, rows.vocabulary, valid ? rows.targets[t] : 0, temperature, rows.softcap,
-                             valid ? args.lse[t] : NAN, grad);
+                             valid ? args.lse[t] : NAN, args.logprob[t], grad);
   }
 }
 

@@ -25,10 +25,11 @@ struct RowStats {
 };
 
 struct RowGrad {
-  float constant;  // dz = onehot 1(j = y) + p (constant + slope a) - uniform, a = z - lse
+  float constant;  // dz = onehot (1(j = y) - p) + p (constant + slope a) - uniform, a = z - lse
   float slope;
   float onehot;
   float uniform;
+  MGRPO_INLINE bool is_zero() const { return constant == 0 && slope == 0 && onehot == 0 && uniform == 0; }
 };
 
 template <typename T>
@@ -138,8 +139,16 @@ MGRPO_INLINE float logit_at(const T* row, int64_t column, float softcap) {
   return load_logits_part(row + column, 1, softcap)[0];
 }
 
-MGRPO_INLINE f32v gradient_of(f32v z, float inverse_temperature, float lse, float softcap, const RowGrad& g) {
-  const f32v scaled = z * inverse_temperature - lse;
+// A logit z' and its log-probability, about which those of the others are found: their differences do not round as
+// log-sum-exp does where logits are large.
+struct Anchor {
+  float z;
+  float logprob;
+};
+
+MGRPO_INLINE f32v gradient_of(f32v z, float inverse_temperature, const Anchor& anchor, float softcap,
+                              const RowGrad& g) {
+  const f32v scaled = (z - anchor.z) * inverse_temperature + anchor.logprob;
   const f32v floor = splat(kLeastExponent * kLn2);
   const f32v a = scaled < floor ? floor : scaled;
   const f32v e = exp2_in_range(a * kLog2e);
@@ -154,10 +163,10 @@ MGRPO_INLINE f32v gradient_of(f32v z, float inverse_temperature, float lse, floa
   return dz;
 }
 
-// Writes the whole gradient row; `out` may be `row`. `column` is the target, inside [0, V).
+// Writes the whole gradient row; `out` may be `row`. `column` is the target, inside [0, V), `logprob` its own.
 template <typename T, bool kCapped>
 void row_gradient(const T* row, T* out, int64_t vocabulary, int64_t column, float temperature, float softcap,
-                  float lse, const RowGrad& g) {
+                  float lse, float logprob, const RowGrad& g) {
   if (lse != lse) {
     for (int64_t i = 0; i < vocabulary; ++i) out[i] = from_float<T>(NAN);
     return;
@@ -165,20 +174,25 @@ void row_gradient(const T* row, T* out, int64_t vocabulary, int64_t column, floa
   softcap = kCapped ? softcap : 0.0f;
   const float inverse = 1.0f / temperature;
   const float z_target = logit_at(row, column, softcap);
+  const Anchor anchor = logprob > -INFINITY ? Anchor{z_target, logprob} : Anchor{0.0f, -lse};
+  RowGrad others = g;
+  others.constant -= g.onehot;
   const int64_t whole = vocabulary / kLanes * kLanes;
   int64_t i = 0;
   for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
     const f32v left = load_logits(row + i, softcap), right = load_logits(row + i + kLanes, softcap);
-    store(out + i, gradient_of(left, inverse, lse, softcap, g));
-    store(out + i + kLanes, gradient_of(right, inverse, lse, softcap, g));
+    store(out + i, gradient_of(left, inverse, anchor, softcap, others));
+    store(out + i + kLanes, gradient_of(right, inverse, anchor, softcap, others));
   }
-  for (; i < whole; i += kLanes) store(out + i, gradient_of(load_logits(row + i, softcap), inverse, lse, softcap, g));
+  for (; i < whole; i += kLanes) store(out + i, gradient_of(load_logits(row + i, softcap), inverse, anchor, softcap, others));
   const int rest = static_cast<int>(vocabulary - whole);
   if (rest)
-    store_part(out + whole, gradient_of(load_logits_part(row + whole, rest, softcap), inverse, lse, softcap, g), rest);
+    store_part(out + whole, gradient_of(load_logits_part(row + whole, rest, softcap), inverse, anchor, softcap, others), rest);
   const float tanh = kCapped ? z_target / softcap : 0.0f;
-  const float target = gradient_of(splat(z_target), inverse, lse, softcap, g)[0];
-  out[column] = from_float<T>(target + g.onehot * inverse * (1.0f - tanh * tanh));
+  const float target = gradient_of(splat(z_target), inverse, anchor, softcap, g)[0];
+  // 1 - p of the target without the rounding of p.
+  const float complement = logprob > -INFINITY ? -expm1f(logprob) : 1.0f;
+  out[column] = from_float<T>(target + g.onehot * complement * inverse * (1.0f - tanh * tanh));
 }
 
 template <typename T>

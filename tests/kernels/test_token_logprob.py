@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from mgrpo_kernels import TokenLogprob, token_logprob
+import mgrpo_kernels
+from mgrpo_kernels import TokenLogprob
 from mgrpo_kernels.testing import (
     assert_gradient_within_budget,
     assert_mutants_rejected,
@@ -16,6 +25,11 @@ from mgrpo_kernels.token_logprob import reference
 
 ROWS, VOCABULARY = 9, 131
 NAMES = ("logprob", "entropy", "lse", "self_certainty")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def token_logprob(request):
+    return partial(mgrpo_kernels.token_logprob, backend=request.param)
 
 
 def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,11 +92,11 @@ def check(op, *, dtype: torch.dtype = torch.float32, softcap: float | None = Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 6.0])
-def test_outputs_and_gradient_match_fp64(dtype, softcap):
+def test_outputs_and_gradient_match_fp64(token_logprob, dtype, softcap):
     check(token_logprob, dtype=dtype, softcap=softcap)
 
 
-def test_every_mutant_is_rejected():
+def test_every_mutant_is_rejected(token_logprob):
     def without_last_columns(op):
         def mutated(logits, *args, **kwargs):
             keep = torch.arange(logits.shape[1]) < logits.shape[1] - 3
@@ -93,7 +107,8 @@ def test_every_mutant_is_rejected():
     assert_mutants_rejected(token_logprob, check, extra={"last_columns_skipped": without_last_columns})
 
 
-def test_blocks_of_rows_agree_with_one_block(monkeypatch):
+def test_blocks_of_rows_of_the_reference_agree_with_one_block(monkeypatch):
+    token_logprob = partial(mgrpo_kernels.token_logprob, backend="reference")
     logits, targets, mask, _ = make_inputs()
     whole = token_logprob(logits, targets, mask=mask)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 2 * VOCABULARY)
@@ -104,6 +119,7 @@ def test_blocks_of_rows_agree_with_one_block(monkeypatch):
 
 
 def test_gradcheck_of_all_outputs():
+    token_logprob = partial(mgrpo_kernels.token_logprob, backend="reference")
     logits = peaked_logits(4, 6, dtype=torch.float64, boosted=1).mul_(0.4)
     logits[0, 2] = -torch.inf
     targets = torch.tensor([0, 5, -100, 3])
@@ -118,7 +134,7 @@ def test_gradcheck_of_all_outputs():
         assert torch.autograd.gradcheck(lambda x, cap=softcap: run(x, cap), leaf)
 
 
-def test_minus_infinite_logits():
+def test_minus_infinite_logits(token_logprob):
     logits = torch.tensor([[1.0, -torch.inf, 3.0], [0.5, -torch.inf, -torch.inf]], requires_grad=True)
     out = token_logprob(logits, torch.tensor([2, 1]), self_certainty=True)
     finite = torch.tensor([1.0, 3.0])
@@ -136,13 +152,13 @@ def test_minus_infinite_logits():
     assert torch.equal(only.grad, torch.zeros_like(only))
 
 
-def test_target_whose_probability_underflows_keeps_its_gradient():
+def test_target_whose_probability_underflows_keeps_its_gradient(token_logprob):
     logits = torch.tensor([[0.0, -500.0]], requires_grad=True)
     token_logprob(logits, torch.tensor([1])).logprob.backward()
     assert torch.equal(logits.grad, torch.tensor([[-1.0, 1.0]]))
 
 
-def test_entropy_does_not_cancel_for_large_logits():
+def test_entropy_does_not_cancel_for_large_logits(token_logprob):
     logits = peaked_logits(4, 64) + 3000.0
     exact = torch.distributions.Categorical(logits=logits.double()).entropy()
     torch.testing.assert_close(
@@ -150,13 +166,13 @@ def test_entropy_does_not_cancel_for_large_logits():
     )
 
 
-def test_bf16_logits_are_not_rounded_by_the_temperature():
+def test_bf16_logits_are_not_rounded_by_the_temperature(token_logprob):
     logits = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.bfloat16)
     out = token_logprob(logits, torch.tensor([0]), temperature=1.1)
     torch.testing.assert_close(out.logprob, (logits.float() / 1.1).log_softmax(1)[:, 0], rtol=1e-6, atol=1e-6)
 
 
-def test_inplace_backward_writes_over_the_logits_and_bumps_their_version():
+def test_inplace_backward_writes_over_the_logits_and_bumps_their_version(token_logprob):
     logits, targets, mask, temperature = make_inputs()
     plain, inplace = (logits.clone().requires_grad_() for _ in range(2))
     token_logprob(plain, targets, temperature=temperature, mask=mask).entropy.sum().backward()
@@ -170,7 +186,7 @@ def test_inplace_backward_writes_over_the_logits_and_bumps_their_version():
         out.entropy.sum().backward()
 
 
-def test_strided_rows_no_rows_and_one_row():
+def test_strided_rows_no_rows_and_one_row(token_logprob):
     storage = peaked_logits(4, 20)
     targets = torch.tensor([0, 1, 2, 3])
     strided = token_logprob(storage[:, :13], targets)
@@ -184,7 +200,7 @@ def test_strided_rows_no_rows_and_one_row():
     assert token_logprob(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64)).entropy.tolist() == [0.0, 0.0]
 
 
-def test_ignored_targets_equal_a_mask():
+def test_ignored_targets_equal_a_mask(token_logprob):
     logits, targets, mask, _ = make_inputs()
     by_mask = token_logprob(logits, targets, mask=mask)
     by_target = token_logprob(logits, targets.masked_fill(~mask, -100))
@@ -192,8 +208,166 @@ def test_ignored_targets_equal_a_mask():
         assert torch.equal(one, other)
 
 
+def batch_of_one_shape(rows: int, vocabulary: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    logits = peaked_logits(rows, vocabulary, dtype=dtype, boosted=min(3, vocabulary), seed=seed)
+    return logits, torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_near_the_definition(logits: Tensor, targets: Tensor, *, inplace: bool = False) -> None:
+    """Outputs and gradient of the compiled kernel against the definition in fp64, with fp32's own error as a budget."""
+    rows, vocabulary = logits.shape
+    mask = torch.ones(rows, dtype=torch.bool)
+    upstream = [torch.randn(rows, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+    def native(leaf: Tensor):
+        scaled = leaf * 1 if inplace else leaf  # the leaf itself must stay readable
+        return mgrpo_kernels.token_logprob(
+            scaled, targets, self_certainty=True, inplace_backward=inplace, temperature=1.3, backend="cpu"
+        )
+
+    outputs, gradient = with_gradient(native, logits, upstream)
+    expected, baseline = (
+        with_gradient(lambda leaf, to=to: independent(leaf.to(to), targets, mask, 1.3), logits.double(), upstream)
+        for to in (torch.float64, torch.float32)
+    )
+    for name, actual, oracle, rounded in zip(NAMES, outputs, expected[0], baseline[0], strict=True):
+        assert_within_budget(actual, oracle, rounded, reduction_length=vocabulary, what=name)
+    rounded = baseline[1].to(logits.dtype)
+    # Beside the sums over the vocabulary, the four upstream gradients are added.
+    length = vocabulary + len(upstream)
+    assert_gradient_within_budget(gradient, expected[1], rounded, targets, reduction_length=length)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 15, 16, 17, 64, 1023, 1024, 1025, 32256, 151936, 152064])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_vocabularies_of_every_remainder(vocabulary, dtype):
+    assert_near_the_definition(*batch_of_one_shape(3, vocabulary, dtype, seed=vocabulary))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 5),
+    vocabulary=st.integers(1, 70),
+    padding=st.integers(0, 9),
+    offset=st.integers(0, 5),
+    inplace=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_stride_offset_and_dtype(rows, vocabulary, padding, offset, inplace, dtype, seed):
+    logits, targets = batch_of_one_shape(rows, vocabulary, dtype, seed)
+    stride = vocabulary + padding
+    storage = torch.full((offset + rows * stride + vocabulary,), torch.nan, dtype=dtype)
+    strided = storage.as_strided((rows, vocabulary), (stride, 1), offset)
+    strided.copy_(logits)
+    if rows:
+        assert_near_the_definition(strided, targets, inplace=inplace)
+    else:
+        assert mgrpo_kernels.token_logprob(strided, targets, backend="cpu").logprob.shape == (0,)
+
+
+@pytest.mark.parametrize("spacing", [2**31 + 17])
+def test_rows_beyond_2_31_elements(spacing):
+    logits, targets = batch_of_one_shape(2, 100, torch.bfloat16, seed=1)
+    # Untouched pages of the storage take no memory.
+    far = torch.empty(spacing + 100, dtype=torch.bfloat16).as_strided((2, 100), (spacing, 1))
+    far.copy_(logits)
+    leaf, near = far.requires_grad_(), logits.clone().requires_grad_()
+    sums = []
+    for tensor in (leaf, near):
+        out = mgrpo_kernels.token_logprob(tensor, targets, backend="cpu", inplace_backward=tensor is leaf)
+        (out.logprob + 2 * out.entropy).sum().backward()
+        sums.append(torch.stack(out[:3]).detach())
+    assert torch.equal(*sums)
+    assert torch.equal(leaf.detach(), near.grad)
+
+
+def test_the_thread_count_changes_no_bit():
+    logits, targets = batch_of_one_shape(7, 3000, torch.bfloat16, seed=2)
+    results = []
+    for threads in (1, 2, 5):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        leaf = logits.clone().requires_grad_()
+        out = mgrpo_kernels.token_logprob(leaf, targets, backend="cpu")
+        (out.logprob + out.entropy).sum().backward()
+        torch.set_num_threads(before)
+        results.append((*out[:3], leaf.grad))
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_a_row_has_the_same_bits_in_any_batch():
+    logits, targets = batch_of_one_shape(6, 777, torch.float32, seed=3)
+    whole = mgrpo_kernels.token_logprob(logits, targets, backend="cpu")
+    for row in range(6):
+        alone = mgrpo_kernels.token_logprob(logits[row : row + 1], targets[row : row + 1], backend="cpu")
+        assert all(torch.equal(one[row : row + 1], two) for one, two in zip(whole[:3], alone[:3], strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_is_nan_and_no_other(token_logprob, value):
+    logits, targets = batch_of_one_shape(3, 40, torch.float32, seed=4)
+    logits[1, 20] = value
+    leaf = logits.requires_grad_()
+    out = token_logprob(leaf, targets)
+    out.entropy.sum().backward()
+    for output in out[:3]:
+        assert output.isnan().tolist()[::2] == [False, False]
+    assert out.logprob[1].isnan() and out.entropy[1].isnan()
+    assert leaf.grad.isnan().any(1).tolist() == [False, True, False]
+
+
+def test_a_row_of_minus_infinity_is_nan_in_both_backends():
+    logits = torch.full((1, 20), -torch.inf)
+    outs = [
+        mgrpo_kernels.token_logprob(logits, torch.tensor([3]), self_certainty=True, backend=backend)
+        for backend in ("reference", "cpu")
+    ]
+    torch.testing.assert_close(outs[1], outs[0], equal_nan=True)
+    lowest = torch.full((1, 20), torch.finfo(torch.float32).min)
+    assert mgrpo_kernels.token_logprob(lowest, torch.tensor([3]), backend="cpu").entropy.item() > 2.99
+
+
+def test_a_row_without_upstream_gradient_is_not_read_again():
+    logits, targets = batch_of_one_shape(4, 50, torch.float32, seed=5)
+    leaf = logits.requires_grad_()
+    out = mgrpo_kernels.token_logprob(leaf, targets, backend="cpu")
+    with torch.no_grad():
+        leaf.data[2] = torch.nan
+    out.logprob.backward(torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    assert torch.equal(leaf.grad[2], torch.zeros(50)) and leaf.grad[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_meets_the_budget(isa):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "(match_fp64 or remainder) and not reference"]
+    env = os.environ | {"MGRPO_CPU_ISA": isa}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    if "on this processor" in done.stdout + done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_opcheck_and_meta():
+    logits, targets, mask, temperature = make_inputs()
+    logits, rows = logits.nan_to_num(), (targets, mask, 1.0, temperature, 6.0)
+    forward = torch.ops.mgrpo_kernels.token_logprob_fwd
+    for self_certainty in (False, True):
+        torch.library.opcheck(forward, (logits, *rows, self_certainty, "cpu"))
+    outputs = forward(logits, *rows, True, "cpu")
+    values = (*outputs[:3], outputs[4], torch.ones(ROWS), torch.ones(ROWS), None, None, "cpu")
+    torch.library.opcheck(torch.ops.mgrpo_kernels.token_logprob_bwd, (logits, *rows, *values))
+    torch.library.opcheck(torch.ops.mgrpo_kernels.token_logprob_bwd_, (logits.clone(), *rows, *values))
+    for backend in ("auto", "cpu"):
+        out = mgrpo_kernels.token_logprob(logits.to("meta"), targets.to("meta"), self_certainty=True, backend=backend)
+        assert [output.device.type for output in out] == ["meta"] * 4
+        assert [output.shape for output in out] == [(ROWS,)] * 4
+
+
 @pytest.mark.slow
-def test_compiles_whole():
+def test_compiles_whole(token_logprob):
     logits, targets, mask, temperature = make_inputs()
 
     def run(leaf: Tensor) -> tuple[Tensor, ...]:
@@ -233,7 +407,7 @@ LOGITS, TARGETS = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
         (r"backend must be one of \['auto', 'reference'.*\], got 'fast'", {"backend": "fast"}),
     ],
 )
-def test_wrong_arguments_are_refused(message, arguments):
+def test_wrong_arguments_are_refused(token_logprob, message, arguments):
     with pytest.raises(ValueError, match=f"^token_logprob: .*{message}"):
         token_logprob(**({"logits": LOGITS, "targets": TARGETS} | arguments))
 
