@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: train test lint format bench study clean
+.PHONY: train test lint format bench bench-peers sanitize study clean
 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
@@ -24,6 +24,25 @@ format: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest bench $(ARGS)
+
+# The kernels against other libraries, whose packages it installs; writes bench/records and bench/RECORDS.md.
+bench-peers: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-bench.txt
+	$(BIN)/python -m pytest bench --record $(ARGS)
+	$(BIN)/python -m bench.records
+
+# The kernels' tests on a library built with the address and undefined-behaviour sanitizers, in a copy of the package.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.built
+	mkdir -p $(SANITIZED)/package
+	cp -r mgrpo_kernels $(SANITIZED)/package/ && rm -f $(SANITIZED)/package/mgrpo_kernels/*.so
+	$(BIN)/cmake -S . -B $(SANITIZED)/cmake -DMGRPO_SANITIZE=address,undefined -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(SANITIZED)/package/mgrpo_kernels)
+	$(BIN)/cmake --build $(SANITIZED)/cmake --parallel
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 MGRPO_SANITIZED=1 \
+		PYTHONPATH=$(SANITIZED)/package $(BIN)/python -P -m pytest tests/kernels -m "not slow" -k "not instruction_set" $(ARGS)
 
 study: $(VENV)/.built
 	$(BIN)/python -m bench.study $(ARGS)

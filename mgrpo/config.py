@@ -221,8 +221,8 @@ class OptimConfig:
 class KernelsConfig:
     """Tensor operations."""
 
-    backend: Literal["auto", "reference"] = "auto"
-    """Backend of mgrpo_kernels."""
+    backend: Literal["auto", "reference", "cpu"] = "auto"
+    """Backend of mgrpo_kernels: "auto" takes the first that a device and a dtype have."""
 
 
 @dataclass(frozen=True, kw_only=True)

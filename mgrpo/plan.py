@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mgrpo.answers import make_extractor
 from mgrpo.config import Config, ConfigError
 from mgrpo.data import Dataset
-from mgrpo.policy import Tokenizer, load_tokenizer, pick_device
+from mgrpo.policy import Tokenizer, load_tokenizer, pick_backend, pick_device
 from mgrpo.prompts import load_prompts, require_answers
 from mgrpo.records import InputError
 from mgrpo.scoring import MAX_LOGITS_BYTES
@@ -54,7 +54,9 @@ def find_problems(config: Config) -> list[str]:
     if config.run_dir:
         attempt(lambda: refuse_used_directory(Path(config.run_dir or ""), config))
     attempt(lambda: make_extractor(config.answer.extract))
-    attempt(lambda: pick_device(config.model.device))
+    device = attempt(lambda: pick_device(config.model.device))
+    if device:
+        attempt(lambda: pick_backend(config.kernels.backend, device))
     tokenizer = attempt(lambda: load_tokenizer(config.model))
     if tokenizer:
         data = attempt(lambda: load_prompts(config, tokenizer, config.data.train))

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from mgrpo.config import ConfigError, ModelConfig
 from mgrpo.records import InputError
+from mgrpo_kernels.backends import resolve
 
 BUILTIN = "builtin:"
 
@@ -77,6 +78,14 @@ def pick_device(device: str) -> torch.device:
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError([f"config: --model.device must be available, got {device} where torch sees no GPU."])
     return picked
+
+
+def pick_backend(backend: str, device: torch.device) -> str:
+    """Resolves --kernels.backend for a device, with MGRPO_BACKEND in place of `auto`."""
+    try:
+        return resolve("config", device, backend)
+    except ValueError as error:
+        raise ConfigError([str(error).replace("backend must", "--kernels.backend must", 1)]) from error
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:

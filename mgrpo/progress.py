@@ -14,6 +14,8 @@ from rich.table import Table
 
 from mgrpo.config import Config
 from mgrpo.metrics import Metrics
+from mgrpo.policy import pick_backend, pick_device
+from mgrpo_kernels import backends
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -41,6 +43,8 @@ class Progress:
             f"[bold]{config.preset}[/]  {escape(config.model.path)}  {r.prompts} prompts x ({r.policy} policy + "
             f"{r.momentum} momentum) rollouts  ->  {escape(str(run_dir))}"
         )
+        backend = pick_backend(config.kernels.backend, pick_device(config.model.device))
+        self.console.print(f"kernels: {backend}, {backends()[backend].reason}", highlight=False)
 
     def __enter__(self) -> Self:
         self.live.start()

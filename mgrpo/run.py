@@ -23,6 +23,7 @@ from mgrpo.config import Config, ConfigError, flag, from_dict, to_dict
 from mgrpo.metrics import Metrics, StorageError, make_trackers, read_metrics
 from mgrpo.monitor import Monitor
 from mgrpo.plan import refuse_distributed, refuse_used_directory
+from mgrpo.policy import pick_backend, pick_device
 from mgrpo.progress import Progress
 from mgrpo.report import write_report
 from mgrpo.trainer import Trainer
@@ -52,6 +53,7 @@ class Exit(IntEnum):
 def run(config: Config) -> Exit:
     """Trains from start, or from the newest checkpoint, to the last step; returns why it ended."""
     refuse_distributed()
+    pick_backend(config.kernels.backend, pick_device(config.model.device))
     if config.threads:
         torch.set_num_threads(config.threads)
     run_dir = Path(config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")

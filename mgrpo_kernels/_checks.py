@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,6 +37,8 @@ def check_tensor(
     """Check type, shape (None matches any size), dtype and device; `layout` names the shape in the error."""
     if not isinstance(value, Tensor):
         raise invalid(where, arg, f"a tensor {layout}", type(value).__name__, "Pass a torch.Tensor.")
+    if value.layout != torch.strided:
+        raise invalid(where, arg, "dense", str(value.layout).removeprefix("torch."), "Call .to_dense().")
     if value.dim() != len(shape) or any(
         want is not None and have != want for have, want in zip(value.shape, shape, strict=True)
     ):
@@ -75,7 +76,7 @@ def check_cu_seqlens(where: str, cu_seqlens: Tensor, tokens: int, device: torch.
         raise invalid(where, "cu_seqlens", "of shape [N+1] with N >= 0", [0], "Start it with 0.")
     if checks_values(device):
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):
+        if ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):
             expected = f"non-decreasing from 0 to the {tokens} tokens"
             raise invalid(where, "cu_seqlens", expected, ends[:8], "Build it as the running sum of the lengths.")
 
@@ -95,6 +96,8 @@ def check_head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, 
     check_tensor(where, "weight", weight, "[V, D]", (None, hidden.shape[1]), (hidden.dtype,), hidden.device)
     if weight.shape[0] == 0:
         raise invalid(where, "weight", "of shape [V, D] with V >= 1", list(weight.shape), "Pass a vocabulary.")
+    if weight.shape[1] > 1 and weight.stride(1) != 1:
+        raise invalid(where, "weight", "of unit stride along D", f"strides {weight.stride()}", "Call .contiguous().")
     if bias is not None:
         check_tensor(where, "bias", bias, "[V]", (weight.shape[0],), FLOATS, hidden.device)
     if budget_bytes is not None:

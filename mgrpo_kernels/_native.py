@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -9,8 +10,7 @@ from torch import Tensor
 
 _library: ModuleType | None
 try:
-    from mgrpo_kernels import _C as _library  # pyright: ignore[reportAttributeAccessIssue]
-
+    _library = import_module("mgrpo_kernels._C")
     REASON = f"compiled, instruction set {_library.isa()}"
 except ModuleNotFoundError:
     _library, REASON = None, "the compiled library is missing: install the package with a C++ compiler"

@@ -6,7 +6,7 @@ operation's name. The reference backend is plain PyTorch and needs none of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -82,3 +82,144 @@ def _(logits: Tensor, *args: object) -> Tensor:
 )
 def _(logits: Tensor, *args: object) -> None:
     return None
+
+
+_SEQUENCES = "Tensor? cu_seqlens, Tensor? mask, bool mean"
+
+
+def _num_sequences(cu_seqlens: Tensor | None, mask: Tensor | None) -> int:
+    """N of packed or padded tokens."""
+    if mask is not None:
+        return mask.shape[0]
+    assert cu_seqlens is not None
+    return cu_seqlens.shape[0] - 1
+
+
+@_define("trajectory_entropy", f"trajectory_entropy_fwd(Tensor tokens, {_SEQUENCES}, str backend) -> Tensor entropy")
+def _(tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, mean: bool, backend: str) -> Tensor:
+    return tokens.new_empty(_num_sequences(cu_seqlens, mask), dtype=torch.float32)
+
+
+@_define(
+    "trajectory_entropy",
+    f"trajectory_entropy_bwd(Tensor dentropy, {_SEQUENCES}, SymInt[] shape, ScalarType dtype, str backend) "
+    "-> Tensor dtokens",
+)
+def _(
+    dentropy: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    mean: bool,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return dentropy.new_empty(shape, dtype=dtype)
+
+
+@_define("group_advantage", "group_advantage(Tensor rewards, Tensor? keep, str mode, str backend) -> Tensor advantage")
+def _(rewards: Tensor, keep: Tensor | None, mode: str, backend: str) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=torch.float32)
+
+
+@_define(
+    "majority_vote",
+    "majority_vote(Tensor answer_ids, Tensor? keep, Tensor? weights, Tensor? tie_break, str backend) "
+    "-> (Tensor label, Tensor share, Tensor margin, Tensor tie, Tensor class_share, Tensor lowest)",
+)
+def _(answer_ids: Tensor, *args: object) -> tuple[Tensor, ...]:
+    prompts = answer_ids.shape[0]
+    dtypes = (torch.int64, torch.float32, torch.float32, torch.bool)
+    by_prompt = (answer_ids.new_empty(prompts, dtype=dtype) for dtype in dtypes)
+    return *by_prompt, answer_ids.new_empty(answer_ids.shape, dtype=torch.float32), answer_ids.new_empty(2)
+
+
+@_define(
+    "iqr_filter",
+    "iqr_filter(Tensor entropy, float k, str scope, Tensor? keep, bool two_sided, str backend) "
+    "-> (Tensor keep, Tensor q1, Tensor q3)",
+)
+def _(entropy: Tensor, k: float, scope: str, *args: object) -> tuple[Tensor, ...]:
+    quartiles = (entropy.new_empty(() if scope == "batch" else entropy.shape[0]) for _ in range(2))
+    return entropy.new_empty(entropy.shape, dtype=torch.bool), *quartiles
+
+
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, Tensor? temperatures, "
+    "float softcap, int? budget_bytes"
+)
+
+
+@_define(
+    "linear_token_logprob",
+    f"linear_token_logprob_fwd({_HEAD}, bool self_certainty, str backend) "
+    "-> (Tensor top, Tensor exp, Tensor exp_x, Tensor finite_x, Tensor num_finite, Tensor z_target)",
+)
+def _(hidden: Tensor, *args: object) -> tuple[Tensor, ...]:
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(6))
+
+
+@_define(
+    "linear_token_logprob",
+    f"linear_token_logprob_bwd({_HEAD}, Tensor lse, Tensor constant, Tensor? onehot, Tensor? slope, Tensor? uniform, "
+    "bool fp32_dhidden, bool needs_hidden, bool needs_weight, bool needs_bias, str backend) "
+    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+)
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    fp32_dhidden, needs_hidden, needs_weight, needs_bias, _ = args[-5:]
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0, 0), dtype=torch.float32 if fp32_dhidden else None),
+        weight.new_empty(weight.shape if needs_weight else (0, 0)),
+        hidden.new_empty(weight.shape[0] if needs_bias else 0, dtype=torch.float32),
+    )
+
+
+@_define(
+    "ema_update",
+    # Lists hold what is present; compensated and published give the index of its momentum.
+    "ema_update_(Tensor(a!)[] momentum, Tensor[] policy, Tensor(b!)[] compensation, int[] compensated, "
+    "Tensor(c!)[] publish, int[] published, float decay, Tensor? decay_tensor, bool stochastic, int seed, SymInt step, "
+    "Tensor? step_tensor, str backend) -> ()",
+)
+def _(momentum: Sequence[Tensor], *args: object) -> None:
+    return None
+
+
+_LOSS = (
+    "Tensor advantage, Tensor mask, Tensor? old_logprob, Tensor? ref_logprob, Tensor? rollout_logprob, "
+    "Tensor? cu_seqlens, Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, float kl_coef, str kl, "
+    "float entropy_coef, float tis_cap, str ratio, str reduce, float? max_length, float? denominator"
+)
+NUM_METRICS = 7
+
+
+def _loss_outputs(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and metrics."""
+    return like.new_empty((), dtype=torch.float32), like.new_empty(NUM_METRICS, dtype=torch.float32)
+
+
+@_define(
+    "grpo_loss",
+    f"grpo_loss_fwd(Tensor logprob, Tensor? entropy, {_LOSS}, bool needs_dlogprob, bool needs_dentropy, str backend) "
+    "-> (Tensor loss, Tensor metrics, Tensor dlogprob, Tensor dentropy)",
+)
+def _(logprob: Tensor, entropy: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    *_, needs_dlogprob, needs_dentropy, _backend = args
+    gradients = (
+        logprob.new_empty(logprob.shape if needed else (0,), dtype=torch.float32)
+        for needed in (needs_dlogprob, needs_dentropy)
+    )
+    return *_loss_outputs(logprob), *gradients
+
+
+@_define(
+    "grpo_loss",
+    "logits_grpo_loss_fwd(Tensor logits, Tensor targets, float temperature, Tensor? temperatures, "
+    f"{_LOSS}, bool needs_row_grads, bool needs_dlogits, str backend) -> (Tensor loss, Tensor metrics, Tensor logprob, "
+    "Tensor entropy, Tensor lse, Tensor dlogprob, Tensor dentropy, Tensor dlogits)",
+)
+def _(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *_, needs_row_grads, needs_dlogits, _backend = args
+    sizes = (logits.shape[0],) * 3 + (logits.shape[0] if needs_row_grads else 0,) * 2
+    rows = (logits.new_empty(size, dtype=torch.float32) for size in sizes)
+    return *_loss_outputs(logits), *rows, logits.new_empty(logits.shape if needs_dlogits else (0, logits.shape[1]))

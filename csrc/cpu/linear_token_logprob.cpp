@@ -12,43 +12,89 @@
 
 #include <cfloat>
 #include <cstdlib>
-#include <omp.h>
+
 #include <math.h>
+#include <omp.h>
+#include <sys/mman.h>
 
 #include "gemm.h"
-
-namespace mgrpo {
-MGRPO_DECLARE_LINEAR_TOKEN_LOGPROB(MGRPO_ISA)
-}
 
 namespace mgrpo {
 namespace MGRPO_ISA {
 namespace {
 
 constexpr float kFloor = -1e4f;  // e to this is 0; products with it are finite, unlike those with -inf
-constexpr int64_t kBlockPanels = 32;  // 512 tokens: a block of K of them takes half a second-level cache
-constexpr int64_t kMostSlices = 256;
+constexpr int64_t kFloat = sizeof(float);
 
-class Buffer {
+// Offsets into one allocation.
+struct Layout {
+  int64_t bytes = 0;
+
+  int64_t add(int64_t size) {
+    const int64_t at = bytes;
+    bytes += blocks_of(size, 64) * 64;
+    return at;
+  }
+};
+
+constexpr int64_t kHugePage = 1 << 21;
+
+// Fresh memory in small pages costs a fault for every 4 KiB, which took a third of a backward's time.
+void advise_huge_pages(void* from, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(from) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(from) + uintptr_t(bytes)) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// All temporaries of a call.
+class Arena {
  public:
-  explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(64, size_t(blocks_of(most(bytes, 1), 64) * 64))) {}
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
+  explicit Arena(int64_t bytes) {
+    if (posix_memalign(&data_, bytes < kHugePage ? 64 : kHugePage, size_t(most(bytes, 64)))) data_ = nullptr;
+    if (data_) advise_huge_pages(data_, bytes);
+  }
+  ~Arena() { std::free(data_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
   explicit operator bool() const { return data_ != nullptr; }
   template <typename T>
-  T* as(int64_t offset_bytes = 0) const {
-    return reinterpret_cast<T*>(static_cast<char*>(data_) + offset_bytes);
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(static_cast<char*>(data_) + offset);
   }
 
  private:
-  void* data_;
+  void* data_ = nullptr;
 };
 
-// exp(x) for x <= 88, exactly 0 below -87.3. A NaN gives any number.
+// e^x for x <= 88, exactly 0 below -87; relative error 7e-8, for p = e^(z - lse) should lose no more than z itself does.
+// x = n ln 2 + r with ln 2 in two parts, then 1 + r + r^2 Q(r) with a minimax Q. A NaN gives any number.
 MGRPO_INLINE f32v exp_or_zero(f32v x) {
-  const f32v y = x * kLog2e;
-  return y < splat(kLeastExponent) ? splat(0.0f) : exp2_in_range(clamp_exponent(y));
+  const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32v shifted = x * kLog2e + magic, n = shifted - magic;
+  const f32v r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f32v q = splat(1.38145406e-3f);
+  q = q * r + 8.36874545e-3f;
+  q = q * r + 4.16683890e-2f;
+  q = q * r + 1.66665211e-1f;
+  q = q * r + 4.99999940e-1f;
+  const f32v p = q * (r * r) + r + 1.0f;
+  return x < splat(-87.0f) ? splat(0.0f) : (f32v)((u32v)p + ((u32v)shifted << 23));
+}
+
+// c tanh(v / c) to 2e-7, for the error of a large logit is one of its probability: by e^-2|u|, and by a minimax
+// polynomial where that cancels.
+MGRPO_INLINE f32v softcapped(f32v v, float softcap) {
+  const f32v u = v / softcap, a = abs(u), e = exp_or_zero(-2.0f * a), square = a * a;
+  f32v q = splat(-5.70498593e-3f);
+  q = q * square + 2.06390861e-2f;
+  q = q * square - 5.37397154e-2f;
+  q = q * square + 1.33314416e-1f;
+  q = q * square - 3.33332807e-1f;
+  const f32v size = a < 0.625f ? q * square * a + a : (1.0f - e) / (1.0f + e);
+  const f32v capped = as_float(as_int(size) | (as_int(u) & INT32_MIN)) * softcap;
+  return u == u ? capped : u;
 }
 
 // Sizes in tiles and panels of a problem whose packed elements are of type E.
@@ -56,27 +102,30 @@ template <typename E>
 struct Sizes {
   int64_t panels;         // of 16 tokens
   int64_t token_tiles;    // of kDepth<E> tokens
-  int64_t tokens;         // padded: token_tiles * kDepth<E>
   int64_t hidden_tiles;   // of kDepth<E> hidden elements
   int64_t hidden_panels;  // of 16 hidden elements
+  // What goes through the second-level cache together:
+  int64_t block_panels;  // of tokens
+  int64_t depth;         // tiles along D: their hidden states take up to 1.25 MiB
+  int64_t rows;          // of the vocabulary: their logits take 64 KiB, more where depth does not cover D
 
   explicit Sizes(const LinearHead& head)
       : panels(blocks_of(head.num_tokens, kTile)),
         token_tiles(blocks_of(head.num_tokens, kDepth<E>)),
-        tokens(token_tiles * kDepth<E>),
         hidden_tiles(blocks_of(head.hidden_size, kDepth<E>)),
-        hidden_panels(blocks_of(head.hidden_size, kTile)) {}
+        hidden_panels(blocks_of(head.hidden_size, kTile)),
+        block_panels(most(1, least(panels, 32))),
+        depth(least(least(1280 / block_panels, 128), blocks_of(hidden_tiles, kBlockTiles) * kBlockTiles)),
+        rows(depth < hidden_tiles ? 256 : most(32, least(256, 1024 / block_panels / 32 * 32))) {}
 
   int64_t packed_bytes() const { return panels * hidden_tiles * kTileBytes; }
-  int64_t block_panels() const { return least(panels, kBlockPanels); }
+  int64_t rows_bytes() const { return 2 * depth * kTileBytes; }  // two row blocks of A
+  int64_t logits_bytes(int64_t num_rows) const { return num_rows * block_panels * kTile * kFloat; }
 };
 
-constexpr int64_t kRowsBytes = 2 * kBlockTiles * kTileBytes;  // two row blocks of A, one block of K
-
-// 1 / temperature of every token, padded with 1.
-void invert_temperatures(const LinearHead& head, int64_t padded, float* inverse) {
-  for (int64_t t = 0; t < padded; ++t)
-    inverse[t] = t >= head.num_tokens ? 1.0f : 1.0f / (head.temperatures ? head.temperatures[t] : head.temperature);
+MGRPO_INLINE float temperature_of(const LinearHead& head, int64_t token) {
+  if (token >= head.num_tokens) return 1.0f;
+  return head.temperatures ? head.temperatures[token] : head.temperature;
 }
 
 template <typename S, typename E>
@@ -102,24 +151,23 @@ struct Problem {
   // Products of `rows` rows of the weight with the tokens of panels [first, last): C panels of `rows_padded` rows.
   void logits(int64_t row, int64_t rows, int64_t first, int64_t last, const E* packed, E* a, float* c,
               int64_t rows_padded) const {
-    for (int64_t k = 0; k < sizes.hidden_tiles; k += kBlockTiles) {
-      const int64_t num_tiles = least(kBlockTiles, sizes.hidden_tiles - k);
-      const int64_t column = k * kDepth<E>, columns = least(head.hidden_size - column, num_tiles * kDepth<E>);
+    const int64_t a_stride = sizes.depth * kTileSize<E>, b_stride = sizes.hidden_tiles * kTileSize<E>;
+    for (int64_t from = 0; from < sizes.hidden_tiles; from += sizes.depth) {
+      const int64_t to = least(sizes.hidden_tiles, from + sizes.depth), column = from * kDepth<E>;
+      const int64_t columns = least(head.hidden_size, to * kDepth<E>) - column;
       for (int64_t r = 0; r < rows; r += 2 * kTile) {
         const int64_t row_blocks = least(2, blocks_of(rows - r, kTile));
         for (int64_t i = 0; i < row_blocks; ++i)
           pack_rows(weight(row + r + i * kTile) + column, head.weight_stride, least(kTile, rows - r - i * kTile),
-                    columns, a + i * kBlockTiles * kTileSize<E>);
-        core.sweep({a, kBlockTiles * kTileSize<E>, row_blocks,
-                    packed + (first * sizes.hidden_tiles + k) * kTileSize<E>, sizes.hidden_tiles * kTileSize<E>,
-                    last - first, num_tiles, c + r * kTile, rows_padded * kTile, k > 0});
+                    columns, a + i * a_stride);
+        for (int64_t k = from; k < to; k += kBlockTiles)
+          core.sweep({a + (k - from) * kTileSize<E>, a_stride, row_blocks,
+                      packed + first * b_stride + k * kTileSize<E>, b_stride, last - first, least(kBlockTiles, to - k),
+                      c + r * kTile, rows_padded * kTile, k > 0});
       }
     }
   }
 };
-
-// Rows of the vocabulary that go through the caches together.
-int64_t rows_at_once(int64_t panels) { return panels <= 16 ? 128 : 256; }
 
 // Sums of kLanes tokens, as in LinearTokenLogprobForward.
 struct Sums {
@@ -156,10 +204,10 @@ MGRPO_INLINE Sums merge(const Sums& a, const Sums& b) {
 
 // Sums over `rows` logits of kLanes tokens, 16 floats apart; bias and softcap are written back.
 template <bool kChanged, bool kCertainty>
-MGRPO_INLINE Sums tile_sums(float* c, int64_t rows, const float* bias, float softcap, f32v inverse) {
+MGRPO_INLINE Sums tile_sums(float* c, int64_t rows, const float* bias, float softcap, f32v temperature) {
   constexpr int kChains = 4;
-  f32v top[kChains];
-  for (f32v& chain : top) chain = splat(-INFINITY);
+  f32v chain[kChains];
+  for (f32v& top : chain) top = splat(-FLT_MAX);
   for (int64_t j = 0; j < rows; j += kChains)
 #pragma GCC unroll 4
     for (int k = 0; k < kChains; ++k) {
@@ -168,20 +216,20 @@ MGRPO_INLINE Sums tile_sums(float* c, int64_t rows, const float* bias, float sof
       f32v v = load(at);
       if (kChanged) {
         if (bias) v += bias[j + k];
-        if (softcap > 0) v = cap_logits(v, softcap);
+        if (softcap > 0) v = softcapped(v, softcap);
         store(at, v);
       }
-      top[k] = max(top[k], v);
+      chain[k] = max(chain[k], v);
     }
-  Sums out;
-  // A finite stand-in for the top of -inf alone, or of a NaN, whose sum of e^x x turns NaN in any case.
-  out.top = max(max(max(top[0], top[1]), max(top[2], top[3])) * inverse, splat(-FLT_MAX));
+  // Finite for -inf alone, and for a NaN, whose sum of e^x x turns NaN in any case.
+  const f32v top = max(max(max(chain[0], chain[1]), max(chain[2], chain[3])), splat(-FLT_MAX));
+  const f32v inverse = 1.0f / temperature;
   f32v exp[kChains] = {}, exp_x[kChains] = {}, finite_x[kChains] = {}, num_finite[kChains] = {};
   for (int64_t j = 0; j < rows; j += kChains)
 #pragma GCC unroll 4
     for (int k = 0; k < kChains; ++k) {
       if (j + k >= rows) break;
-      const f32v all = load(c + (j + k) * kTile) * inverse - out.top, x = max(splat(kFloor), all);
+      const f32v all = (load(c + (j + k) * kTile) - top) * inverse, x = max(splat(kFloor), all);
       const f32v e = exp_or_zero(x);
       exp[k] += e;
       exp_x[k] += e * x;
@@ -191,76 +239,72 @@ MGRPO_INLINE Sums tile_sums(float* c, int64_t rows, const float* bias, float sof
         num_finite[k] += select(finite, splat(1.0f), f32v{});
       }
     }
-  out.exp = (exp[0] + exp[1]) + (exp[2] + exp[3]);
-  out.exp_x = (exp_x[0] + exp_x[1]) + (exp_x[2] + exp_x[3]);
-  out.finite_x = (finite_x[0] + finite_x[1]) + (finite_x[2] + finite_x[3]);
-  out.num_finite = (num_finite[0] + num_finite[1]) + (num_finite[2] + num_finite[3]);
-  return out;
+  const auto total = [](const f32v(&part)[kChains]) { return (part[0] + part[1]) + (part[2] + part[3]); };
+  return {max(top / temperature, splat(-FLT_MAX)), total(exp), total(exp_x), total(finite_x), total(num_finite)};
 }
 
 template <bool kChanged, bool kCertainty>
-void add_tile(const LinearHead& head, float* c, int64_t rows, const float* bias, const float* inverse, float* sums,
+void add_tile(const LinearHead& head, float* c, int64_t rows, const float* bias, const float* temperature, float* sums,
               int64_t stride) {
   for (int64_t i = 0; i < kTile; i += kLanes) {
-    const Sums tile = tile_sums<kChanged, kCertainty>(c + i, rows, bias, head.softcap, load(inverse + i));
+    const Sums tile = tile_sums<kChanged, kCertainty>(c + i, rows, bias, head.softcap, load(temperature + i));
     store_sums(sums + i, stride, merge(load_sums(sums + i, stride), tile));
   }
 }
 
 template <typename S, typename E>
 bool forward(const LinearTokenLogprobForward& args, Core<E> core) {
+  constexpr int64_t kMostSlices = 1024;
   const LinearHead& head = args.head;
   const Problem<S, E> problem(head, core);
   const Sizes<E>& sizes = problem.sizes;
-  const int64_t padded = sizes.panels * kTile, block = sizes.block_panels();
-  int64_t rows_max = rows_at_once(block);
-  const int64_t slice_bytes = kNumSums * padded * int64_t(sizeof(float));
-  int64_t scratch_bytes = kRowsBytes + rows_max * block * kTile * int64_t(sizeof(float));
-  const auto left = [&] {
-    return head.budget_bytes - sizes.packed_bytes() - padded * int64_t(sizeof(float)) -
-           head.num_threads * scratch_bytes;
-  };
-  while (rows_max > 2 * kTile && left() < slice_bytes) {
-    rows_max /= 2;
-    scratch_bytes = kRowsBytes + rows_max * block * kTile * int64_t(sizeof(float));
-  }
-  const int64_t num_tiles = blocks_of(head.vocabulary, rows_max);
-  const int64_t slice_tiles = blocks_of(num_tiles, most(1, least(kMostSlices, left() / most(slice_bytes, 1))));
-  const int64_t num_slices = blocks_of(num_tiles, slice_tiles);
+  const int64_t padded = sizes.panels * kTile, block = sizes.block_panels;
+  Layout layout;
+  const int64_t at_packed = layout.add(sizes.packed_bytes()), at_temperatures = layout.add(padded * kFloat);
+  // Slices of the vocabulary follow from the problem and the budget alone; what they leave bounds the threads.
+  const int64_t slice_bytes = kNumSums * padded * kFloat, left = head.budget_bytes - layout.bytes;
+  const int64_t num_tiles = blocks_of(head.vocabulary, sizes.rows);
+  const int64_t slice_rows =
+      blocks_of(num_tiles, most(1, least(kMostSlices, left / 4 / most(1, slice_bytes)))) * sizes.rows;
+  const int64_t num_slices = blocks_of(head.vocabulary, most(1, slice_rows));
+  const int64_t at_partial = layout.add(num_slices * slice_bytes);
+  const int64_t logits_bytes = sizes.logits_bytes(sizes.rows), scratch_bytes = sizes.rows_bytes() + logits_bytes;
+  const int num_threads = int(most(1, least(head.num_threads, (head.budget_bytes - layout.bytes) / scratch_bytes)));
+  const int64_t at_scratch = layout.add(num_threads * scratch_bytes);
 
-  const Buffer packed(sizes.packed_bytes()), inverse(padded * int64_t(sizeof(float)));
-  const Buffer partial(num_slices * slice_bytes), scratch(head.num_threads * scratch_bytes);
-  if (!packed || !inverse || !partial || !scratch) return false;
-  invert_temperatures(head, padded, inverse.as<float>());
-  std::memset(args.z_target, 0, size_t(head.num_tokens) * sizeof(float));
+  const Arena arena(layout.bytes);
+  if (!arena) return false;
+  float* temperatures = arena.at<float>(at_temperatures);
+  for (int64_t t = 0; t < padded; ++t) temperatures[t] = temperature_of(head, t);
+  for (int64_t t = 0; t < head.num_tokens; ++t) args.z_target[t] = 0.0f;
   const bool changed = head.bias || head.softcap > 0, certainty = args.finite_x;
   const auto add = changed ? (certainty ? add_tile<true, true> : add_tile<true, false>)
                            : (certainty ? add_tile<false, true> : add_tile<false, false>);
 
-#pragma omp parallel num_threads(head.num_threads)
+#pragma omp parallel num_threads(num_threads)
   {
     core.begin();
-    E* a = scratch.as<E>(omp_get_thread_num() * scratch_bytes);
-    float* c = scratch.as<float>(omp_get_thread_num() * scratch_bytes + kRowsBytes);
-    problem.pack_hidden(packed.as<E>());
+    E* a = arena.at<E>(at_scratch + omp_get_thread_num() * scratch_bytes + logits_bytes);
+    float* c = arena.at<float>(at_scratch + omp_get_thread_num() * scratch_bytes);
+    E* packed = arena.at<E>(at_packed);
+    problem.pack_hidden(packed);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t slice = 0; slice < num_slices; ++slice) {
-      float* sums = partial.as<float>(slice * slice_bytes);
+      float* sums = arena.at<float>(at_partial + slice * slice_bytes);
       for (int64_t t = 0; t < padded; t += kLanes) store_sums(sums + t, padded, no_sums());
-      const int64_t end = least(head.vocabulary, (slice + 1) * slice_tiles * rows_max);
-      for (int64_t row = slice * slice_tiles * rows_max; row < end; row += rows_max) {
-        const int64_t rows = least(rows_max, end - row);
+      const int64_t end = least(head.vocabulary, (slice + 1) * slice_rows);
+      for (int64_t row = slice * slice_rows; row < end; row += sizes.rows) {
+        const int64_t rows = least(sizes.rows, end - row);
         for (int64_t first = 0; first < sizes.panels; first += block) {
           const int64_t last = least(sizes.panels, first + block);
-          problem.logits(row, rows, first, last, packed.as<E>(), a, c, rows_max);
+          problem.logits(row, rows, first, last, packed, a, c, sizes.rows);
           for (int64_t p = first; p < last; ++p)
-            add(head, c + (p - first) * rows_max * kTile, rows, head.bias ? head.bias + row : nullptr,
-                inverse.as<float>() + p * kTile, sums + p * kTile, padded);
+            add(head, c + (p - first) * sizes.rows * kTile, rows, head.bias ? head.bias + row : nullptr,
+                temperatures + p * kTile, sums + p * kTile, padded);
           for (int64_t t = first * kTile; t < least(head.num_tokens, last * kTile); ++t) {
             const int64_t j = head.targets[t] - row;
             if (j < 0 || j >= rows) continue;
-            args.z_target[t] =
-                c[((t / kTile - first) * rows_max + j) * kTile + t % kTile] * inverse.as<float>()[t];
+            args.z_target[t] = c[((t / kTile - first) * sizes.rows + j) * kTile + t % kTile] / temperatures[t];
           }
         }
       }
@@ -272,14 +316,14 @@ bool forward(const LinearTokenLogprobForward& args, Core<E> core) {
       for (int64_t i = 0; i < kTile; i += kLanes) {
         Sums sums = no_sums();
         for (int64_t slice = 0; slice < num_slices; ++slice)
-          sums = merge(sums, load_sums(partial.as<float>(slice * slice_bytes) + p * kTile + i, padded));
+          sums = merge(sums, load_sums(arena.at<float>(at_partial + slice * slice_bytes) + p * kTile + i, padded));
         sums.exp = select(sums.exp_x == sums.exp_x, sums.exp, sums.exp_x);
         store_sums(merged + i, kTile, sums);
       }
       float* const outputs[kNumSums] = {args.top, args.exp, args.exp_x, args.finite_x, args.num_finite};
       const int64_t count = least(kTile, head.num_tokens - p * kTile);
       for (int64_t i = 0; i < (certainty ? kNumSums : 3); ++i)
-        std::memcpy(outputs[i] + p * kTile, merged + i * kTile, size_t(count) * sizeof(float));
+        std::memcpy(outputs[i] + p * kTile, merged + i * kTile, size_t(count) * kFloat);
     }
   }
   return true;
@@ -287,16 +331,19 @@ bool forward(const LinearTokenLogprobForward& args, Core<E> core) {
 
 // Per-token inputs of the gradient, in blocks of 16 tokens: one load a lane, zeros where absent or padded.
 struct TokenCoefficients {
-  float inverse[kTile], lse[kTile], constant[kTile], slope[kTile], onehot[kTile], uniform[kTile], live[kTile];
+  float inverse[kTile], inverse_rest[kTile];  // 1 / temperature to twice the precision
+  float lse[kTile], constant[kTile], slope[kTile], onehot[kTile], uniform[kTile], live[kTile];
   int64_t target[kTile];
 };
 
-void gather(const LinearTokenLogprobBackward& args, const float* inverse, int64_t first, TokenCoefficients* out) {
+void gather(const LinearTokenLogprobBackward& args, int64_t first, TokenCoefficients* out) {
   const auto at = [](const float* values, int64_t t) { return values ? values[t] : 0.0f; };
   for (int64_t i = 0; i < kTile; ++i) {
     const int64_t t = first + i;
     const bool live = t < args.head.num_tokens;
-    out->inverse[i] = inverse[t];
+    const double inverse = 1.0 / double(temperature_of(args.head, t));
+    out->inverse[i] = float(inverse);
+    out->inverse_rest[i] = float(inverse - double(out->inverse[i]));
     out->lse[i] = live ? args.lse[t] : 0.0f;
     out->constant[i] = live ? args.constant[t] : 0.0f;
     out->slope[i] = live ? at(args.slope, t) : 0.0f;
@@ -313,7 +360,8 @@ template <typename E>
 void tile_gradient(const LinearHead& head, const TokenCoefficients& token, float* c, int64_t row, int64_t rows, E* a,
                    int64_t a_stride, float* dbias) {
   for (int64_t i = 0; i < kTile; i += kLanes) {
-    const f32v inverse = load(token.inverse + i), lse = load(token.lse + i), constant = load(token.constant + i);
+    const f32v inverse = load(token.inverse + i), inverse_rest = load(token.inverse_rest + i);
+    const f32v lse = load(token.lse + i), constant = load(token.constant + i);
     const f32v slope = load(token.slope + i), onehot = load(token.onehot + i), uniform = load(token.uniform + i);
     const i32v live = load(token.live + i) != f32v{};
     int32_t relative[kLanes];
@@ -323,17 +371,19 @@ void tile_gradient(const LinearHead& head, const TokenCoefficients& token, float
     }
     i32v target;
     std::memcpy(&target, relative, sizeof target);
-    const float cap_inverse = head.softcap > 0 ? 1.0f / head.softcap : 0.0f;
     for (int64_t j = 0; j < rows; ++j) {
       f32v v = load(c + j * kTile + i);
       if (head.bias) v += head.bias[row + j];
-      if (head.softcap > 0) v = cap_logits(v, head.softcap);
-      const f32v x = max(splat(kFloor), v * inverse - lse);
+      if (head.softcap > 0) v = softcapped(v, head.softcap);
+      const i32v excluded = v == splat(-INFINITY);
+      const f32v x = select(excluded, splat(kFloor), max(splat(kFloor), v * inverse - lse + v * inverse_rest));
       f32v dz = exp_or_zero(x) * (constant + slope * x);
-      dz -= select(v == splat(-INFINITY), f32v{}, uniform);
+      dz -= select(excluded, f32v{}, uniform);
       dz += select(target == isplat(int32_t(j)), onehot, f32v{});
-      const f32v tanh = v * cap_inverse;
-      if (head.softcap > 0) dz *= 1.0f - tanh * tanh;
+      if (head.softcap > 0) {
+        const f32v tanh = v / head.softcap;
+        dz *= 1.0f - tanh * tanh;
+      }
       dz = select(live, dz * inverse, f32v{});
       if (dbias) store(dbias + j * kLanes, load(dbias + j * kLanes) + dz);
       store(a + j / kTile * a_stride + j % kTile * kDepth<E> + i, dz);
@@ -356,20 +406,10 @@ void flip(const E* a, int64_t a_stride, int64_t rows, E* out) {
   }
 }
 
-// Row-major out from C panels; each line of dweight is written once and not read again, so past the caches.
+// Row-major `out` from C panels. Whole lines go past the caches: each is written once and not read again.
 template <typename S>
-MGRPO_INLINE void write_row(const float* c, int64_t c_stride, int64_t columns, S* out) {
-  int64_t k = 0;
-#if defined(__AVX512F__)
-  constexpr int64_t kLine = 64 / sizeof(S);
-  if (reinterpret_cast<uintptr_t>(out) % 64 == 0)
-    for (; k + kLine <= columns; k += kLine) {
-      alignas(64) S line[kLine];
-      for (int64_t i = 0; i < kLine; i += kLanes) store(line + i, load(c + (k + i) / kTile * c_stride));
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + k), _mm512_load_si512(line));
-    }
-#endif
-  for (; k < columns; k += kLanes) {
+MGRPO_INLINE void write_rest(const float* c, int64_t c_stride, int64_t from, int64_t columns, S* out) {
+  for (int64_t k = from; k < columns; k += kLanes) {
     const f32v v = load(c + k / kTile * c_stride + k % kTile);
     if (columns - k >= kLanes)
       store(out + k, v);
@@ -380,63 +420,87 @@ MGRPO_INLINE void write_row(const float* c, int64_t c_stride, int64_t columns, S
 
 template <typename S>
 void write_rows(const float* c, int64_t c_stride, int64_t rows, int64_t columns, S* out, int64_t ld) {
-  for (int64_t r = 0; r < rows; ++r) write_row(c + r * kTile, c_stride, columns, out + r * ld);
+  for (int64_t r = 0; r < rows; ++r, c += kTile, out += ld) {
+    int64_t k = 0;
+#if defined(__AVX512F__)
+    if (sizeof(S) == 4 && reinterpret_cast<uintptr_t>(out) % 64 == 0)
+      for (; k + kTile <= columns; k += kTile)
+        _mm512_stream_ps(reinterpret_cast<float*>(out + k), (__m512)load(c + k / kTile * c_stride));
+#endif
+    write_rest(c, c_stride, k, columns, out);
+  }
 }
+
+#if defined(__AVX512F__)
+// For cores that multiply bf16, and so convert it too.
+MGRPO_BF16 void write_rows_bf16(const float* c, int64_t c_stride, int64_t rows, int64_t columns, bf16* out,
+                                int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r, c += kTile, out += ld) {
+    int64_t k = 0;
+    if (reinterpret_cast<uintptr_t>(out) % 64 == 0)
+      for (; k + 2 * kTile <= columns; k += 2 * kTile) {
+        const float* from = c + k / kTile * c_stride;
+        const __m512bh line = _mm512_cvtne2ps_pbh(_mm512_load_ps(from + c_stride), _mm512_load_ps(from));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + k), (__m512i)line);
+      }
+    write_rest(c, c_stride, k, columns, out);
+  }
+}
+#endif
 
 // The backward of one tile of the vocabulary at a time; every method runs inside the parallel region.
 template <typename S, typename E>
 struct Backward {
-  static constexpr int64_t kRowsMax = 2048;
+  static constexpr int64_t kTaskRows = 256;
 
   const LinearTokenLogprobBackward& args;
   const LinearHead& head;
   Problem<S, E> problem;
   const Sizes<E>& sizes;
-  int64_t block;         // panels of tokens at once
-  int64_t inner_rows;    // of the vocabulary: logits in the second-level cache
-  int64_t rows_max;      // of the vocabulary: a tile
-  int64_t dhidden_panels, dweight_panels;  // columns of a task
-  int64_t scratch_bytes;
-
-  int64_t tile_bytes() const { return 2 * rows_max * sizes.tokens * int64_t(sizeof(E)); }
-  int64_t accumulator_bytes() const {
-    return args.dhidden ? sizes.hidden_panels * sizes.panels * kTile * kTile * int64_t(sizeof(float)) : 0;
-  }
-  int64_t columns_bytes() const {
-    return args.dweight ? sizes.hidden_panels * sizes.token_tiles * kTileBytes : 0;
-  }
-  int64_t coefficients_bytes() const { return sizes.panels * int64_t(sizeof(TokenCoefficients)); }
+  int num_threads;
+  int64_t rows_max;       // of the vocabulary: a tile
+  int64_t inner_rows;     // of the vocabulary: a task of the gradient of logits
+  int64_t column_panels;  // of D: a task of dhidden, and what dweight takes at once
+  Layout layout;
+  int64_t at_packed, at_columns, at_accumulator, at_tokens, at_by_row, at_by_token, at_scratch;
+  int64_t by_row_bytes, accumulator_bytes, scratch_bytes;
 
   Backward(const LinearTokenLogprobBackward& backward_args, Core<E> core)
       : args(backward_args), head(backward_args.head), problem(head, core), sizes(problem.sizes) {
-    block = sizes.block_panels();
-    inner_rows = rows_at_once(block);
-    dhidden_panels = most(2, least(16, blocks_of(sizes.hidden_panels, 8 * head.num_threads) * 2));
-    dweight_panels = most(2, least(32, (1 << 20) / (sizes.token_tiles * kTileBytes) / 2 * 2));
-    rows_max = kRowsMax;
-    for (;;) {
-      scratch_bytes = most(kRowsBytes + (block * kTile + kLanes) * inner_rows * int64_t(sizeof(float)),
-                           most(dhidden_panels * kBlockTiles * kTileBytes, dweight_panels * 2 * kTileBytes));
-      const int64_t bytes = sizes.packed_bytes() + columns_bytes() + accumulator_bytes() + coefficients_bytes() +
-                            tile_bytes() + head.num_threads * scratch_bytes;
-      if (bytes <= head.budget_bytes || rows_max == 2 * kTile) break;
-      rows_max /= 2;
-      inner_rows = least(inner_rows, rows_max);
-    }
-    rows_max = least(rows_max, blocks_of(head.vocabulary, 2 * kTile) * 2 * kTile);
-    inner_rows = least(inner_rows, rows_max);
+    num_threads = head.num_threads;
+    column_panels = most(2, least(32, sizes.hidden_panels / (4 * num_threads) / 2 * 2));
+    rows_max = least(1024 * most(2, num_threads), blocks_of(head.vocabulary, 2 * kTile) * 2 * kTile);
+    for (plan(); layout.bytes > head.budget_bytes && rows_max > sizes.rows; plan())
+      rows_max = most(sizes.rows, rows_max / 2 / sizes.rows * sizes.rows);
+    while (layout.bytes > head.budget_bytes && num_threads > 1) --num_threads, plan();
+  }
+
+  void plan() {
+    layout = Layout();
+    inner_rows = least(sizes.rows, rows_max);
+    by_row_bytes = rows_max * sizes.token_tiles * 64;
+    accumulator_bytes = args.dhidden ? sizes.hidden_panels * sizes.panels * kTile * kTile * kFloat : 0;
+    scratch_bytes = most(sizes.rows_bytes() + sizes.logits_bytes(inner_rows) + inner_rows * kLanes * kFloat,
+                         column_panels * most(kBlockTiles, 2) * kTileBytes);
+    at_packed = layout.add(sizes.packed_bytes());
+    at_columns = layout.add(args.dweight ? sizes.hidden_panels * sizes.token_tiles * kTileBytes : 0);
+    at_accumulator = layout.add(accumulator_bytes);
+    at_tokens = layout.add(sizes.panels * int64_t(sizeof(TokenCoefficients)));
+    at_by_row = layout.add(by_row_bytes);
+    at_by_token = layout.add(args.dhidden ? sizes.panels * rows_max * 64 : 0);
+    at_scratch = layout.add(num_threads * scratch_bytes);
   }
 
   // dlogits of inner_rows rows and all tokens, both ways round.
   void gradient_task(int64_t tile, int64_t row, int64_t rows, const E* packed, const TokenCoefficients* tokens,
                      char* scratch, E* by_row, E* by_token) const {
     E* a = reinterpret_cast<E*>(scratch);
-    float* c = reinterpret_cast<float*>(scratch + kRowsBytes);
-    float* dbias = args.dbias ? c + block * inner_rows * kTile : nullptr;
-    if (dbias) std::memset(dbias, 0, size_t(rows * kLanes) * sizeof(float));
+    float* c = reinterpret_cast<float*>(scratch + sizes.rows_bytes());
+    float* dbias = args.dbias ? c + sizes.block_panels * inner_rows * kTile : nullptr;
+    if (dbias) std::memset(dbias, 0, size_t(rows * kLanes) * kFloat);
     const int64_t a_stride = sizes.token_tiles * kTileSize<E>, offset = row - tile;
-    for (int64_t first = 0; first < sizes.panels; first += block) {
-      const int64_t last = least(sizes.panels, first + block);
+    for (int64_t first = 0; first < sizes.panels; first += sizes.block_panels) {
+      const int64_t last = least(sizes.panels, first + sizes.block_panels);
       problem.logits(row, rows, first, last, packed, a, c, inner_rows);
       for (int64_t p = first; p < last; ++p) {
         const int64_t t = p * kTile;
@@ -453,7 +517,7 @@ struct Backward {
 
   // A block of columns of dhidden, over the rows of the tile.
   void dhidden_task(int64_t tile, int64_t rows, int64_t panel, const E* by_token, E* b, float* accumulator) const {
-    const int64_t column = panel * kTile, panels = least(dhidden_panels, sizes.hidden_panels - panel);
+    const int64_t column = panel * kTile, panels = least(column_panels, sizes.hidden_panels - panel);
     const int64_t c_stride = sizes.panels * kTile * kTile;
     for (int64_t j = 0; j < rows; j += kBlockTiles * kDepth<E>) {
       const int64_t num_tiles = least(kBlockTiles, blocks_of(rows - j, kDepth<E>));
@@ -470,18 +534,24 @@ struct Backward {
   // dweight of some rows of the tile.
   void dweight_task(int64_t tile, int64_t from, int64_t to, const E* by_row, const E* columns, float* c) const {
     const int64_t a_stride = sizes.token_tiles * kTileSize<E>, c_stride = 2 * kTile * kTile;
-    for (int64_t panel = 0; panel < sizes.hidden_panels; panel += dweight_panels) {
-      const int64_t panels = least(dweight_panels, sizes.hidden_panels - panel);
+    for (int64_t panel = 0; panel < sizes.hidden_panels; panel += column_panels) {
+      const int64_t panels = least(column_panels, sizes.hidden_panels - panel);
       for (int64_t j = from; j < to; j += 2 * kTile) {
-        for (int64_t k = 0; k < sizes.token_tiles; k += kBlockTiles)
+        for (int64_t k = 0; k == 0 || k < sizes.token_tiles; k += kBlockTiles)  // once for no tokens: zeros
           problem.core.sweep({by_row + j / kTile * a_stride + k * kTileSize<E>, a_stride,
                               least(2, blocks_of(to - j, kTile)), columns + (panel * sizes.token_tiles + k) * kTileSize<E>,
                               a_stride, panels, least(kBlockTiles, sizes.token_tiles - k), c, c_stride, k > 0});
-        write_rows(c, c_stride, least(2 * kTile, to - j), least(head.hidden_size - panel * kTile, panels * kTile),
-                   static_cast<S*>(args.dweight) + (tile + j) * args.dweight_stride + panel * kTile,
-                   args.dweight_stride);
+        write(c, c_stride, least(2 * kTile, to - j), least(head.hidden_size - panel * kTile, panels * kTile),
+              static_cast<S*>(args.dweight) + (tile + j) * args.dweight_stride + panel * kTile);
       }
     }
+  }
+
+  void write(const float* c, int64_t c_stride, int64_t rows, int64_t columns, S* out) const {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(E) == 2) return write_rows_bf16(c, c_stride, rows, columns, out, args.dweight_stride);
+#endif
+    write_rows(c, c_stride, rows, columns, out, args.dweight_stride);
   }
 
   template <typename Out>
@@ -494,56 +564,51 @@ struct Backward {
   }
 
   bool run() const {
-    constexpr int64_t kTaskRows = 256;
-    const Buffer packed(sizes.packed_bytes()), columns(columns_bytes()), accumulator(accumulator_bytes());
-    const Buffer coefficients(coefficients_bytes()), scratch(head.num_threads * scratch_bytes);
-    const Buffer by_row(tile_bytes() / 2), by_token(tile_bytes() / 2);
-    const Buffer inverse(sizes.tokens * int64_t(sizeof(float)));
-    if (!packed || !columns || !accumulator || !coefficients || !scratch || !by_row || !by_token || !inverse)
-      return false;
-    invert_temperatures(head, sizes.tokens, inverse.as<float>());
-    for (int64_t p = 0; p < sizes.panels; ++p)
-      gather(args, inverse.as<float>(), p * kTile, coefficients.as<TokenCoefficients>() + p);
-    // Tokens past the last panel are never written and must be 0 in dweight's sums; so must dhidden without a vocabulary.
-    std::memset(by_row.as<void>(), 0, size_t(tile_bytes() / 2));
-    std::memset(accumulator.as<void>(), 0, size_t(accumulator_bytes()));
+    const Arena arena(layout.bytes);
+    if (!arena) return false;
+    if (args.dweight) advise_huge_pages(args.dweight, head.vocabulary * args.dweight_stride * int64_t(sizeof(S)));
+    E *packed = arena.at<E>(at_packed), *columns = arena.at<E>(at_columns);
+    E *by_row = arena.at<E>(at_by_row), *by_token = arena.at<E>(at_by_token);
+    float* accumulator = arena.at<float>(at_accumulator);
+    TokenCoefficients* tokens = arena.at<TokenCoefficients>(at_tokens);
+    for (int64_t p = 0; p < sizes.panels; ++p) gather(args, p * kTile, tokens + p);
+    // Nothing writes the tokens past the last panel, which dweight adds up; nothing dhidden without a vocabulary.
+    std::memset(static_cast<void*>(by_row), 0, size_t(by_row_bytes));
+    std::memset(accumulator, 0, size_t(accumulator_bytes));
 
-#pragma omp parallel num_threads(head.num_threads)
+#pragma omp parallel num_threads(num_threads)
     {
       problem.core.begin();
-      char* mine = scratch.as<char>(omp_get_thread_num() * scratch_bytes);
-      problem.pack_hidden(packed.as<E>());
+      char* scratch = arena.at<char>(at_scratch + omp_get_thread_num() * scratch_bytes);
+      problem.pack_hidden(packed);
       if (args.dweight) {
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < sizes.hidden_panels; ++p)
+        for (int64_t p = 0; p < sizes.hidden_panels; p += 2)
           pack_columns(problem.hidden(0) + p * kTile, head.hidden_stride, head.num_tokens,
-                       least(kTile, head.hidden_size - p * kTile), sizes.token_tiles,
-                       columns.as<E>() + p * sizes.token_tiles * kTileSize<E>);
+                       least(2 * kTile, head.hidden_size - p * kTile), sizes.token_tiles,
+                       columns + p * sizes.token_tiles * kTileSize<E>);
       }
       for (int64_t tile = 0; tile < head.vocabulary; tile += rows_max) {
         const int64_t rows = least(rows_max, head.vocabulary - tile);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t j = 0; j < rows; j += inner_rows)
-          gradient_task(tile, tile + j, least(inner_rows, rows - j), packed.as<E>(),
-                        coefficients.as<TokenCoefficients>(), mine, by_row.as<E>(), by_token.as<E>());
-        const int64_t dhidden_tasks = args.dhidden ? blocks_of(sizes.hidden_panels, dhidden_panels) : 0;
+          gradient_task(tile, tile + j, least(inner_rows, rows - j), packed, tokens, scratch, by_row, by_token);
+        const int64_t dhidden_tasks = args.dhidden ? blocks_of(sizes.hidden_panels, column_panels) : 0;
         const int64_t dweight_tasks = args.dweight ? blocks_of(rows, kTaskRows) : 0;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < dhidden_tasks + dweight_tasks; ++task) {
           const int64_t j = (task - dhidden_tasks) * kTaskRows;
           if (task < dhidden_tasks)
-            dhidden_task(tile, rows, task * dhidden_panels, by_token.as<E>(), reinterpret_cast<E*>(mine),
-                         accumulator.as<float>());
+            dhidden_task(tile, rows, task * column_panels, by_token, reinterpret_cast<E*>(scratch), accumulator);
           else
-            dweight_task(tile, j, least(rows, j + kTaskRows), by_row.as<E>(), columns.as<E>(),
-                         reinterpret_cast<float*>(mine));
+            dweight_task(tile, j, least(rows, j + kTaskRows), by_row, columns, reinterpret_cast<float*>(scratch));
         }
       }
       problem.core.end();
       if (args.dhidden && args.dhidden_dtype == Dtype::f32)
-        write_dhidden<float>(accumulator.as<float>());
+        write_dhidden<float>(accumulator);
       else if (args.dhidden)
-        write_dhidden<S>(accumulator.as<float>());
+        write_dhidden<S>(accumulator);
 #if defined(__AVX512F__)
       _mm_sfence();
 #endif

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "dtype.h"
 
 namespace mgrpo {
 
@@ -54,12 +54,5 @@ struct LinearTokenLogprobBackward {
   int64_t dweight_stride;
   float* dbias;  // [V] or null
 };
-
-// False: the temporaries could not be allocated, and nothing was computed.
-#define MGRPO_DECLARE_LINEAR_TOKEN_LOGPROB(isa)                     \
-  namespace isa {                                                   \
-  bool linear_token_logprob_fwd(const LinearTokenLogprobForward&);  \
-  bool linear_token_logprob_bwd(const LinearTokenLogprobBackward&); \
-  }
 
 }  // namespace mgrpo

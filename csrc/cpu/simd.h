@@ -138,6 +138,25 @@ MGRPO_INLINE float reduce_max(f32v v) {
   return lanes[0];
 }
 
+// Half words to words and back (the low halves): the compilers' own conversion goes through pieces of the register.
+MGRPO_INLINE u32v widen(u16v v) {
+#if defined(__AVX512F__)
+  return (u32v)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (u32v)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, u32v);
+#endif
+}
+
+MGRPO_INLINE u16v narrow(u32v v) {
+#if defined(__AVX512F__)
+  return (u16v)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, u16v);
+#endif
+}
+
 MGRPO_INLINE f32v load(const float* p) {
   f32v v;
   std::memcpy(&v, p, sizeof v);
@@ -147,7 +166,7 @@ MGRPO_INLINE f32v load(const float* p) {
 MGRPO_INLINE f32v load(const bf16* p) {
   u16v half;
   std::memcpy(&half, p, sizeof half);
-  return (f32v)(__builtin_convertvector(half, u32v) << 16);
+  return (f32v)(widen(half) << 16);
 }
 
 MGRPO_INLINE f32v load(const f16* p) {
@@ -177,7 +196,7 @@ MGRPO_INLINE u16v to_bf16_bits(f32v v) {
   const u32v bits = (u32v)v;
   const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const u32v quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(v == v ? rounded : quiet, u16v);
+  return narrow(v == v ? rounded : quiet);
 }
 
 MGRPO_INLINE void store(bf16* p, f32v v) {

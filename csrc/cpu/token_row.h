@@ -108,10 +108,14 @@ RowStats row_stats(const T* row, int64_t vocabulary, float temperature, float so
       top = here;
     }
     BlockSums sums[4];
-    for (i = 0; i + 4 * kLanes <= whole; i += 4 * kLanes)
+    for (i = 0; i + 4 * kLanes <= whole; i += 4 * kLanes) {
+      // Memory works on the next block while this one is summed.
+      for (size_t line = 0; line < 4 * kLanes * sizeof(T); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(block + kBlock + i) + line);
       for (int k = 0; k < 4; ++k)
         sums[k].template add<kCertainty>(
             kCapped ? load(capped + i + k * kLanes) : load(block + i + k * kLanes), top, scale);
+    }
     for (; i < whole; i += kLanes)
       sums[0].template add<kCertainty>(kCapped ? load(capped + i) : load(block + i), top, scale);
     if (rest) sums[1].template add<kCertainty>(tail, top, scale, rest);
@@ -139,60 +143,83 @@ MGRPO_INLINE float logit_at(const T* row, int64_t column, float softcap) {
   return load_logits_part(row + column, 1, softcap)[0];
 }
 
-// A logit z' and its log-probability, about which those of the others are found: their differences do not round as
-// log-sum-exp does where logits are large.
+// A logit z' and its log-probability, about which those of the others are found: the target's, or 0 and minus
+// log-sum-exp, whichever log-probability is smaller and so rounded less.
 struct Anchor {
   float z;
   float logprob;
 };
 
-MGRPO_INLINE f32v gradient_of(f32v z, float inverse_temperature, const Anchor& anchor, float softcap,
-                              const RowGrad& g) {
-  const f32v scaled = (z - anchor.z) * inverse_temperature + anchor.logprob;
-  const f32v floor = splat(kLeastExponent * kLn2);
-  const f32v a = scaled < floor ? floor : scaled;
-  const f32v e = exp2_in_range(a * kLog2e);
-  const f32v p = scaled < floor ? splat(0.0f) : e;
-  f32v dz = p * (a * g.slope + g.constant);
-  dz -= z == splat(-INFINITY) ? splat(0.0f) : splat(g.uniform);
-  dz *= inverse_temperature;
-  if (softcap > 0) {
-    const f32v tanh = z / softcap;
-    dz *= 1.0f - tanh * tanh;
+// The same for a whole row, with exponents in powers of 2 and the outer 1 / temperature taken in.
+template <bool kUniform>
+struct RowGradient {
+  float scale, anchor_z, anchor_exponent, constant, slope, uniform, softcap;
+
+  RowGradient(const RowGrad& g, const Anchor& anchor, float inverse_temperature, float cap)
+      : scale(inverse_temperature * kLog2e),
+        anchor_z(anchor.z),
+        anchor_exponent(anchor.logprob * kLog2e),
+        constant((g.constant - g.onehot) * inverse_temperature),
+        slope(g.slope * kLn2 * inverse_temperature),
+        uniform(g.uniform * inverse_temperature),
+        softcap(cap) {}
+
+  // Without the one-hot term of the target.
+  MGRPO_INLINE f32v operator()(f32v z) const {
+    const f32v exponent = (z - anchor_z) * scale + anchor_exponent;
+    const i32v vanishes = exponent < splat(kLeastExponent);
+    const f32v x = vanishes ? splat(kLeastExponent) : exponent;
+    const f32v e = exp2_in_range(x);
+    const f32v p = vanishes ? splat(0.0f) : e;
+    f32v dz = p * (x * slope + constant);
+    if (kUniform) dz -= z == splat(-INFINITY) ? splat(0.0f) : splat(uniform);
+    if (softcap > 0) {
+      const f32v tanh = z / softcap;
+      dz *= 1.0f - tanh * tanh;
+    }
+    return dz;
   }
-  return dz;
-}
+};
 
 // Writes the whole gradient row; `out` may be `row`. `column` is the target, inside [0, V), `logprob` its own.
+template <typename T, bool kCapped, bool kUniform>
+void row_gradient_as(const T* row, T* out, int64_t vocabulary, int64_t column, float temperature, float softcap,
+                     float lse, float logprob, const RowGrad& g) {
+  softcap = kCapped ? softcap : 0.0f;
+  const float inverse = 1.0f / temperature;
+  const float z_target = logit_at(row, column, softcap);
+  const bool is_finite = logprob > -INFINITY;
+  const Anchor anchor = -logprob < fabsf(lse) ? Anchor{z_target, logprob} : Anchor{0.0f, -lse};
+  const RowGradient<kUniform> gradient(g, anchor, inverse, softcap);
+  const int64_t whole = vocabulary / kLanes * kLanes;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
+    const f32v left = load_logits(row + i, softcap), right = load_logits(row + i + kLanes, softcap);
+    store(out + i, gradient(left));
+    store(out + i + kLanes, gradient(right));
+  }
+  for (; i < whole; i += kLanes) store(out + i, gradient(load_logits(row + i, softcap)));
+  const int rest = static_cast<int>(vocabulary - whole);
+  if (rest) store_part(out + whole, gradient(load_logits_part(row + whole, rest, softcap)), rest);
+  // The target again, with 1 - p free of the rounding of p.
+  RowGrad own = g;
+  own.onehot = 0;
+  const float target = RowGradient<true>(own, anchor, inverse, softcap)(splat(z_target))[0];
+  const float tanh = kCapped ? z_target / softcap : 0.0f;
+  const float complement = is_finite ? -expm1f(logprob) : 1.0f;
+  out[column] = from_float<T>(target + g.onehot * complement * inverse * (1.0f - tanh * tanh));
+}
+
 template <typename T, bool kCapped>
 void row_gradient(const T* row, T* out, int64_t vocabulary, int64_t column, float temperature, float softcap,
                   float lse, float logprob, const RowGrad& g) {
   if (lse != lse) {
     for (int64_t i = 0; i < vocabulary; ++i) out[i] = from_float<T>(NAN);
-    return;
+  } else if (g.uniform != 0) {
+    row_gradient_as<T, kCapped, true>(row, out, vocabulary, column, temperature, softcap, lse, logprob, g);
+  } else {
+    row_gradient_as<T, kCapped, false>(row, out, vocabulary, column, temperature, softcap, lse, logprob, g);
   }
-  softcap = kCapped ? softcap : 0.0f;
-  const float inverse = 1.0f / temperature;
-  const float z_target = logit_at(row, column, softcap);
-  const Anchor anchor = logprob > -INFINITY ? Anchor{z_target, logprob} : Anchor{0.0f, -lse};
-  RowGrad others = g;
-  others.constant -= g.onehot;
-  const int64_t whole = vocabulary / kLanes * kLanes;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
-    const f32v left = load_logits(row + i, softcap), right = load_logits(row + i + kLanes, softcap);
-    store(out + i, gradient_of(left, inverse, anchor, softcap, others));
-    store(out + i + kLanes, gradient_of(right, inverse, anchor, softcap, others));
-  }
-  for (; i < whole; i += kLanes) store(out + i, gradient_of(load_logits(row + i, softcap), inverse, anchor, softcap, others));
-  const int rest = static_cast<int>(vocabulary - whole);
-  if (rest)
-    store_part(out + whole, gradient_of(load_logits_part(row + whole, rest, softcap), inverse, anchor, softcap, others), rest);
-  const float tanh = kCapped ? z_target / softcap : 0.0f;
-  const float target = gradient_of(splat(z_target), inverse, anchor, softcap, g)[0];
-  // 1 - p of the target without the rounding of p.
-  const float complement = logprob > -INFINITY ? -expm1f(logprob) : 1.0f;
-  out[column] = from_float<T>(target + g.onehot * complement * inverse * (1.0f - tanh * tanh));
 }
 
 template <typename T>

@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from operator import add, attrgetter, le
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._checks import FLOATS, INTEGERS, check_choice, check_number, check_tensor, checks_values, invalid
 from mgrpo_kernels.backends import resolve
 from mgrpo_kernels.ema_update import reference
 
 _WHERE = "ema_update_"
-_IMPLEMENTATIONS = {"reference": reference.ema_update_}
+_SHAPE, _DTYPE, _DEVICE, _NBYTES = (attrgetter(name) for name in ("shape", "dtype", "device", "nbytes"))
+
+
+def _compiled(
+    momentum: Sequence[Tensor],
+    policy: Sequence[Tensor],
+    decay: float | Tensor,
+    *,
+    rounding: str,
+    compensation: Sequence[Tensor | None] | None,
+    publish: Sequence[Tensor | None] | None,
+    seed: int,
+    step: int | Tensor,
+    backend: str,
+) -> None:
+    """Any compiled backend."""
+    if not momentum:
+        return
+    torch.ops.mgrpo_kernels.ema_update_(
+        momentum,
+        policy,
+        _present(compensation),
+        _indices(compensation),
+        _present(publish),
+        _indices(publish),
+        0.0 if isinstance(decay, Tensor) else decay,
+        decay if isinstance(decay, Tensor) else None,
+        rounding == "stochastic",
+        seed,
+        0 if isinstance(step, Tensor) else step,
+        step if isinstance(step, Tensor) else None,
+        backend,
+    )
+
+
+_IMPLEMENTATIONS: dict[str, Any] = {"reference": reference.ema_update_, "cpu": partial(_compiled, backend="cpu")}
 
 
 @torch.no_grad()
@@ -47,7 +86,10 @@ def ema_update_(
             written shares memory with another argument; on a CPU, or with MGRPO_CHECK=1, also a decay tensor out of
             range. Elsewhere such a decay makes the momentum NaN.
 
-    Numerics: fp32 (fp64 for fp64 momentum) as momentum + (1 - decay) (policy - momentum), 1 - decay taken in fp64.
+    Numerics: fp32 (fp64 for fp64 momentum), by torch.lerp's formula: with w = 1 - decay, taken in fp64,
+        momentum + w (policy - momentum) for w < 1/2, else policy + (w - 1) (policy - momentum). On a processor with
+        a fused multiply-add the cpu backend gives the reference's bits, NaN payloads apart; on any, for any number of
+        threads, its own.
         Stochastic rounding uses Philox 4x32-10 with counter (element // 4, step, tensor index), key seed, word
         element % 4, so that the bits depend on no thread or block count. A bf16 momentum that is stored to nearest
         without compensation does not move at decays near 1.
@@ -66,7 +108,8 @@ def ema_update_(
     elif step < 0:
         raise invalid(_WHERE, "step", ">= 0", step, "Count optimiser steps from 0.")
     device = momentum[0].device if momentum else torch.device("cpu")
-    _IMPLEMENTATIONS[resolve(_WHERE, device, backend)](
+    dtypes = {tensor.dtype for tensor in [*momentum, *policy, *_present(publish)]}
+    _IMPLEMENTATIONS[resolve(_WHERE, device, backend, tuple(dtypes))](
         momentum,
         policy,
         decay,
@@ -88,6 +131,16 @@ def _check_decay(decay: float | Tensor) -> None:
         check_number(_WHERE, "decay", float(decay), 0.0, 1.0)
 
 
+def _present(tensors: Sequence[Tensor | None] | None) -> list[Tensor]:
+    """The tensors of a list with gaps."""
+    return [] if tensors is None else [tensor for tensor in tensors if tensor is not None]
+
+
+def _indices(tensors: Sequence[Tensor | None] | None) -> list[int]:
+    """Where they stand in it."""
+    return [] if tensors is None else [index for index, tensor in enumerate(tensors) if tensor is not None]
+
+
 def _check_lists(
     momentum: Sequence[Tensor],
     policy: Sequence[Tensor],
@@ -98,31 +151,76 @@ def _check_lists(
     """Check lengths, every tensor, and that nothing written shares memory."""
     if compensation is not None and rounding == "stochastic":
         raise invalid(_WHERE, "compensation", "None with stochastic rounding", "a list", "Choose one of the two.")
-    lists = {"policy": policy, "compensation": compensation, "publish": publish}
-    for name, tensors in lists.items():
+    for name, tensors in {"policy": policy, "compensation": compensation, "publish": publish}.items():
         if tensors is not None and len(tensors) != len(momentum):
             raise invalid(
                 _WHERE, name, f"of length {len(momentum)}", len(tensors), "Give one entry per momentum tensor."
             )
-    extents = []
+    traced = torch.compiler.is_compiling()
+    if traced or not _are_valid(momentum, policy, compensation, publish, rounding):
+        _check_entries(momentum, policy, compensation, publish, rounding)
+    # Neither a tracer's tensors nor those on the meta device have memory.
+    if not traced and momentum and momentum[0].device.type != "meta":
+        written = [*momentum, *_present(compensation), *_present(publish)]
+        if not _are_apart([*written, *policy]):
+            _check_overlap(momentum, policy, compensation, publish)
+
+
+def _are_valid(
+    momentum: Sequence[Tensor],
+    policy: Sequence[Tensor],
+    compensation: Sequence[Tensor | None] | None,
+    publish: Sequence[Tensor | None] | None,
+    rounding: str,
+) -> bool:
+    """Whether _check_entries has nothing to say: an attribute of all tensors at a time takes a quarter of its time."""
+    compensated = [momentum[index] for index in _indices(compensation)]
+    published = [momentum[index] for index in _indices(publish)]
+    return (
+        _fit(momentum, momentum, FLOATS)
+        and _fit(policy, momentum, FLOATS)
+        and _fit(_present(compensation), compensated, (torch.bfloat16,))
+        and _fit(_present(publish), published, FLOATS)
+        and all(dtype == torch.bfloat16 for dtype in map(_DTYPE, compensated))
+        and not (rounding == "stochastic" and torch.float16 in map(_DTYPE, momentum))
+    )
+
+
+def _fit(tensors: Sequence[Tensor], momentum: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether all are contiguous tensors of these dtypes, of the shape and on the one device of their momentum."""
+    try:
+        return (
+            set(map(_DTYPE, tensors)) <= set(dtypes)
+            and len({*map(_DEVICE, tensors), *map(_DEVICE, momentum[:1])}) <= 1
+            and (tensors is momentum or list(map(_SHAPE, tensors)) == list(map(_SHAPE, momentum)))
+            and all(map(Tensor.is_contiguous, tensors))
+        )
+    except (AttributeError, TypeError):  # not a tensor
+        return False
+
+
+def _check_entries(
+    momentum: Sequence[Tensor],
+    policy: Sequence[Tensor],
+    compensation: Sequence[Tensor | None] | None,
+    publish: Sequence[Tensor | None] | None,
+    rounding: str,
+) -> None:
+    """Check tensor by tensor, for an error that names it."""
     device = getattr(momentum[0], "device", None) if momentum else None
     for index, old in enumerate(momentum):
         _check_entry(f"momentum[{index}]", old, old, FLOATS, device)
         _check_entry(f"policy[{index}]", policy[index], old, FLOATS, old.device)
-        extents += [_extent(f"momentum[{index}]", old, True), _extent(f"policy[{index}]", policy[index], False)]
         if rounding == "stochastic" and old.dtype == torch.float16:
             raise invalid(_WHERE, f"momentum[{index}]", "bf16 or wider for stochastic rounding", "float16", "Use bf16.")
-        for name, dtypes in (("compensation", (torch.bfloat16,)), ("publish", FLOATS)):
-            tensors = lists[name]
-            entry = None if tensors is None else tensors[index]
-            if entry is not None:
-                _check_entry(f"{name}[{index}]", entry, old, dtypes, old.device)
-                extents.append(_extent(f"{name}[{index}]", entry, True))
-                if name == "compensation" and old.dtype != torch.bfloat16:
-                    raise invalid(
-                        _WHERE, f"momentum[{index}]", "bf16 where compensated", old.dtype, "Give None for it."
-                    )
-    _check_overlap(extents)
+        term = None if compensation is None else compensation[index]
+        if term is not None:
+            _check_entry(f"compensation[{index}]", term, old, (torch.bfloat16,), old.device)
+            if old.dtype != torch.bfloat16:
+                raise invalid(_WHERE, f"momentum[{index}]", "bf16 where compensated", old.dtype, "Give None for it.")
+        copy = None if publish is None else publish[index]
+        if copy is not None:
+            _check_entry(f"publish[{index}]", copy, old, FLOATS, old.device)
 
 
 def _check_entry(
@@ -135,18 +233,29 @@ def _check_entry(
         raise invalid(_WHERE, name, "contiguous", f"strides {tensor.stride()}", "Pass the storage in its own order.")
 
 
-def _extent(name: str, tensor: Tensor, written: bool) -> tuple[int, int, bool, str]:
-    """Memory range of a contiguous tensor."""
-    start = tensor.data_ptr()
-    return start, start + tensor.numel() * tensor.element_size(), written, name
+def _are_apart(tensors: list[Tensor]) -> bool:
+    """Whether no two contiguous tensors share memory: in order, each ends before the next begins."""
+    starts = list(map(Tensor.data_ptr, tensors))
+    ends = sorted(map(add, starts, map(_NBYTES, tensors)))
+    return all(map(le, ends[:-1], sorted(starts)[1:]))
 
 
-def _check_overlap(extents: list[tuple[int, int, bool, str]]) -> None:
-    """Refuse a range that is written and shares bytes with another."""
+def _check_overlap(
+    momentum: Sequence[Tensor],
+    policy: Sequence[Tensor],
+    compensation: Sequence[Tensor | None] | None,
+    publish: Sequence[Tensor | None] | None,
+) -> None:
+    """Refuse a tensor that is written and shares bytes with another; tied policies may."""
+    extents = []
+    lists = {"momentum": momentum, "policy": policy, "compensation": compensation or (), "publish": publish or ()}
+    for name, tensors in lists.items():
+        for index, tensor in enumerate(tensors):
+            if tensor is not None and tensor.numel():
+                start = tensor.data_ptr()
+                extents.append((start, start + tensor.nbytes, name != "policy", f"{name}[{index}]"))
     furthest: dict[bool, tuple[int, str]] = {True: (0, ""), False: (0, "")}
     for start, end, written, name in sorted(extents):
-        if start == end:
-            continue
         rivals = (True, False) if written else (True,)
         for rival in rivals:
             reach, other = furthest[rival]

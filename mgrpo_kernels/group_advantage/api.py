@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._checks import FLOATS, check_choice, check_tensor, invalid
 from mgrpo_kernels.backends import resolve
 from mgrpo_kernels.group_advantage import reference
 
-_IMPLEMENTATIONS = {"reference": reference.group_advantage}
+
+def _compiled(rewards: Tensor, *, keep: Tensor | None, mode: str, backend: str) -> Tensor:
+    """Any compiled backend."""
+    return torch.ops.mgrpo_kernels.group_advantage(rewards, keep, mode, backend)
+
+
+_IMPLEMENTATIONS = {"reference": reference.group_advantage, "cpu": partial(_compiled, backend="cpu")}
 
 
 def group_advantage(rewards: Tensor, *, keep: Tensor | None = None, mode: str = "std", backend: str = "auto") -> Tensor:
@@ -23,9 +32,9 @@ def group_advantage(rewards: Tensor, *, keep: Tensor | None = None, mode: str = 
         backend: "auto" or a name from `backends()`.
 
     Returns:
-        [B, G] fp32 (fp64 for fp64). A rollout that is not kept gives 0; so does, in every mode, a whole group with
-        fewer than two kept rollouts or with equal kept rewards. A NaN among the kept rewards makes its group NaN
-        ("sign": its own entry alone).
+        [B, G] fp32 (fp64 for fp64), without a gradient. A rollout that is not kept gives 0; so does, in every mode, a
+        whole group with fewer than two kept rollouts or with equal kept rewards. A NaN among the kept rewards makes its
+        group NaN ("sign": its own entry alone).
 
     Raises:
         ValueError: a shape, dtype, device or option is wrong.
@@ -43,4 +52,5 @@ def group_advantage(rewards: Tensor, *, keep: Tensor | None = None, mode: str = 
     if keep is not None:
         check_tensor(where, "keep", keep, "[B, G]", tuple(rewards.shape), (torch.bool,), rewards.device)
     check_choice(where, "mode", mode, ("std", "mean", "leave_one_out", "sign"))
-    return _IMPLEMENTATIONS[resolve(where, rewards.device, backend)](rewards, keep=keep, mode=mode)
+    implementation = _IMPLEMENTATIONS[resolve(where, rewards.device, backend, (rewards.dtype,))]
+    return implementation(rewards.detach(), keep=keep, mode=mode)

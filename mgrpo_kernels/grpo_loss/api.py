@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -19,15 +21,21 @@ from mgrpo_kernels._checks import (
     checks_values,
     invalid,
 )
+from mgrpo_kernels._shards import find_shard
 from mgrpo_kernels.backends import resolve
-from mgrpo_kernels.grpo_loss import reference
+from mgrpo_kernels.grpo_loss import autograd, reference
 from mgrpo_kernels.grpo_loss.reference import LossOptions
-from mgrpo_kernels.linear_token_logprob.reference import find_shard
 from mgrpo_kernels.results import GrpoLoss
 
-_GRPO_LOSS = {"reference": reference.grpo_loss}
-_LOGITS_GRPO_LOSS = {"reference": reference.logits_grpo_loss}
-_LINEAR_GRPO_LOSS = {"reference": reference.linear_grpo_loss}
+_GRPO_LOSS = {"reference": reference.grpo_loss, "cpu": partial(autograd.grpo_loss, backend="cpu")}
+_LOGITS_GRPO_LOSS = {
+    "reference": reference.logits_grpo_loss,
+    "cpu": partial(autograd.logits_grpo_loss, backend="cpu"),
+}
+_LINEAR_GRPO_LOSS = {
+    "reference": reference.linear_grpo_loss,
+    "cpu": partial(autograd.linear_grpo_loss, backend="cpu"),
+}
 
 
 def grpo_loss(
@@ -114,7 +122,7 @@ def grpo_loss(
     _check_options(where, options, logprob.device, ref_logprob)
     if entropy_coef != 0 and entropy is None:
         raise invalid(where, "entropy", "given where entropy_coef is not 0", None, "Pass it or set entropy_coef=0.")
-    return _GRPO_LOSS[resolve(where, logprob.device, backend)](
+    return _GRPO_LOSS[resolve(where, logprob.device, backend, (logprob.dtype,))](
         logprob, advantage, mask, entropy=entropy, cu_seqlens=cu_seqlens, options=options, **tokens
     )
 
@@ -162,9 +170,12 @@ def logits_grpo_loss(
     Raises:
         ValueError: as `grpo_loss` and `token_logprob`.
 
-    Numerics: as `token_logprob` and `grpo_loss`.
+    Numerics: as `token_logprob` and `grpo_loss`. A bf16 gradient is rounded for an upstream gradient of 1, and again
+        after the product with another one; fp16 ones only after it, so that a loss scale reaches them.
 
-    Cost: one read of the logits forward; one read and one write backward.
+    Cost: with ratio="token" a compiled backend reads the logits and writes their gradient once, both in the forward,
+        which holds it until the backward; a second backward, and fp16 logits, take one more read and write. Else one
+        read forward, one read and one write backward.
 
     Source: as `grpo_loss`.
     """
@@ -179,7 +190,7 @@ def logits_grpo_loss(
     _check_tokens(where, (num_rows,), logits.device, advantage, mask, boundaries, tokens)
     check_token_rows(where, targets, temperature, mask, None, num_rows, vocabulary, logits.device)
     _check_options(where, options, logits.device, ref_logprob)
-    return _LOGITS_GRPO_LOSS[resolve(where, logits.device, backend)](
+    return _LOGITS_GRPO_LOSS[resolve(where, logits.device, backend, (logits.dtype,))](
         logits, targets, advantage, mask, temperature=temperature, cu_seqlens=boundaries, options=options, **tokens
     )
 
@@ -249,7 +260,7 @@ def linear_grpo_loss(
     _check_tokens(where, (hidden.shape[0],), hidden.device, advantage, mask, boundaries, tokens)
     check_token_rows(where, targets, temperature, mask, None, hidden.shape[0], shard.vocabulary, hidden.device)
     _check_options(where, options, hidden.device, ref_logprob)
-    return _LINEAR_GRPO_LOSS[resolve(where, hidden.device, backend)](
+    return _LINEAR_GRPO_LOSS[resolve(where, hidden.device, backend, (hidden.dtype,))](
         hidden,
         weight,
         targets,

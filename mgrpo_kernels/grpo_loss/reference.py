@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mgrpo_kernels._checks import IGNORED_TARGET
 from mgrpo_kernels._segments import accumulation_dtype, segment_ids, segment_sum
-from mgrpo_kernels.linear_token_logprob.reference import Shard, linear_token_logprob
+from mgrpo_kernels._shards import Shard
+from mgrpo_kernels.linear_token_logprob.reference import linear_token_logprob
 from mgrpo_kernels.results import GrpoLoss, TokenLogprob
 from mgrpo_kernels.token_logprob.reference import token_logprob
 

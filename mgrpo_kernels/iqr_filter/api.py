@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._checks import check_choice, check_number, check_tensor, checks_values, invalid
 from mgrpo_kernels.backends import resolve
 from mgrpo_kernels.iqr_filter import reference
 from mgrpo_kernels.results import IqrFilter
 
-_IMPLEMENTATIONS = {"reference": reference.iqr_filter}
+
+def _compiled(
+    entropy: Tensor, *, k: float, scope: str, keep: Tensor | None, two_sided: bool, backend: str
+) -> IqrFilter:
+    """Any compiled backend."""
+    return IqrFilter(*torch.ops.mgrpo_kernels.iqr_filter(entropy, k, scope, keep, two_sided, backend))
+
+
+_IMPLEMENTATIONS = {"reference": reference.iqr_filter, "cpu": partial(_compiled, backend="cpu")}
 
 
 def iqr_filter(
@@ -34,7 +46,7 @@ def iqr_filter(
 
     Returns:
         IqrFilter: keep [B, G] bool; q1 and q3 in entropy's dtype, 0-d with scope "batch", [B] with "prompt", NaN where
-        nothing takes part. Nothing is dropped where fewer than 4 trajectories take part or Q3 - Q1 < 1e-6.
+        nothing takes part; no gradient. Nothing is dropped where fewer than 4 trajectories take part or Q3 - Q1 < 1e-6.
 
     Raises:
         ValueError: a shape, dtype, device or option is wrong; on a CPU, or with MGRPO_CHECK=1, also a non-finite
@@ -42,7 +54,7 @@ def iqr_filter(
 
     Numerics: quartiles with linear interpolation, bit-equal to torch.quantile in the same dtype.
 
-    Cost: one sort.
+    Cost: a selection, linear in the entries; the reference sorts.
 
     Source: the M-GRPO paper's IQR filter; Tukey's fences.
     """
@@ -54,10 +66,13 @@ def iqr_filter(
         check_tensor(where, "keep", keep, "[B, G]", tuple(entropy.shape), (torch.bool,), entropy.device)
     check_number(where, "k", k, 0.0)
     check_choice(where, "scope", scope, ("batch", "prompt"))
-    if checks_values(entropy.device):
+    entropy = entropy.detach()
+    implementation = _IMPLEMENTATIONS[resolve(where, entropy.device, backend, (entropy.dtype,))]
+    result = implementation(entropy, k=k, scope=scope, keep=keep, two_sided=two_sided)
+    # A non-finite entropy makes its quartiles NaN, and so their sum; without one, there is nothing to look for.
+    if checks_values(entropy.device) and math.isnan(result.q1.sum()):
         wrong = ~entropy.isfinite() if keep is None else keep & ~entropy.isfinite()
         if wrong.any():
             remedy = "Leave such trajectories out with keep."
             raise invalid(where, "entropy", "finite", float(entropy[wrong][0]), remedy)
-    implementation = _IMPLEMENTATIONS[resolve(where, entropy.device, backend)]
-    return implementation(entropy, k=k, scope=scope, keep=keep, two_sided=two_sided)
+    return result

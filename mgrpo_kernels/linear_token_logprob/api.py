@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mgrpo_kernels._checks import check_head, check_token_rows
+from mgrpo_kernels._shards import find_shard
 from mgrpo_kernels.backends import resolve
-from mgrpo_kernels.linear_token_logprob import reference
+from mgrpo_kernels.linear_token_logprob import autograd, reference
 from mgrpo_kernels.results import TokenLogprob
 
-_IMPLEMENTATIONS = {"reference": reference.linear_token_logprob}
+_IMPLEMENTATIONS = {
+    "reference": reference.linear_token_logprob,
+    "cpu": partial(autograd.linear_token_logprob, backend="cpu"),
+}
 
 
 def linear_token_logprob(
@@ -52,17 +58,20 @@ def linear_token_logprob(
         ValueError: a shape, dtype, device or option is wrong; on a CPU, or with MGRPO_CHECK=1, also a target or
             temperature out of range. Elsewhere such a row is NaN.
 
-    Numerics: operands are upcast to fp32, products and sums are fp32; gradients are rounded once, at the end.
+    Numerics: products and sums are fp32, of operands upcast to it; gradients are rounded once, at the end. On backend
+        "cpu" bf16 operands are multiplied as they are where the processor can, the gradient of the logits rounded to
+        bf16 ahead of its two products.
 
-    Cost: 2 T D V FLOP forward, 6 T D V backward (4 with a frozen weight); masked rows cost nothing.
+    Cost: 2 T D V FLOP forward, 6 T D V backward (4 with a frozen weight); masked rows cost nothing, and on backend
+        "cpu" nor do, in the backward, rows whose upstream gradients are all 0.
 
     Source: Wijmans et al. 2024, arXiv 2411.09009, for the tiling; formulas as in `token_logprob`.
     """
     where = "linear_token_logprob"
     check_head(where, hidden, weight, bias, budget_bytes)
-    shard = reference.find_shard(weight.shape[0], group, hidden.device)
+    shard = find_shard(weight.shape[0], group, hidden.device)
     check_token_rows(where, targets, temperature, mask, softcap, hidden.shape[0], shard.vocabulary, hidden.device)
-    return _IMPLEMENTATIONS[resolve(where, hidden.device, backend)](
+    return _IMPLEMENTATIONS[resolve(where, hidden.device, backend, (hidden.dtype,))](
         hidden,
         weight,
         targets,

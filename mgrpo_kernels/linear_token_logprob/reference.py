@@ -13,29 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mgrpo_kernels._rows import RowOutputs, row_grads, row_outputs, valid_rows
 from mgrpo_kernels._segments import accumulation_dtype
+from mgrpo_kernels._shards import Shard, merge_over_group
+from mgrpo_kernels.linear_token_logprob.active import on_active_rows
 from mgrpo_kernels.results import TokenLogprob
-from mgrpo_kernels.token_logprob.reference import (
-    RowOutputs,
-    RowSums,
-    active_rows,
-    dlogits_from_scaled,
-    row_grads,
-    row_outputs,
-    row_sums,
-    scale_logits,
-    valid_rows,
-)
+from mgrpo_kernels.token_logprob.reference import dlogits_from_scaled, row_sums, scale_logits
 
 _CPU_BUDGET_BYTES = 64 * 2**20
-
-
-class Shard(NamedTuple):
-    """The vocabulary range that this process holds."""
-
-    start: int
-    vocabulary: int
-    group: dist.ProcessGroup | None
 
 
 class _Options(NamedTuple):
@@ -47,16 +32,6 @@ class _Options(NamedTuple):
     shard: Shard
 
 
-def find_shard(columns: int, group: dist.ProcessGroup | None, device: torch.device) -> Shard:
-    """Where `columns` local columns lie in the whole vocabulary; shards are in rank order, of any size."""
-    if group is None:
-        return Shard(0, columns, None)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, torch.tensor([columns], device=device), group=group)
-    counts = torch.cat(sizes).tolist()
-    return Shard(sum(counts[: dist.get_rank(group)]), sum(counts), group)
-
-
 def tile_columns(hidden: Tensor, columns: int, budget_bytes: int | None) -> int:
     """Columns a tile: four blocks [T, tile] and two [tile, D] in the accumulation dtype stay within the budget."""
     if budget_bytes is None:
@@ -66,13 +41,9 @@ def tile_columns(hidden: Tensor, columns: int, budget_bytes: int | None) -> int:
     return min(columns, max(1, budget_bytes // bytes_a_column))
 
 
-def _merge_over_group(sums: RowSums, z_target: Tensor, group: dist.ProcessGroup) -> tuple[RowSums, Tensor]:
-    """Sums and target logits over every shard of the vocabulary."""
-    top = sums.top.clone()
-    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    totals = torch.stack([*sums.shift(top)[1:], z_target])
-    dist.all_reduce(totals, dist.ReduceOp.SUM, group=group)
-    return RowSums(top, *totals[:4]), totals[4]
+def _full_precision(device: torch.device) -> torch.autocast:
+    """A context without autocast, which knows nothing of tensors without data."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def _tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,7 +68,7 @@ class _LinearTokenLogprob(torch.autograd.Function):
         softcap, self_certainty, tile, shard = options
         dtype = accumulation_dtype(hidden)
         local = targets - shard.start
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _full_precision(hidden.device):
             upcast = hidden.to(dtype)
             z_target = upcast.new_zeros(hidden.shape[0])
             sums = None
@@ -112,7 +83,7 @@ class _LinearTokenLogprob(torch.autograd.Function):
                 z_target = torch.where(here, z.gather(1, index[:, None]).squeeze(1), z_target)
         assert sums is not None
         if shard.group is not None:
-            sums, z_target = _merge_over_group(sums, z_target, shard.group)
+            sums, z_target = merge_over_group(sums, z_target, shard.group)
         outputs = row_outputs(sums, z_target, valid_rows(targets, temperature, shard.vocabulary))
         ctx.save_for_backward(hidden, weight, bias, local, sums.num_finite, *outputs[:3])
         ctx.temperature, ctx.options = temperature, options
@@ -130,7 +101,7 @@ class _LinearTokenLogprob(torch.autograd.Function):
         coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
         dweight = torch.empty_like(weight) if needs_weight else None
         dbias = torch.empty_like(bias) if needs_bias else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _full_precision(hidden.device):
             upcast = hidden.to(lse.dtype)
             dhidden = torch.zeros_like(upcast) if needs_hidden else None
             for start in range(0, weight.shape[0], tile):
@@ -166,25 +137,11 @@ def linear_token_logprob(
     shard: Shard,
 ) -> TokenLogprob:
     """See the public function."""
+
+    def node(hidden: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, ...]:
+        options = _Options(softcap, self_certainty, tile_columns(hidden, weight.shape[0], budget_bytes), shard)
+        return _LinearTokenLogprob.apply(hidden, weight, bias, targets, temperature, options)
+
     if isinstance(temperature, Tensor):
         temperature = temperature.to(accumulation_dtype(hidden))
-    active = active_rows(targets, mask)
-    num_rows, rows = hidden.shape[0], None
-    if torch.compiler.is_compiling():
-        # The number of active rows is unknown to a compiler: keep them all, and let no value of a masked one through.
-        hidden = hidden.masked_fill(~active[:, None], 0)
-        targets = targets.masked_fill(~active, 0)
-        if isinstance(temperature, Tensor):
-            temperature = temperature.masked_fill(~active, 1)
-    else:
-        rows = active.nonzero().squeeze(1)
-        hidden, targets = hidden.index_select(0, rows), targets[rows]
-        temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
-    options = _Options(softcap, self_certainty, tile_columns(hidden, weight.shape[0], budget_bytes), shard)
-    outputs = _LinearTokenLogprob.apply(hidden, weight, bias, targets, temperature, options)
-    if rows is None:
-        outputs = [output.masked_fill(~active, 0) for output in outputs]
-    else:
-        outputs = [output.new_zeros(num_rows).index_copy(0, rows, output) for output in outputs]
-    logprob, entropy, lse, certainty = outputs
-    return TokenLogprob(logprob, entropy, lse, certainty if self_certainty else None)
+    return on_active_rows(node, hidden, targets, temperature, mask, self_certainty)

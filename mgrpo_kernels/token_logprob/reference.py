@@ -1,76 +1,23 @@
 """Log-probability, entropy and log-sum-exp of rows of logits: the specification.
 
-T rows, V columns, z = softcapped logits / temperature. Backward formulas, with a = z - lse and p = exp(a):
-dz = dlogprob * onehot + p * (A + C * a), A = dlse - dlogprob - dentropy * entropy, C = -dentropy.
+T rows, V columns, z = softcapped logits / temperature. The formulas of the backward are in _rows.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mgrpo_kernels._checks import IGNORED_TARGET
+from mgrpo_kernels._rows import RowGrads, RowOutputs, RowSums, active_rows, row_grads, row_outputs, valid_rows
 from mgrpo_kernels._segments import accumulation_dtype
 from mgrpo_kernels.results import TokenLogprob
 
 # exp of it is exactly 0 in fp32 and fp64: clamping there keeps exp(x) * x at 0 where x is -inf.
 _FLOOR = -1e4
 _BLOCK_ELEMENTS = 2**20
-
-
-class RowSums(NamedTuple):
-    """Sums over the columns seen so far, each [T]; x = z - top."""
-
-    top: Tensor
-    exp: Tensor
-    exp_x: Tensor
-    finite_x: Tensor
-    num_finite: Tensor
-
-    def shift(self, top: Tensor) -> RowSums:
-        """The same sums about a larger or equal `top`."""
-        gap = self.top - top
-        weight = gap.exp()
-        exp_x = weight * (self.exp_x + self.exp * gap)
-        return RowSums(top, weight * self.exp, exp_x, self.finite_x + self.num_finite * gap, self.num_finite)
-
-    def merge(self, other: RowSums) -> RowSums:
-        """Sums over the columns of both."""
-        top = torch.maximum(self.top, other.top)
-        left, right = self.shift(top), other.shift(top)
-        return RowSums(top, *(a + b for a, b in zip(left[1:], right[1:], strict=True)))
-
-
-class RowOutputs(NamedTuple):
-    """The four results of every row, each [T]."""
-
-    logprob: Tensor
-    entropy: Tensor
-    lse: Tensor
-    self_certainty: Tensor
-
-
-class RowGrads(NamedTuple):
-    """What the backward of a row needs, each [T]; None for a term that is absent."""
-
-    constant: Tensor
-    onehot: Tensor | None
-    slope: Tensor | None
-    uniform: Tensor | None
-
-    def take(self, rows: slice) -> RowGrads:
-        """The same for some of the rows."""
-        terms = (None if term is None else term[rows] for term in self[1:])
-        return RowGrads(self.constant[rows], *terms)
-
-
-def active_rows(targets: Tensor, mask: Tensor | None) -> Tensor:
-    """[T] bool, False for the rows that the mask or the ignored target removes."""
-    active = targets != IGNORED_TARGET
-    return active if mask is None else active & mask
 
 
 def scale_logits(logits: Tensor, temperature: float | Tensor, softcap: float | None) -> Tensor:
@@ -94,41 +41,6 @@ def row_sums(z: Tensor, self_certainty: bool) -> RowSums:
     exp = x.exp()
     total = exp.sum(1)
     return RowSums(top, total, exp.mul_(x).sum(1), finite_x, num_finite)
-
-
-def row_outputs(sums: RowSums, z_target: Tensor, valid: Tensor) -> RowOutputs:
-    """Results from the sums; NaN where `valid` is False."""
-    log_exp = sums.exp.log()
-    outputs = RowOutputs(
-        (z_target - sums.top) - log_exp,
-        log_exp - sums.exp_x / sums.exp,
-        sums.top + log_exp,
-        log_exp - sums.finite_x / sums.num_finite,
-    )
-    return RowOutputs(*(output.masked_fill(~valid, torch.nan) for output in outputs))
-
-
-def valid_rows(targets: Tensor, temperature: float | Tensor, vocabulary: int) -> Tensor:
-    """[T] bool, False where the target or the temperature is out of range."""
-    valid = (targets >= 0) & (targets < vocabulary)
-    return valid & (temperature > 0) & (temperature < torch.inf) if isinstance(temperature, Tensor) else valid
-
-
-def row_grads(outputs: RowOutputs, num_finite: Tensor, grads: tuple[Tensor | None, ...]) -> RowGrads:
-    """Per-row coefficients of the backward from the upstream gradients."""
-    dlogprob, dentropy, dlse, dcertainty = grads
-    constant = torch.zeros_like(outputs.lse)
-    slope = uniform = None
-    if dlogprob is not None:
-        dlogprob = dlogprob.masked_fill(outputs.logprob == -torch.inf, 0)
-        constant = constant - dlogprob
-    if dentropy is not None:
-        constant, slope = constant - dentropy * outputs.entropy, -dentropy
-    if dlse is not None:
-        constant = constant + dlse
-    if dcertainty is not None:
-        constant, uniform = constant + dcertainty, dcertainty / num_finite.clamp_min(1)
-    return RowGrads(constant, dlogprob, slope, uniform)
 
 
 def dlogits_from_scaled(

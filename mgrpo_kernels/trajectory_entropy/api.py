@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mgrpo_kernels._checks import FLOATS, check_choice, check_cu_seqlens, check_tensor, invalid
 from mgrpo_kernels.backends import resolve
-from mgrpo_kernels.trajectory_entropy import reference
+from mgrpo_kernels.trajectory_entropy import autograd, reference
 
-_IMPLEMENTATIONS = {"reference": reference.trajectory_entropy}
+_IMPLEMENTATIONS = {
+    "reference": reference.trajectory_entropy,
+    "cpu": partial(autograd.trajectory_entropy, backend="cpu"),
+}
 
 
 def trajectory_entropy(
@@ -36,7 +41,7 @@ def trajectory_entropy(
         ValueError: a shape, dtype, device or option is wrong, or not exactly one of cu_seqlens and mask is given; on a
             CPU, or with MGRPO_CHECK=1, also boundaries that do not cover the tokens.
 
-    Numerics: summed in fp32, in a fixed order.
+    Numerics: summed in fp32 or better, in a fixed order.
 
     Cost: one read of token_entropy.
 
@@ -53,5 +58,5 @@ def trajectory_entropy(
     else:
         check_tensor(where, "token_entropy", token_entropy, "[N, L]", (None, None), FLOATS)
         check_tensor(where, "mask", mask, "[N, L]", tuple(token_entropy.shape), (torch.bool,), token_entropy.device)
-    implementation = _IMPLEMENTATIONS[resolve(where, token_entropy.device, backend)]
+    implementation = _IMPLEMENTATIONS[resolve(where, token_entropy.device, backend, (token_entropy.dtype,))]
     return implementation(token_entropy, cu_seqlens=cu_seqlens, mask=mask, reduce=reduce)

@@ -15,7 +15,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mgrpo.config import Config, DataConfig, EvalConfig, LogConfig, MomentumConfig, ObjectiveConfig, OptimConfig
+from mgrpo.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    KernelsConfig,
+    LogConfig,
+    MomentumConfig,
+    ObjectiveConfig,
+    OptimConfig,
+)
 from mgrpo.policy import resolve_path
 from mgrpo.presets import make_preset
 from mgrpo.rollout.engine import Engine, Rollouts
@@ -30,7 +39,7 @@ distinct_answers response_length token_entropy token_entropy_policy token_entrop
 clip_high_share tis_mean tis_clipped_share logprob_gap vote_accuracy nonfinite_steps""".split()
 
 
-def make_config() -> Config:
+def make_config(backend: str = "reference") -> Config:
     """A run in which ratios leave 1, the filter prunes, groups disagree and the KL counts."""
     base = make_preset("mgrpo_arithmetic")
     return replace(
@@ -43,6 +52,7 @@ def make_config() -> Config:
         optim=OptimConfig(lr=2e-4, num_minibatches=2, schedule="cosine", warmup_ratio=0.2),
         eval=EvalConfig(every=0),
         log=LogConfig(backends=(), kl_initial_every=1),
+        kernels=KernelsConfig(backend=backend),
     )
 
 

@@ -1,18 +1,33 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from mgrpo_kernels import ema_update_
+from mgrpo_kernels import backends, ema_update_
 from mgrpo_kernels.ema_update import reference
 from mgrpo_kernels.ema_update.rounding import philox, random_words, round_stochastically
 from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget
 
 SHAPES = [(40, 7), (), (33,), (0, 3), (5, 4, 3)]
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
+# torch.lerp fuses its product and sum where the processor can, as the library does but for its portable build.
+BITS_ARE_EQUAL = torch.backends.cpu.get_cpu_capability() != "DEFAULT" and "portable" not in backends()["cpu"].reason
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request) -> str:
+    return request.param
 
 
 def make_lists(
@@ -36,8 +51,8 @@ class Result(tuple):
 
 
 def check(op) -> None:
-    for momentum_dtype in (FP32, BF16, torch.float16):
-        for policy_dtype in (FP32, BF16):
+    for momentum_dtype in (FP32, BF16, FP16):
+        for policy_dtype in (FP32, BF16, FP16):
             momentum, policy = make_lists(momentum_dtype, policy_dtype)
             for decay in (0.99, 0.3, torch.tensor(0.75)):
                 share = float(decay)
@@ -49,9 +64,9 @@ def check(op) -> None:
                         assert_within_budget(actual, exact, rounded, reduction_length=2)
 
 
-def test_matches_fp64_and_rejects_every_mutant():
+def test_matches_fp64_and_rejects_every_mutant(backend):
     def op(*args, **kwargs):
-        return Result(*functional(*args, **kwargs))
+        return Result(*functional(*args, **kwargs, backend=backend))
 
     def wrong_decay(op):
         return lambda momentum, policy, decay: op(momentum, policy, decay * 0.999)
@@ -60,46 +75,53 @@ def test_matches_fp64_and_rejects_every_mutant():
     assert_mutants_rejected(op, check, extra={"wrong_decay": wrong_decay}, without=without)
 
 
-def test_closed_form_after_many_steps():
+def test_closed_form_after_many_steps(backend):
     momentum, policy = make_lists()
     start = [tensor.clone() for tensor in momentum]
     for _ in range(50):
-        ema_update_(momentum, policy, 0.95)
+        ema_update_(momentum, policy, 0.95, backend=backend)
     for now, first, target in zip(momentum, start, policy, strict=True):
         torch.testing.assert_close(now, target + 0.95**50 * (first - target))
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float64])
-def test_decay_0_and_1_are_exact(dtype, rounding, as_tensor):
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [(dtype, backend) for dtype in (FP32, BF16) for backend in ("reference", "cpu")] + [(torch.float64, "auto")],
+)
+def test_decay_0_and_1_are_exact(dtype, backend, rounding, as_tensor):
     def exact(decay: float) -> float | Tensor:
         return torch.tensor(decay) if as_tensor else decay
 
     momentum, policy = make_lists(dtype, dtype)
-    policy[0][0, 0] = torch.inf
-    frozen = functional(momentum, policy, exact(1.0), rounding=rounding)
-    copied = functional(momentum, policy, exact(0.0), rounding=rounding)
+    policy[0][0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    frozen = functional(momentum, policy, exact(1.0), rounding=rounding, backend=backend)
+    momentum[0][0, 3:6] = policy[0][0, :3]
+    policy[0][0, 2] = 1.0
+    copied = functional(momentum, policy, exact(0.0), rounding=rounding, backend=backend)
+    momentum[0][0, 3:6] = frozen[0][0, 3:6]
     assert all(torch.equal(now, old) for now, old in zip(frozen, momentum, strict=True))
     assert all(torch.equal(now, new) for now, new in zip(copied, policy, strict=True))
 
 
-def test_equal_weights_stay_as_they_are():
+def test_equal_weights_stay_as_they_are(backend):
     momentum, _ = make_lists()
-    now = functional(momentum, [tensor.clone() for tensor in momentum], 0.9)
+    now = functional(momentum, [tensor.clone() for tensor in momentum], 0.9, backend=backend)
     assert all(torch.equal(one, other) for one, other in zip(now, momentum, strict=True))
 
 
-def test_plain_bf16_stalls_while_stochastic_and_compensated_do_not():
+def test_plain_bf16_stalls_while_stochastic_and_compensated_do_not(backend):
+    update_ = partial(ema_update_, backend=backend)
     old, new, steps, decay = 1.0, 1.25, 200, 0.999
     target = new + decay**steps * (old - new)
     policy = [torch.full((4000,), new)]
     plain, stochastic, compensated = ([torch.full((4000,), old, dtype=BF16)] for _ in range(3))
     terms = [torch.zeros(4000, dtype=BF16)]
     for step in range(steps):
-        ema_update_(plain, policy, decay)
-        ema_update_(stochastic, policy, decay, rounding="stochastic", seed=11, step=step)
-        ema_update_(compensated, policy, decay, compensation=terms)
+        update_(plain, policy, decay)
+        update_(stochastic, policy, decay, rounding="stochastic", seed=11, step=step)
+        update_(compensated, policy, decay, compensation=terms)
     assert torch.equal(plain[0], torch.full_like(plain[0], old))
     # A bf16 step at 1 is 2^-7; 200 roundings, averaged over 4,000 elements, stray by about 2^-7 sqrt(200 / 4000).
     assert abs(float(stochastic[0].double().mean()) - target) < 4 * 2**-7 * math.sqrt(steps / 4000)
@@ -153,17 +175,17 @@ def test_stochastic_rounding_is_fair_and_keeps_what_bf16_holds():
     assert round_stochastically(torch.cat([special[5:6], largest_nan]), torch.full((2,), 0xFFFF)).isnan().all()
 
 
-def test_publish_receives_the_new_momentum_in_its_own_dtype():
+def test_publish_receives_the_new_momentum_in_its_own_dtype(backend):
     momentum, policy = make_lists()
     publish = [torch.zeros(shape, dtype=BF16) for shape in SHAPES]
     publish[2] = None
-    ema_update_(momentum, policy, 0.9, publish=publish)
-    expected = functional(*make_lists(), 0.9)
+    ema_update_(momentum, policy, 0.9, publish=publish, backend=backend)
+    expected = functional(*make_lists(), 0.9, backend=backend)
     for now, copy, want in zip(momentum, publish, expected, strict=True):
         assert torch.equal(now, want)
         assert copy is None or torch.equal(copy, want.bfloat16())
     frozen = [torch.full(shape, torch.nan) for shape in SHAPES]
-    ema_update_(momentum, policy, 1.0, publish=frozen)
+    ema_update_(momentum, policy, 1.0, publish=frozen, backend=backend)
     assert all(torch.equal(copy, want) for copy, want in zip(frozen, expected, strict=True))
 
 
@@ -175,13 +197,213 @@ def test_mixed_lists_tied_policies_and_parameters():
     for tensor in momentum:
         assert torch.equal(tensor.detach().double(), torch.full((6,), 0.25, dtype=torch.float64))
     assert momentum[0].requires_grad and momentum[0].is_leaf
-    ema_update_([], [], 0.5)
+    for backend in ("auto", "reference", "cpu"):
+        ema_update_([], [], 0.5, backend=backend)
+        ema_update_([torch.zeros(0), torch.zeros(2, 0)], [torch.zeros(0), torch.zeros(2, 0)], 0.5, backend=backend)
 
 
-def test_halves_of_one_buffer_are_no_alias():
+def test_halves_of_one_buffer_are_no_alias(backend):
     flat = torch.zeros(8)
-    ema_update_([flat[:4], flat[4:]], [torch.ones(4), torch.full((4,), 2.0)], 0.5)
+    ema_update_([flat[:4], flat[4:]], [torch.ones(4), torch.full((4,), 2.0)], 0.5, backend=backend)
     assert flat.tolist() == [0.5] * 4 + [1.0] * 4
+
+
+class Case:
+    """Lists of tensors at odd offsets into buffers of NaN, so that what is written beside them shows."""
+
+    def __init__(self, sizes, momentum_dtypes, policy_dtype, publish_dtypes, mode, seed):
+        generator = torch.Generator().manual_seed(seed)
+
+        def views(values: list[Tensor], dtypes: list[torch.dtype]) -> tuple[list[Tensor], list[Tensor]]:
+            buffers = [
+                torch.full((value.numel() + 5,), torch.nan, dtype=d) for value, d in zip(values, dtypes, strict=True)
+            ]
+            tensors = [buffer[3:-2] for buffer in buffers]
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+            return buffers, tensors
+
+        olds, news, smalls = ([torch.randn(size, generator=generator) for size in sizes] for _ in range(3))
+        momentum_dtypes = [momentum_dtypes[i % len(momentum_dtypes)] for i in range(len(sizes))]
+        self.buffers, self.momentum = views(olds, momentum_dtypes)
+        self.policy = views(news, [policy_dtype] * len(sizes))[1]
+        self.options: dict[str, Any] = {
+            "rounding": "stochastic" if mode == "stochastic" else "nearest",
+            "seed": -seed,
+            "step": seed,
+        }
+        if mode == "compensated":
+            buffers, terms = views([small * 1e-3 for small in smalls], [BF16] * len(sizes))
+            self.buffers += buffers
+            self.options["compensation"] = [
+                term if dtype == BF16 else None for term, dtype in zip(terms, momentum_dtypes, strict=True)
+            ]
+        dtypes = [publish_dtypes[i % len(publish_dtypes)] for i in range(len(sizes))]
+        buffers, copies = views([small * torch.nan for small in smalls], [dtype or FP32 for dtype in dtypes])
+        self.buffers += buffers
+        self.options["publish"] = [copy if dtype else None for copy, dtype in zip(copies, dtypes, strict=True)]
+
+    def run(self, decay: float | Tensor, backend: str) -> list[Tensor]:
+        ema_update_(self.momentum, self.policy, decay, **self.options, backend=backend)
+        return self.buffers
+
+
+DTYPES = [FP32, BF16, FP16]
+CASES = st.fixed_dictionaries(
+    {
+        "sizes": st.lists(st.integers(0, 200), min_size=1, max_size=6),
+        "policy_dtype": st.sampled_from(DTYPES),
+        "publish_dtypes": st.lists(st.sampled_from([*DTYPES, None]), min_size=1, max_size=3),
+        "seed": st.integers(0, 2**40),
+    }
+)
+MODES = st.sampled_from(["nearest", "compensated", "stochastic"])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    case=CASES, mode=MODES, momentum_dtypes=st.permutations(DTYPES), decay=st.sampled_from([0.0, 0.3, 0.5, 0.99, 1.0])
+)
+def test_cpu_agrees_with_fp64_and_with_the_reference(case, mode, momentum_dtypes, decay):
+    dtypes = [dtype for dtype in momentum_dtypes if mode != "stochastic" or dtype != FP16]
+    one, other, start = (Case(**case, momentum_dtypes=dtypes, mode=mode) for _ in range(3))
+    one.run(decay, "cpu")
+    other.run(decay, "reference")
+    for actual, expected in zip(one.buffers, other.buffers, strict=True):
+        assert torch.equal(actual.isnan(), expected.isnan())
+        if BITS_ARE_EQUAL or decay in (0.0, 1.0):
+            assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
+    terms = start.options.get("compensation", [None] * len(start.momentum))
+    for actual, expected, old, new, term in zip(
+        one.momentum, other.momentum, start.momentum, start.policy, terms, strict=True
+    ):
+        if actual.numel():
+            whole = old.double() if term is None else old.double() + term.double()
+            exact = (whole if decay < 1 else old.double()).lerp(new.double(), 1 - decay)
+            assert_within_budget(actual, exact, expected, reduction_length=2)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "compensated", "stochastic"])
+def test_bits_do_not_depend_on_threads_nor_on_how_the_list_is_cut(mode):
+    sizes = [70_001, 3, 0, 131_072, 64, 200_000]
+    options = {"policy_dtype": FP32, "publish_dtypes": [BF16], "mode": mode, "seed": 3, "momentum_dtypes": [BF16]}
+    cases = [Case(sizes, **options) for _ in range(3)]
+    threads = torch.get_num_threads()
+    try:
+        for case, num in zip(cases, (1, 2, 5), strict=True):
+            torch.set_num_threads(num)
+            case.run(0.9, "cpu")
+    finally:
+        torch.set_num_threads(threads)
+    for case in cases[1:]:
+        for one, other in zip(case.buffers, cases[0].buffers, strict=True):
+            assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    if mode != "stochastic":
+        alone = Case(sizes, **options)
+        for i, (old, new, copy) in enumerate(zip(alone.momentum, alone.policy, alone.options["publish"], strict=True)):
+            term = None if mode == "nearest" else [alone.options["compensation"][i]]
+            ema_update_([old], [new], 0.9, publish=[copy], compensation=term, backend="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(alone.momentum, cases[0].momentum, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 31, 64, 70_000])
+def test_random_bits_are_those_of_the_specification(count):
+    # At decay 0 the value to be rounded is the policy itself, on any processor.
+    policy = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (5, count)]
+    for seed, step in ((0, 0), (-(2**63), 2**40 + 17), (2**63 - 1, torch.tensor(2**31 - 1, dtype=torch.int32))):
+        momentum = [torch.zeros_like(tensor, dtype=BF16) for tensor in policy]
+        ema_update_(momentum, policy, 0.0, rounding="stochastic", seed=seed, step=step, backend="cpu")
+        for index, (now, values) in enumerate(zip(momentum, policy, strict=True)):
+            words = random_words(0, values.numel(), torch.tensor(seed), torch.as_tensor(step).long(), index)
+            assert torch.equal(now, round_stochastically(values, words))
+
+
+def test_not_a_number_and_infinity_survive_every_rounding(backend):
+    signalling = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(FP32)
+    special = torch.cat([signalling, torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 3.4e38])])
+    for decay in (0.0, 0.9):
+        for dtype in (FP32, BF16, FP16):
+            for rounding in ("nearest",) if dtype == FP16 else ("nearest", "stochastic"):
+                now = torch.ones(8, dtype=dtype)
+                ema_update_([now], [special], decay, rounding=rounding, backend=backend)
+                assert now[:4].isnan().all() and now[4:6].tolist() == [torch.inf, -torch.inf]
+                assert decay or (now[6] == 0 and torch.signbit(now[6]))
+
+
+def test_fp64_anywhere_is_for_the_reference():
+    wide = torch.zeros(2, dtype=torch.float64)
+    for momentum, policy, publish in ((wide, torch.ones(2), None), (M, P.double(), None), (M, P, [P.double()])):
+        arguments = ([momentum.clone()], [policy], 0.5)
+        ema_update_(*arguments, publish=publish)
+        assert arguments[0][0].tolist() == [0.5] * len(policy)
+        with pytest.raises(ValueError, match=r"backend must be a backend for .*float64.*, got 'cpu'"):
+            ema_update_(*arguments, publish=publish, backend="cpu")
+
+
+def test_what_is_written_is_seen_by_autograd(backend):
+    momentum, policy = make_lists(BF16)
+    terms = [torch.zeros_like(tensor) for tensor in momentum]
+    publish = [torch.zeros_like(tensor) for tensor in momentum]
+    written, before = [*momentum, *terms, *publish], []
+    before = [tensor._version for tensor in written]
+    ema_update_(momentum, policy, 0.9, compensation=terms, publish=publish, backend=backend)
+    assert all(tensor._version > version for tensor, version in zip(written, before, strict=True))
+    weight = torch.ones(3, requires_grad=True)
+    product = (weight * M[:3]).sum()
+    ema_update_([M[:3]], [torch.zeros(3)], 0.5, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_a_decay_out_of_range_gives_nan_where_values_are_not_read():
+    for decay in (1.5, -0.1, math.nan):
+        now = torch.ones(20)
+        torch.ops.mgrpo_kernels.ema_update_(
+            [now], [torch.ones(20)], [], [], [], [], 0.0, torch.tensor(decay), False, 0, 0, None, "cpu"
+        )
+        assert now.isnan().all()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_agrees(isa):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "(mutant or agrees_with or specification or survive or exact) and not reference-"]
+    env = os.environ | {"MGRPO_CPU_ISA": isa}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    if "on this processor" in done.stdout + done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_opcheck_and_meta():
+    op = torch.ops.mgrpo_kernels.ema_update_
+    momentum, policy = make_lists(BF16)
+    terms, copies = ([torch.zeros_like(momentum[index]) for index in (0, 2)] for _ in range(2))
+    scalars = (0.9, None, False, 1, 2, None, "cpu")
+    torch.library.opcheck(op, (momentum, policy, terms, [0, 2], copies, [0, 2], *scalars))
+    on_device = (0.0, torch.tensor(0.9), True, 1, 0, torch.tensor(3), "cpu")
+    torch.library.opcheck(op, (momentum, policy, [], [], copies, [0, 2], *on_device))
+    for backend in ("auto", "cpu"):
+        lists = [[tensor.to("meta") for tensor in tensors] for tensors in (momentum, policy, momentum)]
+        ema_update_(lists[0], lists[1], 0.9, publish=lists[2], backend=backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["nearest", "compensated", "stochastic"])
+def test_compiles_whole(mode):
+    options = {"policy_dtype": BF16, "publish_dtypes": [BF16, None], "mode": mode, "seed": 4}
+    eager, traced = (Case([33, 0, 7], [BF16, FP32], **options) for _ in range(2))
+
+    def run(case: Case, decay: Tensor, step: Tensor) -> None:
+        case.options["step"] = step
+        case.run(decay, "cpu")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for decay, step in ((0.9, 0), (0.5, 1)):
+        run(eager, torch.tensor(decay), torch.tensor(step))
+        compiled(traced, torch.tensor(decay), torch.tensor(step))
+    for one, other in zip(eager.buffers, traced.buffers, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 M, P = torch.zeros(4), torch.ones(4)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mgrpo_kernels import group_advantage
+import mgrpo_kernels
 from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget, poison_masked
 
 MODES = ("std", "mean", "leave_one_out", "sign")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def group_advantage(request):
+    return partial(mgrpo_kernels.group_advantage, backend=request.param)
 
 
 def slow_group(rewards: list[float], keep: list[bool], mode: str) -> list[float]:
@@ -47,7 +53,7 @@ def check(op) -> None:
         assert_within_budget(actual, oracle, baseline, reduction_length=8, what=mode)
 
 
-def test_matches_a_loop_and_rejects_every_mutant():
+def test_matches_a_loop_and_rejects_every_mutant(group_advantage):
     assert_mutants_rejected(group_advantage, check, without=("wrong_temperature",))
 
 
@@ -60,11 +66,95 @@ def test_property_against_a_loop(data):
     rewards = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=4)), dtype=torch.float64)
     keep = torch.tensor([data.draw(flags) for _ in range(len(rewards))])
     for mode in MODES:
-        torch.testing.assert_close(group_advantage(rewards, keep=keep, mode=mode), slow(rewards, keep, mode))
+        advantage = mgrpo_kernels.group_advantage(rewards, keep=keep, mode=mode)
+        assert advantage.dtype == torch.float64
+        torch.testing.assert_close(advantage, slow(rewards, keep, mode))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.integers(0, 5),
+    size=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    share=st.sampled_from([None, 0.05, 0.6, 1.0]),
+    levels=st.sampled_from([2, 5, 1000]),
+    strided=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_stride_and_dtype(prompts, size, dtype, share, levels, strided, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = (torch.randint(0, levels, (prompts, size), generator=generator) / levels).to(dtype)
+    keep = None if share is None else torch.rand(prompts, size, generator=generator) < share
+    if keep is not None:
+        rewards = poison_masked(rewards, keep)
+    if strided:
+        rewards, keep = rewards.T.contiguous().T, None if keep is None else keep.T.contiguous().T
+    for mode in MODES:
+        found = [
+            mgrpo_kernels.group_advantage(rewards.to(to), keep=keep, mode=mode, backend=name)
+            for to, name in ((dtype, "cpu"), (torch.float64, "reference"), (dtype, "reference"))
+        ]
+        assert found[0].dtype == torch.float32
+        assert_within_budget(*found, reduction_length=size, what=mode)
+
+
+def test_every_result_is_written():
+    op = partial(mgrpo_kernels.group_advantage, backend="cpu")
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        check(op)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_thread_count_changes_no_bit():
+    rewards = torch.rand(1100, 251, generator=torch.Generator().manual_seed(3))
+    keep = torch.rand(1100, 251, generator=torch.Generator().manual_seed(4)) > 0.2
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(mgrpo_kernels.group_advantage(rewards, keep=keep, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert_within_budget(
+        found[0],
+        mgrpo_kernels.group_advantage(rewards.double(), keep=keep),
+        mgrpo_kernels.group_advantage(rewards, keep=keep, backend="reference"),
+        reduction_length=251,
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_groups_without_a_signal_give_zero(mode):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_passes_as_in_the_reference(mode, value):
+    rewards = torch.tensor([[value, 1.0, 0.0, 1.0], [1.0, value, 1.0, 1.0], [value] * 4])
+    for keep in (None, torch.tensor([[True] * 4, [False, True, False, False], [True] * 4])):
+        found = [
+            mgrpo_kernels.group_advantage(rewards, keep=keep, mode=mode, backend=name) for name in ("cpu", "reference")
+        ]
+        torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+def test_no_gradient_passes(group_advantage):
+    for mode in MODES:
+        advantage = group_advantage(torch.tensor([[1.0, 0.0, 0.5]], requires_grad=True), mode=mode)
+        assert not advantage.requires_grad and advantage.count_nonzero() >= 2
+
+
+def test_opcheck_and_meta():
+    rewards, keep = torch.rand(3, 5), torch.rand(3, 5) > 0.2
+    for mode in MODES:
+        torch.library.opcheck(torch.ops.mgrpo_kernels.group_advantage, (rewards, keep, mode, "cpu"))
+    torch.library.opcheck(torch.ops.mgrpo_kernels.group_advantage, (rewards.bfloat16(), None, "std", "cpu"))
+    for backend in ("auto", "cpu"):
+        out = mgrpo_kernels.group_advantage(rewards.half().to("meta"), backend=backend)
+        assert (out.device.type, out.shape, out.dtype) == ("meta", (3, 5), torch.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_without_a_signal_give_zero(group_advantage, mode):
     rewards = torch.tensor([[0.1] * 4, [1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
     keep = torch.tensor([[True] * 4, [True, False, False, False], [False] * 4])
     assert torch.equal(group_advantage(rewards, keep=keep, mode=mode), torch.zeros(3, 4))
@@ -72,13 +162,13 @@ def test_groups_without_a_signal_give_zero(mode):
     assert group_advantage(torch.zeros(0, 4), mode=mode).shape == (0, 4)
 
 
-def test_large_mean_does_not_cancel_the_variance():
+def test_large_mean_does_not_cancel_the_variance(group_advantage):
     rewards = torch.tensor([[4096.0, 4097.0, 4098.0, 4099.0]])
     expected = slow(rewards - 4096, torch.ones(1, 4, dtype=torch.bool), "std")
     torch.testing.assert_close(group_advantage(rewards).double(), expected, rtol=1e-6, atol=0)
 
 
-def test_nan_reward_spoils_only_its_group():
+def test_nan_reward_spoils_only_its_group(group_advantage):
     rewards = torch.tensor([[1.0, torch.nan, 0.0], [1.0, 0.0, 0.0]])
     advantage = group_advantage(rewards)
     alone = torch.tensor([[False, True, False], [True, True, True]])
@@ -86,9 +176,9 @@ def test_nan_reward_spoils_only_its_group():
     assert advantage[0].isnan().all() and torch.equal(advantage[1:], group_advantage(rewards[1:]))
 
 
-def test_compiles_whole():
+def test_compiles_whole(group_advantage):
     rewards = torch.rand(3, 5)
-    compiled = torch.compile(group_advantage, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda rewards: group_advantage(rewards), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(rewards), group_advantage(rewards))
 
 
@@ -104,6 +194,6 @@ def test_compiles_whole():
         ("backend must be one of", {"backend": "none"}),
     ],
 )
-def test_wrong_arguments_are_refused(message, arguments):
+def test_wrong_arguments_are_refused(group_advantage, message, arguments):
     with pytest.raises(ValueError, match=f"^group_advantage: {message}"):
         group_advantage(**({"rewards": torch.zeros(2, 3)} | arguments))

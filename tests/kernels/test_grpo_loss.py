@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from mgrpo_kernels import grpo_loss, linear_grpo_loss, linear_token_logprob, logits_grpo_loss, token_logprob
-from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget, peaked_logits, poison_masked
+import mgrpo_kernels
+from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget, poison_masked
 
 LENGTHS = [4, 0, 6, 1, 9]
 CU_SEQLENS = torch.tensor([0, 4, 4, 10, 11, 20], dtype=torch.int32)
@@ -15,6 +16,11 @@ TOKENS, SEQUENCES = 20, 5
 ADVANTAGE = torch.tensor([1.2, 0.7, -0.8, 0.0, -1.5])
 METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "entropy", "tis_mean", "tis_clipped_share")
 FULL = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.05, "tis_cap": 1.3, "clip_high": 0.28}
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def grpo_loss(request):
+    return partial(mgrpo_kernels.grpo_loss, backend=request.param)
 
 
 def make_tokens(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -132,13 +138,13 @@ def check(op) -> None:
 @pytest.mark.parametrize("token_advantage", [True, False])
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_matches_a_loop(pack, token_advantage, kl, ratio):
+def test_matches_a_loop(grpo_loss, pack, token_advantage, kl, ratio):
     options = FULL | {"kl": kl, "ratio": ratio}
     assert_matches(grpo_loss, options, pack=pack, token_advantage=token_advantage)
     assert_matches(grpo_loss, {"kl": kl, "ratio": ratio, "clip_low": 0.1}, pack=pack, token_advantage=token_advantage)
 
 
-def test_every_mutant_is_rejected():
+def test_every_mutant_is_rejected(grpo_loss):
     def with_default(name: str, value: object):
         return lambda op: lambda *args, **kwargs: op(*args, **(kwargs | {name: value}))
 
@@ -169,13 +175,17 @@ def test_gradcheck():
     logprob, entropy = tokens.pop("logprob").requires_grad_(), tokens.pop("entropy").requires_grad_()
 
     def run(logprob: Tensor, entropy: Tensor) -> Tensor:
-        return grpo_loss(logprob, ADVANTAGE, mask, entropy=entropy, cu_seqlens=CU_SEQLENS, **FULL, **tokens).loss
+        out = mgrpo_kernels.grpo_loss(
+            logprob, ADVANTAGE, mask, entropy=entropy, cu_seqlens=CU_SEQLENS, **FULL, **tokens
+        )
+        assert out.loss.dtype == torch.float64
+        return out.loss
 
     assert torch.autograd.gradcheck(run, (logprob, entropy))
 
 
-def test_sequence_ratio_has_the_gradient_of_its_mean():
-    logprob = torch.tensor([-1.0, -0.4, -0.7], dtype=torch.float64, requires_grad=True)
+def test_sequence_ratio_has_the_gradient_of_its_mean(grpo_loss):
+    logprob = torch.tensor([-1.0, -0.4, -0.7], requires_grad=True)
     old = logprob.detach() - torch.tensor([0.1, -0.05, 0.02])
     mask = torch.ones(3, dtype=torch.bool)
     cu_seqlens = torch.tensor([0, 3])
@@ -187,7 +197,7 @@ def test_sequence_ratio_has_the_gradient_of_its_mean():
 
 
 @pytest.mark.parametrize("reduce", ["token_mean", "sequence_mean_token_mean", "constant"])
-def test_micro_batches_add_up_with_a_normalizer(reduce):
+def test_micro_batches_add_up_with_a_normalizer(grpo_loss, reduce):
     tokens = {name: padded(tensor) for name, tensor in make_tokens().items()}
     mask = tokens.pop("mask")
     options = FULL | {"reduce": reduce, "max_length": 12}
@@ -203,7 +213,7 @@ def test_micro_batches_add_up_with_a_normalizer(reduce):
     torch.testing.assert_close(parts, whole)
 
 
-def test_defaults_are_on_policy_with_the_plain_policy_gradient():
+def test_defaults_are_on_policy_with_the_plain_policy_gradient(grpo_loss):
     logprob = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
     out = grpo_loss(logprob, torch.tensor([1.0, -2.0]), mask)
@@ -213,7 +223,7 @@ def test_defaults_are_on_policy_with_the_plain_policy_gradient():
     assert [float(out.metrics[name]) for name in METRICS] == [1, 0, 0, 0, 0, 1, 0]
 
 
-def test_minus_infinite_logprobs_and_overflowing_ratios_leave_finite_gradients():
+def test_minus_infinite_logprobs_and_overflowing_ratios_leave_finite_gradients(grpo_loss):
     inf = torch.inf
     logprob = torch.tensor([[-inf, -1.0, -1.0, -inf]], requires_grad=True)
     old = torch.tensor([[-inf, -inf, -1.0, -2.0]])
@@ -232,7 +242,7 @@ def test_minus_infinite_logprobs_and_overflowing_ratios_leave_finite_gradients()
     assert unmoved.item() == 0 and torch.equal(zero.grad, torch.zeros(1, 4))
 
 
-def test_nothing_flows_into_constants():
+def test_nothing_flows_into_constants(grpo_loss):
     tokens = {name: tensor.nan_to_num() for name, tensor in make_tokens().items()}
     mask, logprob = tokens.pop("mask"), tokens.pop("logprob").requires_grad_()
     constants = [tensor.requires_grad_() for name, tensor in tokens.items() if name != "entropy"]
@@ -242,7 +252,7 @@ def test_nothing_flows_into_constants():
     assert grads[0] is not None and all(grad is None for grad in grads[1:])
 
 
-def test_empty_masks_and_batches_give_zero_with_a_graph():
+def test_empty_masks_and_batches_give_zero_with_a_graph(grpo_loss):
     logprob = torch.full((2, 3), torch.nan, requires_grad=True)
     out = grpo_loss(logprob, torch.ones(2), torch.zeros(2, 3, dtype=torch.bool), reduce="sequence_mean_token_mean")
     out.loss.backward()
@@ -254,85 +264,8 @@ def test_empty_masks_and_batches_give_zero_with_a_graph():
     assert empty.loss.item() == 0
 
 
-def rows(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(TOKENS, 8, generator=generator)
-    weight = torch.randn(33, 8, generator=generator)
-    targets = torch.randint(0, 33, (TOKENS,), generator=generator)
-    return hidden, weight, targets, make_tokens()["mask"]
-
-
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
-def test_compositions_equal_their_parts(entropy_coef):
-    hidden, weight, targets, mask = rows()
-    targets[mask.nonzero()[0]] = -100
-    temperature = torch.linspace(0.7, 1.4, TOKENS)
-    shared = {"cu_seqlens": CU_SEQLENS, "entropy_coef": entropy_coef, "clip_low": 0.1}
-    old, ref = make_tokens()["old_logprob"], make_tokens()["ref_logprob"]
-    results = []
-    for kind in ("linear", "logits", "parts"):
-        x, w = poison_masked(hidden, mask).requires_grad_(), weight.clone().requires_grad_()
-        options = shared | {"old_logprob": old, "ref_logprob": ref, "kl_coef": 0.2}
-        if kind == "linear":
-            out = linear_grpo_loss(
-                x, w, targets, ADVANTAGE, mask, temperature=temperature, budget_bytes=2000, **options
-            )
-        elif kind == "logits":
-            out = logits_grpo_loss(
-                torch.where(mask[:, None], x, 0) @ w.T, targets, ADVANTAGE, mask, temperature=temperature, **options
-            )
-        else:
-            parts = linear_token_logprob(x, w, targets, temperature=temperature, mask=mask)
-            out = grpo_loss(parts.logprob, ADVANTAGE, mask & (targets != -100), entropy=parts.entropy, **options)
-        out.loss.backward()
-        results.append((out.loss.detach(), out.metrics, x.grad, w.grad))
-    torch.testing.assert_close(results[0], results[2])
-    torch.testing.assert_close(results[1], results[2])
-    assert results[0][1]["entropy"] > 0
-
-
-def check_logits(op) -> None:
-    logits = peaked_logits(TOKENS, 41)
-    targets = logits.argmax(1)
-    targets[::3] = 7
-    mask = make_tokens()["mask"]
-    poisoned = poison_masked(logits, mask).requires_grad_()
-    options = {"entropy_coef": 0.1, "cu_seqlens": CU_SEQLENS}
-    with torch.no_grad():
-        old = token_logprob(logits, targets, temperature=0.8).logprob - 0.1 * torch.randn(
-            TOKENS, generator=torch.Generator().manual_seed(1)
-        )
-    out = op(poisoned, targets, ADVANTAGE, mask=mask, temperature=0.8, old_logprob=old, **options)
-    gradients = []
-    for to in (torch.float64, torch.float32):
-        leaf = logits.to(to).requires_grad_()
-        logp = (leaf / 0.8).log_softmax(1)
-        picked, entropy = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(1)
-        ratio = (picked - old.to(to)).exp()
-        weight = ADVANTAGE.to(to).repeat_interleave(torch.tensor(LENGTHS))
-        loss = -torch.minimum(ratio * weight, ratio.clamp(0.8, 1.2) * weight) - 0.1 * entropy
-        loss = loss[mask].mean()
-        loss.backward()
-        gradients.append((loss.detach(), leaf.grad))
-    assert_within_budget(out.loss.detach(), gradients[0][0], gradients[1][0], reduction_length=TOKENS)
-    assert out.loss.requires_grad
-    (grad,) = torch.autograd.grad(out.loss, poisoned)
-    assert_within_budget(grad, gradients[0][1], gradients[1][1], reduction_length=41, what="gradient")
-
-
-def test_logits_loss_matches_plain_autograd_and_rejects_every_mutant():
-    assert_mutants_rejected(logits_grpo_loss, check_logits, without=("shifted_row", "last_tile_skipped"))
-
-
-def test_linear_loss_rejects_every_mutant():
-    def from_logits(logits: Tensor, *args, **kwargs):
-        return linear_grpo_loss(logits, torch.eye(logits.shape[1]), *args, **kwargs)
-
-    assert_mutants_rejected(from_logits, check_logits, without=("shifted_row", "last_tile_skipped"))
-
-
 @pytest.mark.slow
-def test_compiles_whole():
+def test_compiles_whole(grpo_loss):
     tokens = make_tokens()
     mask = tokens.pop("mask")
 
@@ -394,33 +327,4 @@ LOGPROB, MASK, A = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.
 )
 def test_wrong_arguments_are_refused(message, arguments):
     with pytest.raises(ValueError, match=f"^grpo_loss: {message}"):
-        grpo_loss(**({"logprob": LOGPROB, "advantage": A, "mask": MASK} | arguments))
-
-
-@pytest.mark.parametrize(
-    ("message", "arguments"),
-    [
-        ("cu_seqlens must be given", {"cu_seqlens": None}),
-        (r"targets must be in \[0, 5\)", {"targets": torch.full((3,), 5)}),
-        ("temperature must be", {"temperature": 0.0}),
-        (r"mask must be of shape \[T\]", {"mask": MASK}),
-        (r"old_logprob must be of shape \[T\] = \[3\]", {"old_logprob": A}),
-        ("kl must be one of", {"kl": "k4"}),
-        ("backend must be one of", {"backend": "none"}),
-    ],
-)
-def test_wrong_arguments_of_the_compositions_are_refused(message, arguments):
-    shared = {
-        "targets": torch.zeros(3, dtype=torch.int64),
-        "advantage": torch.ones(1),
-        "mask": torch.ones(3, dtype=torch.bool),
-        "cu_seqlens": torch.tensor([0, 3]),
-    }
-    with pytest.raises(ValueError, match=f"^logits_grpo_loss: {message}"):
-        logits_grpo_loss(torch.zeros(3, 5), **(shared | arguments))
-    with pytest.raises(ValueError, match=f"^linear_grpo_loss: {message}"):
-        linear_grpo_loss(torch.zeros(3, 4), torch.zeros(5, 4), **(shared | arguments))
-    with pytest.raises(ValueError, match=r"^logits_grpo_loss: logits must be of unit stride"):
-        logits_grpo_loss(torch.zeros(5, 3).T, **shared)
-    with pytest.raises(ValueError, match=r"^linear_grpo_loss: weight must be of shape"):
-        linear_grpo_loss(torch.zeros(3, 4), torch.zeros(5, 3), **shared)
+        mgrpo_kernels.grpo_loss(**({"logprob": LOGPROB, "advantage": A, "mask": MASK} | arguments))

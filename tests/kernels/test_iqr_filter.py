@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mgrpo_kernels import iqr_filter
+import mgrpo_kernels
+from mgrpo_kernels.iqr_filter import reference
 from mgrpo_kernels.testing import assert_mutants_rejected, on_argument
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def iqr_filter(request):
+    return partial(mgrpo_kernels.iqr_filter, backend=request.param)
 
 
 def slow_filter(values: Tensor, used: list[bool], k: float, two_sided: bool) -> tuple[list[bool], Tensor, Tensor]:
@@ -45,7 +53,7 @@ def check(op) -> None:
         assert_equals_slow(op, entropy, used, 0.4, two_sided, poison=50.0)
 
 
-def test_matches_a_loop_and_rejects_every_mutant():
+def test_matches_a_loop_and_rejects_every_mutant(iqr_filter):
     extra = {
         "wider_fence": on_argument(("k",), lambda k: k * 1.3),
         "one_sided": on_argument(("two_sided",), lambda _: False),
@@ -63,19 +71,94 @@ def test_property_against_torch_quantile(data):
     rows = st.lists(st.lists(number, min_size=size, max_size=size), min_size=prompts, max_size=prompts)
     flags = st.lists(st.lists(st.booleans(), min_size=size, max_size=size), min_size=prompts, max_size=prompts)
     entropy, used = torch.tensor(data.draw(rows), dtype=dtype), torch.tensor(data.draw(flags))
-    assert_equals_slow(
-        iqr_filter, entropy, used, data.draw(st.sampled_from([0.0, 0.75, 1.5])), data.draw(st.booleans())
-    )
+    k, two_sided = data.draw(st.sampled_from([0.0, 0.75, 1.5])), data.draw(st.booleans())
+    for backend in ("reference", "auto"):
+        assert_equals_slow(partial(mgrpo_kernels.iqr_filter, backend=backend), entropy, used, k, two_sided)
+
+
+def assert_backends_agree(entropy: Tensor, k: float, scope: str, keep: Tensor | None, two_sided: bool) -> None:
+    """The registered operation and the reference: equal bits."""
+    found = torch.ops.mgrpo_kernels.iqr_filter(entropy, k, scope, keep, two_sided, "cpu")
+    expected = reference.iqr_filter(entropy, k=k, scope=scope, keep=keep, two_sided=two_sided)
+    for name, one, other in zip(expected._fields, found, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape, name
+        assert torch.equal(one.nan_to_num(-9), other.nan_to_num(-9)), name
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    prompts=st.integers(0, 4),
+    size=st.one_of(st.integers(1, 40), st.integers(41, 1500)),
+    k=st.sampled_from([0.0, 0.3, 0.75, 1.5, 1e30]),
+    scope=st.sampled_from(["batch", "prompt"]),
+    share=st.sampled_from([None, 0.05, 0.7, 1.0]),
+    spread=st.sampled_from([0.0, 1e-6, 1.0, 1e38]),
+    wrong=st.sampled_from([None, torch.nan, torch.inf, -torch.inf]),
+    strided=st.booleans(),
+    two_sided=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_stride_and_number(prompts, size, k, scope, share, spread, wrong, strided, two_sided, seed):
+    generator = torch.Generator().manual_seed(seed)
+    entropy = torch.randn(prompts, size, generator=generator) * spread + min(spread, 1.0)
+    keep = None if share is None else torch.rand(prompts, size, generator=generator) < share
+    if wrong is not None and prompts:
+        entropy[-1, -1] = wrong
+    if strided:
+        entropy, keep = entropy.T.contiguous().T, None if keep is None else keep.T.contiguous().T
+    assert_backends_agree(entropy, k, scope, keep, two_sided)
+
+
+def test_every_result_is_written():
+    op = partial(mgrpo_kernels.iqr_filter, backend="cpu")
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        check(op)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("scope", ["batch", "prompt"])
+def test_the_thread_count_changes_no_bit(scope):
+    entropy = torch.rand(2100, 33, generator=torch.Generator().manual_seed(3))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(mgrpo_kernels.iqr_filter(entropy, scope=scope, backend="cpu"))
+            assert_backends_agree(entropy, 0.75, scope, None, False)
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def test_no_gradient_passes(iqr_filter):
+    for scope in ("batch", "prompt"):
+        out = iqr_filter(torch.rand(3, 5).requires_grad_(), scope=scope)
+        assert not out.q1.requires_grad and not out.q3.requires_grad
+
+
+def test_opcheck_and_meta():
+    entropy, keep = torch.rand(3, 8), torch.rand(3, 8) > 0.2
+    for scope in ("batch", "prompt"):
+        torch.library.opcheck(torch.ops.mgrpo_kernels.iqr_filter, (entropy, 0.75, scope, keep, True, "cpu"))
+        torch.library.opcheck(torch.ops.mgrpo_kernels.iqr_filter, (entropy, 0.75, scope, None, False, "cpu"))
+        expected = mgrpo_kernels.iqr_filter(entropy, scope=scope)
+        for backend in ("auto", "cpu"):
+            out = mgrpo_kernels.iqr_filter(entropy.to("meta"), scope=scope, backend=backend)
+            assert [tensor.device.type for tensor in out] == ["meta"] * 3
+            assert [(one.shape, one.dtype) for one in out] == [(two.shape, two.dtype) for two in expected]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 100, 511, 4096])
-def test_quartiles_are_bit_equal_to_torch_quantile(count):
+def test_quartiles_are_bit_equal_to_torch_quantile(iqr_filter, count):
     entropy = torch.rand(1, count, generator=torch.Generator().manual_seed(count)) * 7
     out = iqr_filter(entropy)
     assert torch.equal(torch.stack([out.q1, out.q3]), torch.quantile(entropy, torch.tensor([0.25, 0.75])))
 
 
-def test_the_fence_is_strict_and_needs_a_spread_and_four_entries():
+def test_the_fence_is_strict_and_needs_a_spread_and_four_entries(iqr_filter):
     on_fence = torch.tensor([[0.0, 4.0, 4.0, 8.0, 8.0]])  # q1 = 4, q3 = 8: the fence at k = 1 is 0
     assert iqr_filter(on_fence, k=1.0).keep.all()
     assert iqr_filter(on_fence, k=0.99).keep.tolist() == [[False, True, True, True, True]]
@@ -85,7 +168,7 @@ def test_the_fence_is_strict_and_needs_a_spread_and_four_entries():
     assert not iqr_filter(torch.tensor([[0.0, 9.0, 9.5, 9.7]]), k=0.0).keep.all()
 
 
-def test_entries_left_out_stay_out_and_an_empty_batch_is_empty():
+def test_entries_left_out_stay_out_and_an_empty_batch_is_empty(iqr_filter):
     used = torch.tensor([[True, False, True]])
     out = iqr_filter(torch.tensor([[1.0, torch.nan, 2.0]]), keep=used)
     assert torch.equal(out.keep, used)
@@ -94,10 +177,13 @@ def test_entries_left_out_stay_out_and_an_empty_batch_is_empty():
     assert iqr_filter(torch.zeros(0, 3), scope="prompt").q3.shape == (0,)
 
 
-def test_compiles_whole():
+def test_compiles_whole(iqr_filter):
     entropy = torch.rand(3, 8)
-    compiled = torch.compile(iqr_filter, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda entropy: iqr_filter(entropy), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(tuple(compiled(entropy)), tuple(iqr_filter(entropy)))
+    # A compiler's graph reads no values: what is not finite makes the quartiles NaN there, and drops nothing.
+    out = compiled(entropy.masked_fill(entropy == entropy.max(), torch.inf))
+    assert out.q1.isnan() and out.q3.isnan() and out.keep.all()
 
 
 H = torch.rand(2, 3)
@@ -111,12 +197,13 @@ H = torch.rand(2, 3)
         ("entropy must be of dtype float32 or float64", {"entropy": H.bfloat16()}),
         ("entropy must be finite, got nan", {"entropy": H.masked_fill(H == H[0, 0], torch.nan)}),
         ("entropy must be finite, got inf", {"entropy": H + torch.inf, "keep": torch.ones(2, 3).bool()}),
+        ("entropy must be finite, got nan", {"entropy": H.masked_fill(H == H[1, 2], torch.nan), "scope": "prompt"}),
         ("keep must be of dtype bool", {"keep": H}),
         ("k must be a finite number", {"k": -0.5}),
         ("scope must be one of", {"scope": "group"}),
         ("backend must be one of", {"backend": "none"}),
     ],
 )
-def test_wrong_arguments_are_refused(message, arguments):
+def test_wrong_arguments_are_refused(iqr_filter, message, arguments):
     with pytest.raises(ValueError, match=f"^iqr_filter: {message}"):
         iqr_filter(**({"entropy": H} | arguments))

@@ -1,18 +1,32 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from mgrpo_kernels import linear_token_logprob, token_logprob
+import mgrpo_kernels
+from mgrpo_kernels import token_logprob
 from mgrpo_kernels.linear_token_logprob.reference import tile_columns
 from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget, poison_masked
 
 ROWS, HIDDEN, VOCABULARY = 11, 16, 53
 TEMPERATURE = torch.linspace(0.6, 1.5, ROWS)
 NAMES = ("logprob", "entropy", "lse", "self_certainty")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def linear_token_logprob(request):
+    return partial(mgrpo_kernels.linear_token_logprob, backend=request.param)
 
 
 def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -87,11 +101,11 @@ def check(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("softcap", "budget_bytes"), [(None, None), (5.0, 20 * 4 * 76), (None, 1)])
-def test_outputs_and_gradients_match_fp64(dtype, softcap, budget_bytes):
+def test_outputs_and_gradients_match_fp64(linear_token_logprob, dtype, softcap, budget_bytes):
     check(linear_token_logprob, dtype=dtype, softcap=softcap, budget_bytes=budget_bytes)
 
 
-def test_every_mutant_is_rejected():
+def test_every_mutant_is_rejected(linear_token_logprob):
     def without_last_columns(op):
         def mutated(hidden, weight, targets, *, bias, **kwargs):
             keep = torch.arange(VOCABULARY) < VOCABULARY - 3
@@ -103,6 +117,7 @@ def test_every_mutant_is_rejected():
 
 
 def test_gradcheck_across_tiles():
+    linear_token_logprob = partial(mgrpo_kernels.linear_token_logprob, backend="reference")
     hidden, weight, bias, targets, _ = (tensor[:4] for tensor in make_inputs(torch.float64))
     leaves = [tensor.nan_to_num().mul(0.3).requires_grad_() for tensor in (hidden, weight[:7], bias[:0])]
     leaves[2] = torch.linspace(-1, 1, leaves[1].shape[0], dtype=torch.float64, requires_grad=True)
@@ -127,6 +142,7 @@ def test_tiles_stay_within_the_budget():
 
 
 def test_no_product_is_larger_than_its_tile(monkeypatch):
+    linear_token_logprob = partial(mgrpo_kernels.linear_token_logprob, backend="reference")
     hidden, weight, _, targets, _ = make_inputs()
     hidden = hidden.nan_to_num().requires_grad_()
     largest = 0
@@ -145,6 +161,7 @@ def test_no_product_is_larger_than_its_tile(monkeypatch):
 
 
 def test_masked_rows_enter_no_product():
+    linear_token_logprob = partial(mgrpo_kernels.linear_token_logprob, backend="reference")
     hidden, weight, _, targets, mask = make_inputs()
     rows = []
 
@@ -159,7 +176,7 @@ def test_masked_rows_enter_no_product():
     assert rows == [int(mask.sum())]
 
 
-def test_frozen_weight_minus_infinite_bias_and_no_rows():
+def test_frozen_weight_minus_infinite_bias_and_no_rows(linear_token_logprob):
     hidden, weight, bias, targets, _ = make_inputs()
     hidden = hidden.nan_to_num().requires_grad_()
     bias[40:] = -torch.inf  # padding of the vocabulary, several whole tiles
@@ -176,7 +193,7 @@ def test_frozen_weight_minus_infinite_bias_and_no_rows():
     assert linear_token_logprob(hidden[:0], weight, targets[:0]).lse.shape == (0,)
 
 
-def test_autocast_does_not_lower_the_precision():
+def test_autocast_does_not_lower_the_precision(linear_token_logprob):
     hidden, weight, _, targets, _ = make_inputs()
     hidden = hidden.nan_to_num()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -184,8 +201,185 @@ def test_autocast_does_not_lower_the_precision():
     assert torch.equal(lowered, linear_token_logprob(hidden, weight, targets).logprob)
 
 
+def drawn(
+    tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states that point at their targets, a weight, and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocabulary, hidden_size, generator=generator)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    hidden = torch.randn(tokens, hidden_size, generator=generator) + weight[targets]
+    return (hidden / hidden_size**0.25).to(dtype), (weight / hidden_size**0.25).to(dtype), targets
+
+
+def gradients_of(op, hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> tuple[Tensor, ...]:
+    """Outputs and both gradients for an upstream that is not constant."""
+    leaves = [hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()]
+    out = op(*leaves, targets, **options)
+    generator = torch.Generator().manual_seed(9)
+    upstream = [torch.randn(len(targets), generator=generator).to(out.lse.dtype) for _ in range(3)]
+    total = sum((output * each).sum() for output, each in zip(out[:3], upstream, strict=True))
+    return (*(output.detach() for output in out[:3]), *torch.autograd.grad(total, leaves))
+
+
+class RoundedGradient(torch.autograd.Function):
+    """Logits as they are, their gradient rounded to a dtype."""
+
+    @staticmethod
+    def forward(ctx, logits, dtype):
+        ctx.dtype = dtype
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, dlogits):
+        return dlogits.to(ctx.dtype).to(dlogits.dtype), None
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, to: torch.dtype) -> tuple[Tensor, ...]:
+    """Outputs and gradients from whole logits in one dtype, whose gradient is rounded to the inputs'."""
+
+    def op(hidden: Tensor, weight: Tensor, targets: Tensor):
+        logits = RoundedGradient.apply(hidden.to(to) @ weight.to(to).T, hidden.dtype)
+        logp = logits.log_softmax(1)
+        outputs = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(1), logits.logsumexp(1), None
+        return mgrpo_kernels.TokenLogprob(*outputs)
+
+    return gradients_of(op, hidden, weight, targets)
+
+
+def assert_matches_whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> None:
+    """The compiled kernel against whole logits in fp64; the budget is that of whole logits in fp32."""
+    native = partial(mgrpo_kernels.linear_token_logprob, backend="cpu", **options)
+    actual = gradients_of(native, hidden, weight, targets)
+    exact = plain(hidden.double(), weight.double(), targets, torch.float64)
+    rounded = plain(hidden, weight, targets, torch.float32)
+    length = max(weight.shape[0], len(hidden)) * hidden.shape[1]
+    # Outputs are differences of logits; a gradient of the logits is some three upstream gradients of size 2, which
+    # cancel where p is near 1.
+    logit = float((hidden.double() @ weight.double().T).abs().max())
+    largest = (logit, logit, logit, 6 * float(weight.abs().max()), 6 * float(hidden.abs().max()))
+    for index, name in enumerate((*NAMES[:3], "dhidden", "dweight")):
+        assert actual[index].dtype == rounded[index].dtype
+        sizes = {"reduction_length": length, "largest_term": largest[index]}
+        assert_within_budget(actual[index], exact[index], rounded[index], what=name, **sizes)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    hidden_size=st.integers(1, 70),
+    vocabulary=st.integers(1, 90),
+    padding=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    budget=st.sampled_from([None, 1, 20_000]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_stride_and_dtype(tokens, hidden_size, vocabulary, padding, dtype, budget, seed):
+    hidden, weight, targets = drawn(tokens, hidden_size, vocabulary, dtype, seed)
+    strided = []
+    for tensor, extra in zip((hidden, weight), padding, strict=True):
+        storage = torch.full((tensor.shape[0], tensor.shape[1] + extra), torch.nan, dtype=dtype)
+        strided.append(storage[:, : tensor.shape[1]].copy_(tensor))
+    assert_matches_whole_logits(*strided, targets, budget_bytes=budget)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 1), (3, 32, 32256), (2, 16, 151936), (600, 48, 700), (33, 130, 4097)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shapes_of_real_vocabularies_and_several_blocks(shape, dtype):
+    assert_matches_whole_logits(*drawn(*shape, dtype, seed=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_thread_count_changes_no_bit(dtype):
+    hidden, weight, targets = drawn(70, 96, 2500, dtype, seed=2)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        native = partial(mgrpo_kernels.linear_token_logprob, backend="cpu")
+        results.append(gradients_of(native, hidden, weight, targets))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_rows_without_upstream_gradient_enter_no_product():
+    hidden, weight, targets = drawn(12, 32, 100, torch.bfloat16, seed=3)
+    keep = torch.arange(12) % 3 == 0
+    upstream = torch.where(keep, 1.5, 0.0)
+    results = []
+    for poisoned in (False, True):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = mgrpo_kernels.linear_token_logprob(*leaves, targets, backend="cpu")
+        if poisoned:
+            leaves[0].data[~keep] = torch.nan
+        out.logprob.backward(upstream)
+        results.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert not results[0][0][~keep].any() and results[0][0][keep].any()
+    leaf = weight.clone().requires_grad_()
+    mgrpo_kernels.linear_token_logprob(hidden, leaf, targets, backend="cpu").lse.backward(torch.zeros(12))
+    assert torch.equal(leaf.grad, torch.zeros_like(weight))
+
+
+def peak_kib_of(statements: str) -> int:
+    """Growth of a process's largest resident size over `statements`, in KiB."""
+    script = (
+        "import re, torch, mgrpo_kernels as K\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "torch.set_num_threads(2)\n"
+        "h = torch.randn(128, 256).bfloat16().requires_grad_()\n"
+        "w = torch.randn(60_000, 256).bfloat16().requires_grad_()\n"
+        "y = torch.randint(60_000, (128,))\n"
+        "K.linear_token_logprob(h[:4], w[:9], y[:4] % 9).logprob.sum().backward()\n"
+        "(h[:4] @ w[:9].T).sum().backward()\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts again from here
+        "before = peak()\n"
+        f"{statements}\n"
+        "print(peak() - before)"
+    )
+    return int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.slow
-def test_compiles_whole():
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_within_the_budget():
+    weight_kib = 60_000 * 256 * 2 // 1024
+    native = "K.linear_token_logprob(h, w, y, budget_bytes={}, backend='cpu').logprob.sum().backward()"
+    for budget_kib in (2048, 16384):
+        # The gradient of the weight, once and as it is added to .grad, is no temporary.
+        used = peak_kib_of(native.format(budget_kib * 1024)) - 2 * weight_kib
+        assert used < budget_kib + 4096, used
+    naive = "torch.nn.functional.cross_entropy((h @ w.T).float(), y).backward()"
+    assert peak_kib_of(naive) - 2 * weight_kib > 2 * 128 * 60_000 * 4 // 1024
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set_meets_the_budget(isa):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "(match_fp64 or several_blocks or thread_count) and not reference and not 151936"]
+    env = os.environ | {"MGRPO_CPU_ISA": isa}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    if "on this processor" in done.stdout + done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_opcheck_and_meta():
+    hidden, weight, targets = drawn(5, 16, 40, torch.float32, seed=4)
+    bias, temperatures = torch.randn(40), torch.linspace(0.5, 1.5, 5)
+    head = (hidden, weight, bias, targets, 1.0, temperatures, 6.0, None)
+    for self_certainty in (False, True):
+        torch.library.opcheck(torch.ops.mgrpo_kernels.linear_token_logprob_fwd, (*head, self_certainty, "cpu"))
+    rows = [torch.rand(5) for _ in range(5)]
+    for needed in ((True, True, True), (True, False, False), (False, True, False)):
+        inputs = (*head, *rows, False, *needed, "cpu")
+        torch.library.opcheck(torch.ops.mgrpo_kernels.linear_token_logprob_bwd, inputs)
+    out = mgrpo_kernels.linear_token_logprob(*(tensor.to("meta") for tensor in (hidden, weight, targets)))
+    assert [output.shape for output in out[:3]] == [(5,)] * 3 and out.lse.device.type == "meta"
+
+
+@pytest.mark.slow
+def test_compiles_whole(linear_token_logprob):
     hidden, weight, bias, targets, mask = make_inputs()
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -196,7 +390,8 @@ def test_compiles_whole():
     torch.testing.assert_close(traced, eager)
 
 
-def _sharded(rank: int, path: str, sizes: tuple[int, ...]) -> None:
+def _sharded(rank: int, path: str, sizes: tuple[int, ...], backend: str) -> None:
+    linear_token_logprob = partial(mgrpo_kernels.linear_token_logprob, backend=backend)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
         hidden, weight, bias, targets, mask = make_inputs()
@@ -225,9 +420,10 @@ def _sharded(rank: int, path: str, sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("sizes", [(20, 33), (3, 50)])
-def test_sharded_vocabulary_matches_the_whole(tmp_path, sizes):
-    mp.spawn(_sharded, args=(str(tmp_path / "store"), sizes), nprocs=2)
+def test_sharded_vocabulary_matches_the_whole(tmp_path, sizes, backend):
+    mp.spawn(_sharded, args=(str(tmp_path / "store"), sizes, backend), nprocs=2)
 
 
 X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
@@ -239,6 +435,8 @@ X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64
         (r"hidden must be of shape \[T, D\]", {"hidden": X[0]}),
         (r"weight must be of shape \[V, D\] = \[any, 4\]", {"weight": W[:, :3]}),
         (r"weight must be of dtype float32", {"weight": W.bfloat16()}),
+        (r"weight must be of unit stride along D, got strides \(1, 5\)", {"weight": torch.zeros(4, 5).T}),
+        (r"hidden must be dense, got sparse_coo", {"hidden": X.to_sparse()}),
         (r"V >= 1", {"weight": W[:0]}),
         (r"bias must be of shape \[V\] = \[5\]", {"bias": torch.zeros(4)}),
         (r"budget_bytes must be a finite number in \[1", {"budget_bytes": 0}),
@@ -249,6 +447,6 @@ X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64
         (r"backend must be one of", {"backend": "none"}),
     ],
 )
-def test_wrong_arguments_are_refused(message, arguments):
+def test_wrong_arguments_are_refused(linear_token_logprob, message, arguments):
     with pytest.raises(ValueError, match=f"^linear_token_logprob: .*{message}"):
         linear_token_logprob(**({"hidden": X, "weight": W, "targets": Y} | arguments))

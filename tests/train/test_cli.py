@@ -417,9 +417,22 @@ def test_dry_run_lists_the_backend_of_every_op_in_use(launch, capsys):
             if is_op and isinstance(node.func.value, ast.Name) and node.func.value.id == "K":
                 called.add(node.func.attr)
     assert len(called) > 5
-    assert launch({}, "--dry-run") == 0
-    text = said(capsys)
-    assert all(f" {op} reference" in text for op in called)
+    for forced, found in (("auto", "cpu"), ("reference", "reference"), ("cpu", "cpu")):
+        assert launch({}, "--dry-run", "--kernels.backend", forced) == 0
+        text = said(capsys)
+        assert all(f" {op} {found}" in text for op in called), forced
+
+
+def test_a_backend_that_is_not_there_is_refused_before_anything_starts(launch, capsys, monkeypatch):
+    monkeypatch.setenv("MGRPO_BACKEND", "turbo")
+    for dry in ([], ["--dry-run"]):
+        assert launch({}, *dry) == 2
+        assert "config: MGRPO_BACKEND must be one of ['auto', 'reference', 'cpu'], got 'turbo'" in said(capsys)
+
+
+def test_a_run_says_which_kernels_it_takes(launch, capsys):
+    assert launch({}, "--steps", "1") == 0
+    assert "kernels: cpu, compiled, instruction set" in said(capsys)
 
 
 def test_dry_run_counts_what_options_add(launch, capsys):

@@ -340,7 +340,6 @@ def test_every_option_trains_and_leads_elsewhere(small, trained, weights_of, nam
     ("name", "value", "tolerance"),
     [
         ("momentum.device", "cpu", 0.0),
-        ("kernels.backend", "reference", 0.0),
         ("log.samples", 2, 0.0),
         ("log.kl_initial_every", 1, 0.0),
         ("checkpoint.every", 1, 0.0),

@@ -1,0 +1,410 @@
+"""One benchmark case: ours and its peers checked on a small problem, then timed in turn on the same inputs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import measure
+from mgrpo_kernels import backends
+from mgrpo_kernels.backends import resolve
+from mgrpo_kernels.testing import assert_within_budget
+
+Outputs = Mapping[str, Tensor]
+
+# A candidate that takes longer stays out of the rounds; below the second limit it is called a second time.
+SLOW_SECONDS = 5.0
+TWICE_SECONDS = 30.0
+# Three rounds make a median; two do where a round takes this long.
+LONG_ROUND_SECONDS = 10.0
+MOST_ROUNDS = 60
+# Half the error of the twin "scaled_0.9" of mgrpo_kernels.testing: a peer further off computes something else.
+SAME_QUANTITY = 0.05
+PROTOCOL = (
+    "Every candidate first solves a small problem: ours must stay within the error budget of mgrpo_kernels.testing, "
+    "a peer's relative error (Euclidean, worst output, against fp64) must be under 0.05. Then each is called once "
+    "at the full shape, where its memory is read and its results are compared with ours, and all take turns for the "
+    "same number of rounds, a call at a time; ours is clocked by pytest-benchmark. A candidate slower than 5 s is "
+    "called once or twice instead. Cold cases read a buffer of twice the last-level cache (at most 1 GiB) ahead of "
+    "every call, again while that read takes over 1.25 times its least (8 times at most), for then the machine is "
+    "busy; warm cases do so ahead of every round, and call each candidate once more, unclocked, ahead of its "
+    "clocked call. ms: median (least). A ratio is the median over the rounds of peer / ours in the same round, "
+    "beside it least / least. "
+    "Roofs are the best of measurements before and after the case: copy_ of 512 MiB, whose stores read their lines "
+    "first, so that work in place can pass 100 %, or torch.mm of square matrices. peak: memory over what was "
+    "resident before the call, results included; temporary: the part of it given back by its end. The allocator is "
+    "that of the process: a candidate that allocates pays for fresh pages."
+)
+
+
+class NotInstalledError(Exception):
+    """A peer's package is missing."""
+
+
+def load(module: str, attribute: str) -> Any:
+    """An attribute of an installed module; NotInstalledError where its package is missing."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise NotInstalledError(module.partition(".")[0])
+    return getattr(importlib.import_module(module), attribute)
+
+
+def cpu_backends(op: str) -> list[str]:
+    """Available backends that take `op` on a CPU, the reference only where there is no other."""
+    found = []
+    for name, state in backends().items():
+        if not state.available:
+            continue
+        try:
+            resolve(op, torch.device("cpu"), name)
+        except ValueError:
+            continue
+        found.append(name)
+    return [name for name in found if name != "reference"] or found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A candidate bound to one set of inputs."""
+
+    call: Callable[[], Any]
+    """What is timed."""
+    outputs: Callable[[Any], Outputs]
+    """Named results from what the call returned; not timed."""
+    restore: Callable[[], Any] | None = None
+    """Undoes the call's writes to its inputs, after each call; not timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Something that computes the case's results, or a part of them."""
+
+    name: str
+    """As printed."""
+    prepare: Callable[[Any], Run]
+    """Binds it to inputs; imports its package, and may raise."""
+    package: str | None = None
+    """Distribution whose version is recorded."""
+    checked: bool = True
+    """Whether it solves the small problem first; False for what would compile twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operation in one mode, dtype and shape."""
+
+    op: str
+    mode: str
+    """What is called, such as "forward"."""
+    dtype: str
+    shape: str
+    make: Callable[[], Any]
+    """Inputs that are timed."""
+    make_small: Callable[[], Any]
+    """Inputs of the check."""
+    ours: Callable[[str], Candidate]
+    """Our operation by backend."""
+    oracle: Callable[[Any], Outputs]
+    """Every named result in fp64."""
+    peers: Sequence[Candidate]
+    reduction_length: int
+    """Of the check's inputs, for the error budget."""
+    bytes_moved: int | None = None
+    """Least bytes of the operation, which its GB/s count."""
+    flop: int | None = None
+    """Least operations, which its GFLOP/s count; dtype chooses the roof."""
+    cold: bool = False
+    """Whether the cache is swept ahead of every call."""
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One candidate's result, as recorded."""
+
+    candidate: str
+    backend: str | None = None
+    package: str | None = None
+    status: str = "ok"
+    """ok | not installed | failed | differs"""
+    detail: str = ""
+    error: float | None = None
+    """Relative, of the worst output."""
+    error_against: str = "fp64"
+    rounds: int = 0
+    ms: float | None = None
+    ms_min: float | None = None
+    rate: float | None = None
+    roof_share: float | None = None
+    peak_mib: float | None = None
+    temporary_mib: float | None = None
+    ratio: float | None = None
+    ratio_least: float | None = None
+
+
+@dataclass(kw_only=True)
+class Result:
+    """Rows of one case."""
+
+    op: str
+    mode: str
+    dtype: str
+    shape: str
+    backend: str
+    cold: bool
+    unit: str | None
+    roof: float | None = None
+    load: float = 0.0
+    """Processes that wanted a core, a minute's average, at the case's end; ours are among them."""
+    rows: list[Row] = field(default_factory=list)
+
+
+@dataclass
+class _Timed:
+    """A candidate that is green, its call and its seconds."""
+
+    row: Row
+    run: Run
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def slow(self) -> bool:
+        return min(self.seconds) > SLOW_SECONDS
+
+    def clear(self, cold: bool) -> None:
+        """Makes the next call meet the same inputs and cache as every other."""
+        if self.run.restore is not None:
+            self.run.restore()
+        if cold:
+            measure.evict()
+        else:
+            self.run.call()
+
+    def clock(self) -> None:
+        self.seconds.append(measure.seconds(self.run.call))
+
+
+def package_version(package: str) -> str | None:
+    """Installed version of a distribution."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def relative_error(actual: Outputs, expected: Outputs) -> float:
+    """Worst Euclidean error of the outputs that both have, relative to the expected; integers must be equal."""
+    worst = 0.0
+    shared = actual.keys() & expected.keys()
+    assert shared, f"no output in common: {sorted(actual)}, {sorted(expected)}"
+    for name in shared:
+        one, other = actual[name], expected[name]
+        assert one.shape == other.shape, f"{name}: shape {list(one.shape)}, expected {list(other.shape)}"
+        if not other.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(one.to(other.dtype), other) else torch.inf)
+            continue
+        dtype = torch.float64 if other.dtype == torch.float64 else torch.float32
+        difference = torch.linalg.vector_norm(one.to(dtype) - other.to(dtype))
+        size = torch.linalg.vector_norm(other.to(dtype))
+        error = float(difference / size) if size else float(difference)
+        worst = max(worst, torch.inf if error != error else error)
+    return worst
+
+
+def _check_ours(case: Case, candidate: Candidate, row: Row, inputs: Any, oracle: Outputs) -> None:
+    """Ours within the budget that the tests use."""
+    run = candidate.prepare(inputs)
+    outputs = run.outputs(run.call())
+    reference = case.ours("reference").prepare(inputs)
+    expected = reference.outputs(reference.call())
+    for name, value in outputs.items():
+        if not value.is_floating_point():
+            assert torch.equal(value, oracle[name]), f"{candidate.name}: {name} differs from the oracle"
+            continue
+        assert_within_budget(
+            value,
+            oracle[name],
+            expected[name],
+            reduction_length=case.reduction_length,
+            what=f"{candidate.name}: {name}",
+        )
+    row.error = relative_error(outputs, oracle)
+
+
+def _attempt(row: Row, step: Callable[[], Any]) -> Any:
+    """A step of a peer; whatever it raises is foreign and is reported in its row."""
+    try:
+        return step()
+    except NotInstalledError as error:
+        row.status, row.detail = "not installed", str(error)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        row.status, row.detail = "failed", f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    return None
+
+
+def _refuses(error: ValueError | KeyError, op: str, backend: str) -> bool:
+    """Whether a backend has nothing for the operation, which is then timed on the reference."""
+    return error.args == (backend,) if isinstance(error, KeyError) else f"{op}: backend must be" in str(error)
+
+
+def _judge(row: Row, outputs: Outputs, expected: Outputs, against: str) -> float:
+    """Relative error; a candidate that is too far off is not timed."""
+    error = relative_error(outputs, expected)
+    if not error <= SAME_QUANTITY:
+        row.status, row.detail = "differs", f"relative error {error:.2g} against {against}"
+    return error
+
+
+def _check_peer(candidate: Candidate, row: Row, inputs: Any, oracle: Outputs) -> None:
+    def step() -> None:
+        run = candidate.prepare(inputs)
+        row.error = _judge(row, run.outputs(run.call()), oracle, "fp64")
+
+    _attempt(row, step)
+
+
+def _first_call(candidate: Candidate, row: Row, inputs: Any, cold: bool) -> tuple[_Timed, Outputs]:
+    """Binds a candidate to the full inputs and calls it once, for its memory and a first time."""
+    run = candidate.prepare(inputs)
+    if not candidate.checked:
+        run.call()
+    if cold:
+        measure.evict()
+    times: list[float] = []
+
+    def timed() -> Any:
+        results = []
+        times.append(measure.seconds(lambda: results.append(run.call())))
+        return results[0]
+
+    result, memory = measure.with_memory(timed)
+    if memory.peak is not None and memory.temporary is not None:
+        row.peak_mib, row.temporary_mib = memory.peak / 2**20, memory.temporary / 2**20
+    return _Timed(row, run, times), run.outputs(result)
+
+
+def _roof(case: Case) -> float | None:
+    """The roof that the case's rate is held against, measured on a quiet machine."""
+    measure.evict()
+    if case.flop is not None:
+        return measure.mm_gflop_per_s(torch.bfloat16 if case.dtype == "bfloat16" else torch.float32)
+    return measure.copy_gb_per_s() if case.bytes_moved is not None else None
+
+
+def _take_turns(benchmark: Any, ours: _Timed, others: Sequence[_Timed], cold: bool, rounds: int) -> None:
+    """The other candidates run in the set-up of each of our rounds; their order turns from round to round."""
+    turn = 0
+
+    def others_first() -> None:
+        nonlocal turn
+        if not cold:
+            measure.evict()
+        for index in range(len(others)):
+            timed = others[(index + turn) % len(others)]
+            timed.clear(cold)
+            timed.clock()
+        turn += 1
+        ours.clear(cold)
+
+    def call() -> None:
+        ours.run.call()
+
+    for timed in (ours, *others):
+        timed.seconds.clear()
+    benchmark.pedantic(call, setup=others_first, rounds=rounds, iterations=1)
+    if benchmark.stats is not None:
+        ours.seconds.extend(benchmark.stats.stats.data)
+
+
+def _fill(case: Case, ours: _Timed, candidates: Iterable[_Timed], roof: float | None) -> None:
+    """Times, rates and ratios of every row."""
+    work = case.flop if case.flop is not None else case.bytes_moved
+    for timed in candidates:
+        row, times = timed.row, timed.seconds
+        if not times:
+            continue
+        row.rounds, row.ms, row.ms_min = len(times), median(times) * 1e3, min(times) * 1e3
+        if work is not None and roof is not None:
+            row.rate = work / median(times) / 1e9
+            row.roof_share = row.rate / roof
+        row.ratio_least = min(times) / min(ours.seconds) if ours.seconds else None
+        if len(times) == len(ours.seconds):
+            row.ratio = median(theirs / own for theirs, own in zip(times, ours.seconds, strict=True))
+        elif ours.seconds:
+            row.ratio = median(times) / median(ours.seconds)
+
+
+def run_case(case: Case, backend: str, benchmark: Any, *, budget_seconds: float) -> Result:
+    """Checks, times and compares one case."""
+    ours = case.ours(backend)
+    others = ([case.ours("reference")] if backend != "reference" else []) + list(case.peers)
+    unit = "GFLOP/s" if case.flop is not None else "GB/s" if case.bytes_moved is not None else None
+    rows = [Row(candidate=ours.name, backend=backend)]
+    rows += [Row(candidate=other.name, package=other.package) for other in others]
+    result = Result(
+        op=case.op,
+        mode=case.mode,
+        dtype=case.dtype,
+        shape=case.shape,
+        backend=backend,
+        cold=case.cold,
+        unit=unit,
+        rows=rows,
+    )
+
+    small = case.make_small()
+    oracle = case.oracle(small)
+    try:
+        _check_ours(case, ours, rows[0], small, oracle)
+    except (ValueError, KeyError) as error:
+        if backend == "reference" or not _refuses(error, case.op, backend):
+            raise
+        return run_case(case, "reference", benchmark, budget_seconds=budget_seconds)
+    for other, row in zip(others, rows[1:], strict=True):
+        if other.checked:
+            _check_peer(other, row, small, oracle)
+    del small, oracle
+
+    inputs = case.make()
+    main, expected = _first_call(ours, rows[0], inputs, case.cold)
+    timed = []
+    for other, row in zip(others, rows[1:], strict=True):
+        if row.status != "ok":
+            continue
+        first = _attempt(row, lambda other=other, row=row: _first_call(other, row, inputs, case.cold))
+        if first is None:
+            continue
+        error = _judge(row, first[1], expected, "ours")
+        if not other.checked:
+            row.error, row.error_against = error, "ours"
+        if row.status == "ok":
+            timed.append(first[0])
+        del first
+    del expected
+
+    for candidate in timed:
+        if candidate.slow and candidate.seconds[0] < TWICE_SECONDS:
+            candidate.clear(case.cold)
+            candidate.clock()
+    once = [candidate for candidate in timed if candidate.slow]
+    turns = [candidate for candidate in timed if not candidate.slow]
+    pass_seconds = sum(min(candidate.seconds) for candidate in (main, *turns)) * (1 if case.cold else 2)
+    least = 2 if pass_seconds > LONG_ROUND_SECONDS else 3
+    rounds = min(MOST_ROUNDS, max(least, int(budget_seconds / pass_seconds)))
+    roof = _roof(case)
+    _take_turns(benchmark, main, turns, case.cold, rounds)
+    result.roof = None if roof is None else max(roof, _roof(case) or 0.0)
+    result.load = os.getloadavg()[0]
+    _fill(case, main, [main, *turns, *once], result.roof)
+
+    benchmark.group = f"{case.op}, {case.mode}, {case.dtype}, {case.shape}"
+    benchmark.extra_info |= {f"{row.candidate}, x ours": row.ratio or row.status for row in rows[1:]}
+    return result

@@ -1,0 +1,147 @@
+"""What the machine gives and takes: clock, cold cache, roofs, peak memory, and its description."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_MOST_SWEPT = 2**30
+_COPIED = 2**28
+_MOST_PROBES = 8
+_QUIET = 1.25
+# Sides of the square products: about 50 ms each where AMX multiplies bf16 and AVX-512 multiplies fp32.
+_MM_SIDE = {torch.float32: 2048, torch.bfloat16: 4096}
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall-clock time of one call, the release of what it returns included."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@cache
+def cache_bytes() -> int:
+    """Size of the last-level cache; 32 MiB where the system does not say."""
+    try:
+        said = subprocess.run(("getconf", "-a"), capture_output=True, text=True, check=False).stdout.split("\n")
+    except OSError:
+        said = []
+    sizes = [int(line.split()[1]) for line in said if "CACHE_SIZE" in line and line.split()[1:2] not in ([], ["0"])]
+    return max(sizes, default=2**25)
+
+
+@cache
+def _sweep() -> Tensor:
+    return torch.ones(min(2 * cache_bytes(), _MOST_SWEPT) // 4)
+
+
+_least_sweep = [float("inf")]
+
+
+def evict() -> None:
+    """Reads a buffer of twice the last-level cache (1 GiB at most), so that the next call finds nothing of its own.
+
+    The read is also a probe: while it is slow, the machine is busy with something else, such as taking back the pages
+    that the former candidate freed, and it is repeated, 8 times at most.
+    """
+    buffer = _sweep()
+    for _ in range(_MOST_PROBES):
+        elapsed = seconds(buffer.sum)
+        _least_sweep[0] = min(_least_sweep[0], elapsed)
+        if elapsed <= _QUIET * _least_sweep[0]:
+            return
+
+
+@cache
+def _copy_pair() -> tuple[Tensor, Tensor]:
+    return torch.ones(_COPIED // 2), torch.zeros(_COPIED // 2)
+
+
+def copy_gb_per_s() -> float:
+    """Bytes read and written a second by copy_ of 512 MiB, the best of 3."""
+    source, target = _copy_pair()
+    fastest = min(seconds(lambda: target.copy_(source)) for _ in range(3))
+    return 2 * source.nbytes / fastest / 1e9
+
+
+@cache
+def _mm_operands(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    side = _MM_SIDE[dtype]
+    return torch.randn(side, side).to(dtype), torch.empty(side, side, dtype=dtype)
+
+
+def mm_gflop_per_s(dtype: torch.dtype) -> float:
+    """torch.mm of square matrices, the best of 3."""
+    operand, out = _mm_operands(dtype)
+    fastest = min(seconds(lambda: torch.mm(operand, operand, out=out)) for _ in range(3))
+    return 2 * operand.shape[0] ** 3 / fastest / 1e9
+
+
+class Memory(NamedTuple):
+    """Memory of one call, in bytes over what was resident before it; None where the system cannot tell."""
+
+    peak: int | None
+    """Most that was resident at once, results included."""
+    temporary: int | None
+    """The part of it that was given back before the call returned."""
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def with_memory(call: Callable[[], Any]) -> tuple[Any, Memory]:
+    """Result and memory of a call, from the kernel's high-water mark, which is reset first."""
+    try:
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+        trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return call(), Memory(None, None)
+    before = _resident("VmRSS:")
+    result = call()
+    peak = _resident("VmHWM:")
+    trim(0)
+    return result, Memory(max(peak - before, 0), max(peak - max(_resident("VmRSS:"), before), 0))
+
+
+def describe() -> dict[str, Any]:
+    """The machine, without its name or paths."""
+    info = Path("/proc/cpuinfo")
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else {}
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = set(fields.get("flags", "").split())
+    known = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+    return {
+        "model": fields.get("model name", platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "isa": [flag for flag in known if flag in flags],
+        "cache_mib": cache_bytes() // 2**20,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def commit() -> dict[str, Any]:
+    """Commit of the checkout, and whether tracked files outside bench/records differ from it."""
+    root = Path(__file__).parent
+
+    def git(*args: str) -> str | None:
+        done = subprocess.run(("git", "-C", str(root), *args), capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--", ":/", ":(exclude)bench/records", ":(exclude)bench/RECORDS.md")
+    return {"commit": git("rev-parse", "HEAD"), "modified": None if changed is None else bool(changed)}

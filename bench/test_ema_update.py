@@ -1,0 +1,229 @@
+"""Exponential moving average of weights, 64 Mi elements in 64 tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from bench.harness import Candidate, Case, NotInstalledError, Outputs, Run, load
+from mgrpo_kernels import ema_update_
+
+OP = "ema_update_"
+NUM, SIZE = 64, 2**20
+SMALL = (3, 1_027)
+# Far from 1, so that the change is large enough for a peer's result to be judged; no candidate's time depends on it.
+DECAY = 0.9
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Dtypes of one way to update."""
+
+    policy: torch.dtype
+    momentum: torch.dtype
+    rounding: str = "nearest"
+    publish: torch.dtype | None = None
+
+    @property
+    def bytes_per_element(self) -> int:
+        """One read of both, one write of momentum and publish."""
+        published = self.publish.itemsize if self.publish is not None else 0
+        return self.policy.itemsize + 2 * self.momentum.itemsize + published
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where each candidate starts from: it keeps a momentum of its own."""
+
+    momentum: list[Tensor]
+    policy: list[Tensor]
+    mode: Mode
+
+    def start(self) -> list[Tensor]:
+        """A fresh momentum."""
+        return [tensor.clone() for tensor in self.momentum]
+
+    def publish(self) -> list[Tensor] | None:
+        """Storage of the rollout engine."""
+        dtype = self.mode.publish
+        return None if dtype is None else [torch.ones_like(tensor, dtype=dtype) for tensor in self.momentum]
+
+
+def make(num: int, size: int, mode: Mode) -> Inputs:
+    """Independent normal weights."""
+    torch.manual_seed(0)
+    momentum = [torch.randn(size).to(mode.momentum) for _ in range(num)]
+    return Inputs(momentum, [torch.randn(size).to(mode.policy) for _ in range(num)], mode)
+
+
+def run(update: Callable[[], Any], momentum: Sequence[Tensor], publish: Sequence[Tensor] | None) -> Run:
+    """The update, then the copy to the rollout engine where the mode has one."""
+
+    def with_publish() -> None:
+        update()
+        if publish is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(list(publish), list(momentum))  # pyright: ignore[reportPrivateImportUsage]
+
+    def outputs(_: Any) -> Outputs:
+        return _named(momentum, publish)
+
+    return Run(call=with_publish, outputs=outputs)
+
+
+def _named(momentum: Sequence[Tensor], publish: Sequence[Tensor] | None) -> Outputs:
+    named = {"momentum": torch.cat([tensor.detach() for tensor in momentum])}
+    return named if publish is None else {**named, "publish": torch.cat(list(publish))}
+
+
+def ours(backend: str) -> Candidate:
+    def prepare(inputs: Inputs) -> Run:
+        momentum, publish = inputs.start(), inputs.publish()
+
+        def update() -> None:
+            ema_update_(
+                momentum, inputs.policy, DECAY, rounding=inputs.mode.rounding, publish=publish, seed=1, backend=backend
+            )
+
+        return Run(call=update, outputs=lambda _: _named(momentum, publish))
+
+    return Candidate(name=f"ours, {backend}", prepare=prepare)
+
+
+def oracle(inputs: Inputs) -> Outputs:
+    """In fp64, unrounded."""
+    momentum = [tensor.double() for tensor in inputs.momentum]
+    ema_update_(momentum, [tensor.double() for tensor in inputs.policy], DECAY, backend="reference")
+    return _named(momentum, None if inputs.mode.publish is None else momentum)
+
+
+def foreach(inputs: Inputs) -> Run:
+    momentum = inputs.start()
+
+    def update() -> None:
+        policy = inputs.policy
+        if inputs.mode.policy != inputs.mode.momentum:
+            policy = [tensor.to(inputs.mode.momentum) for tensor in policy]
+        torch._foreach_lerp_(momentum, policy, 1 - DECAY)  # pyright: ignore[reportPrivateImportUsage]
+
+    return run(update, momentum, inputs.publish())
+
+
+def mul_add(inputs: Inputs) -> Run:
+    momentum = inputs.start()
+
+    def update() -> None:
+        for old, new in zip(momentum, inputs.policy, strict=True):
+            old.mul_(DECAY).add_(new, alpha=1 - DECAY)
+
+    return run(update, momentum, inputs.publish())
+
+
+def module(tensors: Sequence[Tensor]) -> nn.Module:
+    """Parameters that share the tensors' storage."""
+    return nn.ParameterList([nn.Parameter(tensor) for tensor in tensors])
+
+
+def averaged_model(inputs: Inputs) -> Run:
+    policy = module(inputs.policy)
+    model = AveragedModel(module(inputs.start()), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    model.n_averaged.fill_(1)
+    return run(lambda: model.update_parameters(policy), list(model.module.parameters()), inputs.publish())
+
+
+def diffusers(foreach: bool) -> Callable[[Inputs], Run]:
+    def prepare(inputs: Inputs) -> Run:
+        policy = list(module(inputs.policy).parameters())
+        ema = load("diffusers.training_utils", "EMAModel")(
+            list(module(inputs.momentum).parameters()), decay=DECAY, min_decay=DECAY, foreach=foreach
+        )
+        ema.optimization_step = 1
+        return run(lambda: ema.step(policy), ema.shadow_params, inputs.publish())
+
+    return prepare
+
+
+def ema_pytorch(inputs: Inputs) -> Run:
+    ema = load("ema_pytorch", "EMA")(
+        module(inputs.policy),
+        ema_model=module(inputs.start()),
+        beta=DECAY,
+        min_value=DECAY,
+        update_after_step=0,
+        update_every=1,
+        include_online_model=False,
+        use_foreach=True,
+        coerce_dtype=True,
+    )
+    ema.initted.fill_(True)
+    ema.step.fill_(10)
+    return run(ema.update, list(ema.ema_model.parameters()), inputs.publish())
+
+
+def timm(inputs: Inputs) -> Run:
+    """timm's package wants torchvision, this file of it only torch."""
+    found = importlib.util.find_spec("timm")
+    if found is None or not found.submodule_search_locations:
+        raise NotInstalledError("timm")
+    path = Path(found.submodule_search_locations[0]) / "utils" / "model_ema.py"
+    spec = spec_from_file_location("timm_model_ema", path)
+    assert spec is not None and spec.loader is not None
+    loaded = module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    policy = module(inputs.policy)
+    ema = loaded.ModelEmaV3(module(inputs.start()), decay=DECAY, stochastic_rounding=inputs.mode.rounding != "nearest")
+    return run(lambda: ema.update(policy), list(ema.module.parameters()), inputs.publish())
+
+
+PACKAGES = [
+    Candidate(name="torch AveragedModel, get_ema_multi_avg_fn", prepare=averaged_model),
+    Candidate(name="timm ModelEmaV3", package="timm", prepare=timm),
+    Candidate(name="diffusers EMAModel(foreach=True)", package="diffusers", prepare=diffusers(True)),
+    Candidate(name="diffusers EMAModel(foreach=False)", package="diffusers", prepare=diffusers(False)),
+    Candidate(name="ema-pytorch EMA(use_foreach=True)", package="ema-pytorch", prepare=ema_pytorch),
+]
+LERP = Candidate(name="torch._foreach_lerp_", prepare=foreach)
+CAST = Candidate(name="torch cast, _foreach_lerp_", prepare=foreach)
+NEAREST = Candidate(name="torch._foreach_lerp_, to nearest (stalls at decay 0.999)", prepare=foreach)
+MUL_ADD = Candidate(name="torch mul_, add_", prepare=mul_add)
+
+FP32, BF16 = torch.float32, torch.bfloat16
+MODES = {
+    "bf16_to_fp32": (Mode(BF16, FP32), [CAST, MUL_ADD, *PACKAGES]),
+    "bf16_to_fp32_publish_bf16": (Mode(BF16, FP32, publish=BF16), [CAST, MUL_ADD, *PACKAGES[:2]]),
+    "fp32_to_fp32": (Mode(FP32, FP32), [LERP, MUL_ADD, *PACKAGES]),
+    "fp32_to_fp32_publish_bf16": (Mode(FP32, FP32, publish=BF16), [LERP, MUL_ADD, *PACKAGES[:2]]),
+    "bf16_to_bf16_stochastic": (Mode(BF16, BF16, rounding="stochastic"), [PACKAGES[1], NEAREST]),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ema_update(bench, mode, backend):
+    """Policy to momentum; "publish" also writes the rollout engine's copy."""
+    chosen, peers = MODES[mode]
+    bench(
+        Case(
+            op=OP,
+            mode=mode.replace("_", " "),
+            dtype=str(chosen.momentum).removeprefix("torch."),
+            shape=f"{NUM} x {SIZE // 2**20} Mi elements",
+            make=lambda: make(NUM, SIZE, chosen),
+            make_small=lambda: make(*SMALL, chosen),
+            ours=ours,
+            oracle=oracle,
+            peers=peers,
+            reduction_length=1,
+            bytes_moved=NUM * SIZE * chosen.bytes_per_element,
+            cold=True,
+        ),
+        backend,
+    )

@@ -1,0 +1,35 @@
+// Arguments of the moving average of weights. Pointers: see kernels.h.
+#pragma once
+
+#include "dtype.h"
+
+namespace mgrpo {
+
+// One momentum tensor and what goes with it; all contiguous and of `count` elements.
+struct EmaTensor {
+  void* momentum;        // in momentum_dtype
+  const void* policy;    // in policy_dtype
+  void* compensation;    // bf16, or null; only with a bf16 momentum
+  void* publish;         // in publish_dtype, or null
+  int64_t count;
+  int64_t first_group;   // groups of kEmaGroup elements in the tensors before this one
+  Dtype momentum_dtype;
+  Dtype policy_dtype;
+  Dtype publish_dtype;
+};
+
+// A tensor starts a group of its own, so that random bits never straddle two spans of work.
+constexpr int64_t kEmaGroup = 64;
+
+struct EmaUpdate {
+  const EmaTensor* tensors;
+  int64_t num_tensors;
+  int64_t num_groups;    // of all tensors
+  double weight;         // share of the policy, or NaN
+  bool stochastic;       // of bf16 momentum
+  uint64_t seed;
+  uint32_t step;
+  int num_threads;
+};
+
+}  // namespace mgrpo

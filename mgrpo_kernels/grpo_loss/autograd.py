@@ -1,0 +1,274 @@
+"""The three losses on any compiled backend: one autograd node each, or a chain of two.
+
+The forward writes the gradients too, for an upstream gradient of 1: the backward multiplies them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
+from mgrpo_kernels._checks import IGNORED_TARGET
+from mgrpo_kernels._shards import Shard
+from mgrpo_kernels.grpo_loss.reference import LossOptions
+from mgrpo_kernels.linear_token_logprob.autograd import linear_token_logprob
+from mgrpo_kernels.results import GrpoLoss, TokenLogprob
+from mgrpo_kernels.token_logprob.autograd import token_logprob
+
+METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "entropy", "tis_mean", "tis_clipped_share")
+
+
+def _is_one(upstream: Tensor) -> bool:
+    """Whether a product with it can be left out; only a CPU tells without waiting for the device."""
+    return upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1
+
+
+class _GrpoLoss(torch.autograd.Function):
+    """Saves its own gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, logprob: Tensor, entropy: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+        loss, metrics, dlogprob, dentropy = torch.ops.mgrpo_kernels.grpo_loss_fwd(logprob, entropy, *args)
+        ctx.needed = args[-3:-1]
+        ctx.save_for_backward(dlogprob, dentropy)
+        ctx.dtypes = (logprob.dtype, logprob.dtype if entropy is None else entropy.dtype)
+        ctx.num_others = len(args)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None, None]
+        if upstream is not None:
+            one = _is_one(upstream)
+            for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+                if ctx.needed[i]:
+                    gradients[i] = (gradient if one else gradient * upstream).to(dtype)
+        return *gradients, *[None] * ctx.num_others
+
+
+class _LogitsGrpoLoss(torch.autograd.Function):
+    """Hands dlogits over in its first backward; a second one computes them anew from the logits.
+
+    So it does for fp16 logits, whose gradients would underflow without the upstream loss scale.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        temperatures: Tensor | None,
+        advantage: Tensor,
+        mask: Tensor,
+        *args: Any,
+    ) -> tuple[Tensor, Tensor]:
+        *others, needs_grad, backend = args
+        needs_dlogits = needs_grad and logits.dtype != torch.float16
+        loss, metrics, logprob, entropy, lse, dlogprob, dentropy, dlogits = (
+            torch.ops.mgrpo_kernels.logits_grpo_loss_fwd(
+                logits, targets, temperature, temperatures, advantage, mask, *others, needs_grad, needs_dlogits, backend
+            )
+        )
+        # A compiled graph's saved tensors must not be written over.
+        ctx.compiled = needs_dlogits and torch.compiler.is_compiling()
+        if ctx.compiled:
+            ctx.save_for_backward(dlogits)
+        elif needs_grad:
+            ctx.dlogits = dlogits if needs_dlogits else None
+            ctx.save_for_backward(logits, targets, mask, temperatures, logprob, entropy, lse, dlogprob, dentropy)
+        ctx.temperature, ctx.backend, ctx.num_others = temperature, backend, 5 + len(args)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            dlogits = None
+        elif ctx.compiled:
+            dlogits = ctx.saved_tensors[0] * upstream
+        elif ctx.dlogits is None:
+            dlogits = _dlogits_again(ctx, upstream)
+        else:
+            dlogits, ctx.dlogits = ctx.dlogits, None
+            if not _is_one(upstream):
+                dlogits.mul_(upstream)
+        return dlogits, *[None] * ctx.num_others
+
+
+def _dlogits_again(ctx: Any, upstream: Tensor) -> Tensor:
+    """Gradient of the logits from what the forward saved."""
+    logits, targets, mask, temperatures, logprob, entropy, lse, dlogprob, dentropy = ctx.saved_tensors
+    return torch.ops.mgrpo_kernels.token_logprob_bwd(
+        logits,
+        targets,
+        mask,
+        ctx.temperature,
+        temperatures,
+        0.0,
+        logprob,
+        entropy,
+        lse,
+        None,
+        dlogprob * upstream,
+        dentropy * upstream,
+        None,
+        None,
+        ctx.backend,
+    )
+
+
+def _constant(tensor: Tensor | None) -> Tensor | None:
+    """Detached, so that a node never waits for a gradient that it does not give."""
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+
+
+def _constants(
+    advantage: Tensor,
+    mask: Tensor,
+    logprobs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    cu_seqlens: Tensor | None,
+    options: LossOptions,
+) -> tuple[Any, ...]:
+    """Arguments that the schemas of both losses share; `logprobs` are the old, reference and rollout ones."""
+    normalizer = options.normalizer
+    tensor = normalizer if isinstance(normalizer, Tensor) else None
+    number = None if isinstance(normalizer, Tensor) else normalizer
+    tensors = (_constant(advantage), mask, *map(_constant, logprobs), cu_seqlens, _constant(tensor))
+    return *tensors, *options[:-1], number
+
+
+def _needs_grad(tensor: Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+def _result(loss: Tensor, metrics: Tensor) -> GrpoLoss:
+    return GrpoLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)))
+
+
+def grpo_loss(
+    logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    old_logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    entropy: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: LossOptions,
+    backend: str,
+) -> GrpoLoss:
+    """See the public function."""
+    entropy = entropy if options.entropy_coef else _constant(entropy)
+    constants = _constants(advantage, mask, (old_logprob, ref_logprob, rollout_logprob), cu_seqlens, options)
+    needs_dentropy = entropy is not None and _needs_grad(entropy)
+    return _result(*_GrpoLoss.apply(logprob, entropy, *constants, _needs_grad(logprob), needs_dentropy, backend))
+
+
+def logits_grpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float | Tensor,
+    old_logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    cu_seqlens: Tensor,
+    options: LossOptions,
+    backend: str,
+) -> GrpoLoss:
+    """See the public function. The ratio of the sequence needs all its log-probs ahead of any gradient: two nodes."""
+    logprobs = (old_logprob, ref_logprob, rollout_logprob)
+    if options.ratio == "sequence":
+        rows = token_logprob(
+            logits,
+            targets,
+            temperature=temperature,
+            mask=mask,
+            softcap=None,
+            self_certainty=False,
+            inplace_backward=False,
+            backend=backend,
+        )
+        return _from_rows(rows, targets, advantage, mask, logprobs, cu_seqlens, options, backend)
+    per_row = isinstance(temperature, Tensor)
+    scale = (1.0, _constant(temperature)) if per_row else (float(temperature), None)
+    constants = _constants(advantage, mask, logprobs, cu_seqlens, options)
+    return _result(*_LogitsGrpoLoss.apply(logits, targets, *scale, *constants, _needs_grad(logits), backend))
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float | Tensor,
+    budget_bytes: int | None,
+    shard: Shard,
+    old_logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    cu_seqlens: Tensor,
+    options: LossOptions,
+    backend: str,
+) -> GrpoLoss:
+    """See the public function."""
+    rows = linear_token_logprob(
+        hidden,
+        weight,
+        targets,
+        bias=None,
+        temperature=temperature,
+        mask=mask,
+        softcap=None,
+        self_certainty=False,
+        budget_bytes=budget_bytes,
+        shard=shard,
+        backend=backend,
+    )
+    logprobs = (old_logprob, ref_logprob, rollout_logprob)
+    return _from_rows(rows, targets, advantage, mask, logprobs, cu_seqlens, options, backend)
+
+
+def _from_rows(
+    rows: TokenLogprob,
+    targets: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    logprobs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    cu_seqlens: Tensor,
+    options: LossOptions,
+    backend: str,
+) -> GrpoLoss:
+    """The loss on computed log-probs; a token without a target is masked."""
+    old_logprob, ref_logprob, rollout_logprob = logprobs
+    return grpo_loss(
+        rows.logprob,
+        advantage,
+        mask & (targets != IGNORED_TARGET),
+        old_logprob=old_logprob,
+        ref_logprob=ref_logprob,
+        rollout_logprob=rollout_logprob,
+        entropy=rows.entropy,
+        cu_seqlens=cu_seqlens,
+        options=options,
+        backend=backend,
+    )

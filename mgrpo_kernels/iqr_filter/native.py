@@ -1,0 +1,31 @@
+"""Launch of the compiled CPU kernel: tensors to addresses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels._native import address, contiguous, library
+
+
+def iqr_filter(
+    entropy: Tensor, k: float, scope: str, keep: Tensor | None, two_sided: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ops.py."""
+    entropy, keep = entropy.contiguous(), contiguous(keep)
+    whole = scope == "batch"
+    sizes = (1, entropy.numel()) if whole else entropy.shape
+    kept = torch.empty(entropy.shape, dtype=torch.bool)
+    q1, q3 = (torch.empty(() if whole else sizes[0], dtype=torch.float32) for _ in range(2))
+    library().iqr_filter(
+        address(entropy),
+        address(keep),
+        *sizes,
+        k,
+        two_sided,
+        address(kept),
+        address(q1),
+        address(q3),
+        torch.get_num_threads(),
+    )
+    return kept, q1, q3

@@ -1,0 +1,133 @@
+"""One autograd node for all four outputs, over the forward and backward of any compiled backend."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
+from mgrpo_kernels._rows import RowGrads, RowOutputs, RowSums, row_grads, row_outputs, valid_rows
+from mgrpo_kernels._shards import Shard, merge_over_group
+from mgrpo_kernels.linear_token_logprob.active import on_active_rows
+from mgrpo_kernels.results import TokenLogprob
+
+
+class _Options(NamedTuple):
+    """What is not a tensor."""
+
+    softcap: float
+    self_certainty: bool
+    budget_bytes: int | None
+    shard: Shard
+    backend: str
+
+
+def _live_rows(grads: RowGrads) -> Tensor | None:
+    """Rows that a gradient reaches; None for all, or where their number is unknown without values."""
+    if torch.compiler.is_compiling() or grads.constant.is_meta:
+        return None
+    live = grads.constant != 0
+    for term in grads[1:]:
+        if term is not None:
+            live |= term != 0
+    return None if live.all() else live.nonzero().squeeze(1)
+
+
+class _LinearTokenLogprob(torch.autograd.Function):
+    """Saves the inputs and one number a row and output; the logits are computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float | Tensor,
+        options: _Options,
+    ) -> tuple[Tensor, ...]:
+        shard = options.shard
+        local = targets - shard.start
+        scale = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+        head = (hidden, weight, bias, local, *scale, options.softcap, options.budget_bytes)
+        *sums, z_target = torch.ops.mgrpo_kernels.linear_token_logprob_fwd(
+            *head, options.self_certainty, options.backend
+        )
+        sums = RowSums(*sums)
+        if shard.group is not None:
+            sums, z_target = merge_over_group(sums, z_target, shard.group)
+        outputs = row_outputs(sums, z_target, valid_rows(targets, temperature, shard.vocabulary))
+        ctx.save_for_backward(hidden, weight, bias, local, scale[1], sums.num_finite, *outputs[:3])
+        ctx.temperature, ctx.options = scale[0], options
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, local, temperatures, num_finite, logprob, entropy, lse = ctx.saved_tensors
+        options, needed = ctx.options, ctx.needs_input_grad[:3]
+        coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
+        num_rows, rows = hidden.shape[0], _live_rows(coefficients)
+        if rows is not None:
+            hidden, local, lse, coefficients = hidden[rows], local[rows], lse[rows], coefficients.take(rows)
+            temperatures = None if temperatures is None else temperatures[rows]
+        group = options.shard.group
+        dhidden, dweight, dbias = torch.ops.mgrpo_kernels.linear_token_logprob_bwd(
+            hidden,
+            weight,
+            bias,
+            local,
+            ctx.temperature,
+            temperatures,
+            options.softcap,
+            options.budget_bytes,
+            lse,
+            *coefficients,
+            group is not None,
+            *needed,
+            options.backend,
+        )
+        if needed[0] and group is not None:
+            dist.all_reduce(dhidden, group=group)
+            dhidden = dhidden.to(hidden.dtype)
+        if needed[0] and rows is not None:
+            dhidden = dhidden.new_zeros(num_rows, dhidden.shape[1]).index_copy_(0, rows, dhidden)
+        return (
+            dhidden if needed[0] else None,
+            dweight if needed[1] else None,
+            dbias.to(bias.dtype) if needed[2] else None,
+            None,
+            None,
+            None,
+        )
+
+
+def linear_token_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    self_certainty: bool,
+    budget_bytes: int | None,
+    shard: Shard,
+    backend: str,
+) -> TokenLogprob:
+    """See the public function."""
+    options = _Options(softcap or 0.0, self_certainty, budget_bytes, shard, backend)
+
+    def node(hidden: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, ...]:
+        return _LinearTokenLogprob.apply(hidden, weight, bias, targets, temperature, options)
+
+    temperature = temperature.float() if isinstance(temperature, Tensor) else float(temperature)
+    return on_active_rows(node, hidden, targets, temperature, mask, self_certainty)

@@ -1,0 +1,82 @@
+"""Launches of the compiled CPU kernels: tensors to addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels._native import address, as_fp32, code, library
+
+_BUDGET_BYTES = 64 * 2**20
+
+
+class Head:
+    """A LinearHead of the library, and the tensors that must outlive it."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        temperatures: Tensor | None,
+        softcap: float,
+        budget_bytes: int | None,
+    ):
+        if hidden.shape[1] > 1 and hidden.stride(1) != 1:
+            hidden = hidden.contiguous()
+        self._kept = (hidden, weight, as_fp32(bias), targets.contiguous(), as_fp32(temperatures))
+        hidden_at, weight_at, bias_at, targets_at, temperatures_at = (address(tensor) for tensor in self._kept)
+        self.pointers: Any = library().LinearHead(
+            hidden_at,
+            weight_at,
+            bias_at,
+            code(hidden.dtype),
+            hidden.shape[0],
+            hidden.shape[1],
+            weight.shape[0],
+            hidden.stride(0),
+            weight.stride(0),
+            targets_at,
+            temperatures_at,
+            temperature,
+            softcap,
+            _BUDGET_BYTES if budget_bytes is None else budget_bytes,
+            torch.get_num_threads(),
+        )
+
+
+def linear_token_logprob_fwd(*args: Any) -> tuple[Tensor, ...]:
+    """See ops.py."""
+    head, self_certainty = Head(*args[:8]), args[8]
+    outputs = tuple(torch.zeros(args[0].shape[0]) for _ in range(6))
+    top, exp, exp_x, finite_x, num_finite, z_target = (address(output) for output in outputs)
+    extra = (finite_x, num_finite) if self_certainty else (0, 0)
+    library().linear_token_logprob_fwd(head.pointers, top, exp, exp_x, *extra, z_target)
+    return outputs
+
+
+def linear_token_logprob_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """See ops.py."""
+    head, coefficients, (fp32_dhidden, *needed) = Head(*args[:8]), args[8:13], args[13:]
+    hidden, weight, bias = args[:3]
+    dhidden = torch.empty(hidden.shape if needed[0] else (0, 0), dtype=torch.float32 if fp32_dhidden else hidden.dtype)
+    dweight = torch.empty(weight.shape if needed[1] else (0, 0), dtype=weight.dtype)
+    dbias = torch.empty(bias.shape[0] if needed[2] else 0)
+    if hidden.shape[0] == 0:
+        return dhidden, dweight.zero_(), dbias.zero_()
+    kept = [as_fp32(tensor) for tensor in coefficients]
+    library().linear_token_logprob_bwd(
+        head.pointers,
+        *(address(tensor) for tensor in kept),
+        address(dhidden) * needed[0],
+        code(dhidden.dtype),
+        dhidden.stride(0),
+        address(dweight) * needed[1],
+        dweight.stride(0),
+        address(dbias) * needed[2],
+    )
+    return dhidden, dweight, dbias
