@@ -42,4 +42,6 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(work), "--parallel", str(os.cpu_count() or 1)], check=True)
 
 
-setup(ext_modules=[Extension("mgrpo_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# Without a compiler, MGRPO_SKIP_NATIVE=1 installs the Python alone: the reference backend then runs everything.
+skip = os.environ.get("MGRPO_SKIP_NATIVE") == "1"
+setup(ext_modules=[] if skip else [Extension("mgrpo_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
