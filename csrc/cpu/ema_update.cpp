@@ -148,7 +148,7 @@ MGRPO_INLINE void update_vector(const EmaTensor& tensor, const Blend& blend, int
   T* momentum = static_cast<T*>(tensor.momentum) + i;
   f32v old = get<kWhole>(momentum, count);
   if (!blend.keeps) {
-    bf16* term = static_cast<bf16*>(tensor.compensation) + i;
+    bf16* term = kRounding == Rounding::compensated ? static_cast<bf16*>(tensor.compensation) + i : nullptr;
     if (kRounding == Rounding::compensated) old += get<kWhole>(term, count);
     const f32v latest = get<kWhole>(static_cast<const U*>(tensor.policy) + i, count);
     f32v mixed = multiply_add(splat(blend.coefficient), latest - old, blend.from_old ? old : latest);

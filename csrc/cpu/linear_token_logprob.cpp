@@ -3,11 +3,12 @@
 // Tokens are vector lanes: a tile of transposed logits [rows of the weight, tokens] is a product of the weight as it
 // lies and of the hidden states packed once, so that maximum, sums and gradient are vertical operations on a tile that
 // still sits in the second-level cache. Fused: bias, softcap, temperature, sums of e^x and e^x x, the target's logit.
-// Forward reads the weight once (2 V D bytes in bf16). Backward reads it once, computes the logits again and writes
-// dweight once, past the caches (6 V D bytes in bf16, instead of the 4 T V that logits would add several times).
+// Forward reads the weight once, 2 V D bytes in bf16. Backward walks tiles of the vocabulary: it computes the logits
+// again, reads the tile of the weight a second time, out of the last-level cache, for dhidden, and writes dweight once,
+// past the caches: 4 V D bytes of memory traffic. Materialised logits would add some 20 T V, and take 12 T V of memory.
 //
 // A result never depends on the number of threads: slices of the vocabulary are merged in their order, and each
-// element of a product adds up along K in order.
+// element of a product adds up along K in order, in groups that begin at multiples of 64.
 #include "linear_token_logprob.h"
 
 #include <cfloat>
@@ -37,23 +38,44 @@ struct Layout {
   }
 };
 
-constexpr int64_t kHugePage = 1 << 21;
+// The huge pages inside a range of memory. Fresh memory costs a fault a page: in pages of 4 KiB, met at the first store,
+// those of dweight took as long as one of the three products; in huge pages, by all threads and ahead, a fifth of that.
+class HugePages {
+ public:
+  static constexpr int64_t kBytes = 1 << 21;
 
-// Fresh memory in small pages costs a fault for every 4 KiB, which took a third of a backward's time.
-void advise_huge_pages(void* from, int64_t bytes) {
+  HugePages(const void* from, int64_t bytes)
+      : first_((reinterpret_cast<uintptr_t>(from) + kBytes - 1) / kBytes),
+        last_(most(first_, (reinterpret_cast<uintptr_t>(from) + uintptr_t(bytes)) / kBytes)) {}
+
+  // Advice that the system does not know or cannot take changes nothing but speed.
+  void ask() const {
 #if defined(MADV_HUGEPAGE)
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(from) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(from) + uintptr_t(bytes)) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    if (first_ < last_) madvise(reinterpret_cast<void*>(first_ * kBytes), size_t((last_ - first_) * kBytes), MADV_HUGEPAGE);
 #endif
-}
+  }
+
+  // Inside a parallel region: maps them, and keeps what they hold.
+  void fault_in() const {
+#if defined(__linux__)
+    constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, of Linux 5.14
+#pragma omp for schedule(dynamic, 4) nowait
+    for (int64_t page = first_; page < last_; ++page)
+      madvise(reinterpret_cast<void*>(page * kBytes), size_t(kBytes), kPopulateWrite);
+#endif
+  }
+
+ private:
+  int64_t first_, last_;
+};
 
 // All temporaries of a call.
 class Arena {
  public:
   explicit Arena(int64_t bytes) {
-    if (posix_memalign(&data_, bytes < kHugePage ? 64 : kHugePage, size_t(most(bytes, 64)))) data_ = nullptr;
-    if (data_) advise_huge_pages(data_, bytes);
+    const int64_t alignment = bytes < HugePages::kBytes ? 64 : HugePages::kBytes;
+    if (posix_memalign(&data_, size_t(alignment), size_t(most(bytes, 64)))) data_ = nullptr;
+    HugePages(data_, data_ ? bytes : 0).ask();
   }
   ~Arena() { std::free(data_); }
   Arena(const Arena&) = delete;
@@ -106,8 +128,8 @@ struct Sizes {
   int64_t hidden_panels;  // of 16 hidden elements
   // What goes through the second-level cache together:
   int64_t block_panels;  // of tokens
-  int64_t depth;         // tiles along D: their hidden states take up to 1.25 MiB
-  int64_t rows;          // of the vocabulary: their logits take 64 KiB, more where depth does not cover D
+  int64_t depth;         // tiles along D: the hidden states of a block take up to 1.25 MiB
+  int64_t rows;          // of the vocabulary, in 64s: their logits take 64 KiB, more where depth does not cover D
 
   explicit Sizes(const LinearHead& head)
       : panels(blocks_of(head.num_tokens, kTile)),
@@ -115,13 +137,19 @@ struct Sizes {
         hidden_tiles(blocks_of(head.hidden_size, kDepth<E>)),
         hidden_panels(blocks_of(head.hidden_size, kTile)),
         block_panels(most(1, least(panels, 32))),
-        depth(least(least(1280 / block_panels, 128), blocks_of(hidden_tiles, kBlockTiles) * kBlockTiles)),
-        rows(depth < hidden_tiles ? 256 : most(32, least(256, 1024 / block_panels / 32 * 32))) {}
+        depth(least(least(1280 / block_panels, 128) / kBlockTiles, blocks_of(hidden_tiles, kBlockTiles)) * kBlockTiles),
+        rows(depth < hidden_tiles ? 256 : most(64, least(256, 1024 / block_panels / 64 * 64))) {}
 
   int64_t packed_bytes() const { return panels * hidden_tiles * kTileBytes; }
   int64_t rows_bytes() const { return 2 * depth * kTileBytes; }  // two row blocks of A
   int64_t logits_bytes(int64_t num_rows) const { return num_rows * block_panels * kTile * kFloat; }
 };
+
+// Threads whose scratch the budget leaves room for; all where it has none for one, for then less would not help.
+int threads_within(const LinearHead& head, int64_t fixed_bytes, int64_t scratch_bytes) {
+  const int64_t room = (head.budget_bytes - fixed_bytes) / scratch_bytes;
+  return room < 1 || room > head.num_threads ? head.num_threads : int(room);
+}
 
 MGRPO_INLINE float temperature_of(const LinearHead& head, int64_t token) {
   if (token >= head.num_tokens) return 1.0f;
@@ -269,7 +297,7 @@ bool forward(const LinearTokenLogprobForward& args, Core<E> core) {
   const int64_t num_slices = blocks_of(head.vocabulary, most(1, slice_rows));
   const int64_t at_partial = layout.add(num_slices * slice_bytes);
   const int64_t logits_bytes = sizes.logits_bytes(sizes.rows), scratch_bytes = sizes.rows_bytes() + logits_bytes;
-  const int num_threads = int(most(1, least(head.num_threads, (head.budget_bytes - layout.bytes) / scratch_bytes)));
+  const int num_threads = threads_within(head, layout.bytes, scratch_bytes);
   const int64_t at_scratch = layout.add(num_threads * scratch_bytes);
 
   const Arena arena(layout.bytes);
@@ -461,18 +489,18 @@ struct Backward {
   int64_t rows_max;       // of the vocabulary: a tile
   int64_t inner_rows;     // of the vocabulary: a task of the gradient of logits
   int64_t column_panels;  // of D: a task of dhidden, and what dweight takes at once
+  int64_t group_rows;     // of the vocabulary: what dweight takes at once
   Layout layout;
   int64_t at_packed, at_columns, at_accumulator, at_tokens, at_by_row, at_by_token, at_scratch;
   int64_t by_row_bytes, accumulator_bytes, scratch_bytes;
 
   Backward(const LinearTokenLogprobBackward& backward_args, Core<E> core)
       : args(backward_args), head(backward_args.head), problem(head, core), sizes(problem.sizes) {
-    num_threads = head.num_threads;
-    column_panels = most(2, least(32, sizes.hidden_panels / (4 * num_threads) / 2 * 2));
-    rows_max = least(1024 * most(2, num_threads), blocks_of(head.vocabulary, 2 * kTile) * 2 * kTile);
+    column_panels = most(2, least(32, sizes.hidden_panels / (4 * head.num_threads) / 2 * 2));
+    group_rows = sizes.token_tiles > kBlockTiles ? kTaskRows : 2 * kTile;
+    rows_max = least(1024 * most(2, head.num_threads), blocks_of(head.vocabulary, 2 * kTile) * 2 * kTile);
     for (plan(); layout.bytes > head.budget_bytes && rows_max > sizes.rows; plan())
       rows_max = most(sizes.rows, rows_max / 2 / sizes.rows * sizes.rows);
-    while (layout.bytes > head.budget_bytes && num_threads > 1) --num_threads, plan();
   }
 
   void plan() {
@@ -481,13 +509,14 @@ struct Backward {
     by_row_bytes = rows_max * sizes.token_tiles * 64;
     accumulator_bytes = args.dhidden ? sizes.hidden_panels * sizes.panels * kTile * kTile * kFloat : 0;
     scratch_bytes = most(sizes.rows_bytes() + sizes.logits_bytes(inner_rows) + inner_rows * kLanes * kFloat,
-                         column_panels * most(kBlockTiles, 2) * kTileBytes);
+                         column_panels * most(kBlockTiles * kTileBytes, group_rows * kTile * kFloat));
     at_packed = layout.add(sizes.packed_bytes());
     at_columns = layout.add(args.dweight ? sizes.hidden_panels * sizes.token_tiles * kTileBytes : 0);
     at_accumulator = layout.add(accumulator_bytes);
     at_tokens = layout.add(sizes.panels * int64_t(sizeof(TokenCoefficients)));
     at_by_row = layout.add(by_row_bytes);
     at_by_token = layout.add(args.dhidden ? sizes.panels * rows_max * 64 : 0);
+    num_threads = threads_within(head, layout.bytes, scratch_bytes);
     at_scratch = layout.add(num_threads * scratch_bytes);
   }
 
@@ -531,18 +560,21 @@ struct Backward {
     }
   }
 
-  // dweight of some rows of the tile.
+  // dweight of some rows of the tile, C in the second-level cache.
   void dweight_task(int64_t tile, int64_t from, int64_t to, const E* by_row, const E* columns, float* c) const {
-    const int64_t a_stride = sizes.token_tiles * kTileSize<E>, c_stride = 2 * kTile * kTile;
+    const int64_t a_stride = sizes.token_tiles * kTileSize<E>, c_stride = group_rows * kTile;
     for (int64_t panel = 0; panel < sizes.hidden_panels; panel += column_panels) {
       const int64_t panels = least(column_panels, sizes.hidden_panels - panel);
-      for (int64_t j = from; j < to; j += 2 * kTile) {
+      for (int64_t row = from; row < to; row += group_rows) {
+        const int64_t rows = least(group_rows, to - row);
         for (int64_t k = 0; k == 0 || k < sizes.token_tiles; k += kBlockTiles)  // once for no tokens: zeros
-          problem.core.sweep({by_row + j / kTile * a_stride + k * kTileSize<E>, a_stride,
-                              least(2, blocks_of(to - j, kTile)), columns + (panel * sizes.token_tiles + k) * kTileSize<E>,
-                              a_stride, panels, least(kBlockTiles, sizes.token_tiles - k), c, c_stride, k > 0});
-        write(c, c_stride, least(2 * kTile, to - j), least(head.hidden_size - panel * kTile, panels * kTile),
-              static_cast<S*>(args.dweight) + (tile + j) * args.dweight_stride + panel * kTile);
+          for (int64_t j = 0; j < rows; j += 2 * kTile)
+            problem.core.sweep({by_row + (row + j) / kTile * a_stride + k * kTileSize<E>, a_stride,
+                                least(2, blocks_of(rows - j, kTile)),
+                                columns + panel * a_stride + k * kTileSize<E>, a_stride, panels,
+                                least(kBlockTiles, sizes.token_tiles - k), c + j * kTile, c_stride, k > 0});
+        write(c, c_stride, rows, least(head.hidden_size - panel * kTile, panels * kTile),
+              static_cast<S*>(args.dweight) + (tile + row) * args.dweight_stride + panel * kTile);
       }
     }
   }
@@ -566,18 +598,21 @@ struct Backward {
   bool run() const {
     const Arena arena(layout.bytes);
     if (!arena) return false;
-    if (args.dweight) advise_huge_pages(args.dweight, head.vocabulary * args.dweight_stride * int64_t(sizeof(S)));
+    const HugePages dweight_pages(args.dweight,
+                                  args.dweight ? head.vocabulary * args.dweight_stride * int64_t(sizeof(S)) : 0);
+    dweight_pages.ask();
     E *packed = arena.at<E>(at_packed), *columns = arena.at<E>(at_columns);
     E *by_row = arena.at<E>(at_by_row), *by_token = arena.at<E>(at_by_token);
     float* accumulator = arena.at<float>(at_accumulator);
     TokenCoefficients* tokens = arena.at<TokenCoefficients>(at_tokens);
     for (int64_t p = 0; p < sizes.panels; ++p) gather(args, p * kTile, tokens + p);
     // Nothing writes the tokens past the last panel, which dweight adds up; nothing dhidden without a vocabulary.
-    std::memset(static_cast<void*>(by_row), 0, size_t(by_row_bytes));
-    std::memset(accumulator, 0, size_t(accumulator_bytes));
+    if (sizes.panels * kTile < sizes.token_tiles * kDepth<E>) std::memset(static_cast<void*>(by_row), 0, size_t(by_row_bytes));
+    if (head.vocabulary == 0) std::memset(accumulator, 0, size_t(accumulator_bytes));
 
 #pragma omp parallel num_threads(num_threads)
     {
+      dweight_pages.fault_in();
       problem.core.begin();
       char* scratch = arena.at<char>(at_scratch + omp_get_thread_num() * scratch_bytes);
       problem.pack_hidden(packed);

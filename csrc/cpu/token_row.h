@@ -15,6 +15,7 @@ namespace MGRPO_ISA {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // 4 KiB of fp32
+constexpr int64_t kAhead = 512;
 
 struct RowStats {
   float top;       // largest z'
@@ -193,10 +194,11 @@ void row_gradient_as(const T* row, T* out, int64_t vocabulary, int64_t column, f
   const RowGradient<kUniform> gradient(g, anchor, inverse, softcap);
   const int64_t whole = vocabulary / kLanes * kLanes;
   int64_t i = 0;
-  for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
-    const f32v left = load_logits(row + i, softcap), right = load_logits(row + i + kLanes, softcap);
-    store(out + i, gradient(left));
-    store(out + i + kLanes, gradient(right));
+  for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
+    __builtin_prefetch(row + i + kAhead);
+    f32v dz[4];
+    for (int k = 0; k < 4; ++k) dz[k] = gradient(load_logits(row + i + k * kLanes, softcap));
+    for (int k = 0; k < 4; ++k) store(out + i + k * kLanes, dz[k]);
   }
   for (; i < whole; i += kLanes) store(out + i, gradient(load_logits(row + i, softcap)));
   const int rest = static_cast<int>(vocabulary - whole);
