@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels._checks import IGNORED_TARGET
+from mgrpo_kernels._segments import accumulation_dtype
+
+# exp of it is exactly 0 in fp32 and fp64: clamping there keeps exp(x) * x at 0 where x is -inf.
+FLOOR = -1e4
 
 
 class RowSums(NamedTuple):
@@ -99,3 +103,33 @@ def row_grads(outputs: RowOutputs, num_finite: Tensor, grads: tuple[Tensor | Non
     if dcertainty is not None:
         constant, uniform = constant + dcertainty, dcertainty / num_finite.clamp_min(1)
     return RowGrads(constant, dlogprob, slope, uniform)
+
+
+def scale_logits(logits: Tensor, temperature: float | Tensor, softcap: float | None) -> Tensor:
+    """Upcast first, so that neither the softcap nor the temperature rounds the logits."""
+    z = logits.to(accumulation_dtype(logits))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+
+
+def dlogits_from_scaled(
+    z: Tensor, lse: Tensor, columns: Tensor, grads: RowGrads, temperature: float | Tensor, softcap: float | None
+) -> Tensor:
+    """Gradient of the raw logits behind z [T, V]; a target column outside [0, V) lies in another tile."""
+    column = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    a = (z - lse[:, None]).clamp_(min=FLOOR)
+    dz = a.exp()
+    if grads.slope is None:
+        dz.mul_(grads.constant[:, None])
+    else:
+        dz.mul_(a.mul_(grads.slope[:, None]).add_(grads.constant[:, None]))
+    if grads.onehot is not None:
+        here = (columns >= 0) & (columns < z.shape[1])
+        index = columns.clamp(0, z.shape[1] - 1)[:, None]
+        dz.scatter_add_(1, index, grads.onehot.masked_fill(~here, 0)[:, None])
+    if grads.uniform is not None:
+        dz.sub_(grads.uniform[:, None].expand_as(z).masked_fill(z == -torch.inf, 0))
+    if softcap is not None:
+        dz.mul_(1 - (z * column / softcap).square())
+    return dz.div_(column)

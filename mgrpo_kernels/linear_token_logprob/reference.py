@@ -13,14 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mgrpo_kernels._rows import RowOutputs, row_grads, row_outputs, valid_rows
+from mgrpo_kernels._rows import RowOutputs, row_grads, row_outputs, scale_logits, valid_rows
 from mgrpo_kernels._segments import accumulation_dtype
 from mgrpo_kernels._shards import Shard, merge_over_group
 from mgrpo_kernels.linear_token_logprob.active import on_active_rows
+from mgrpo_kernels.linear_token_logprob.tiles import full_precision, gradients_by_tiles, tile_columns, tile_logits
 from mgrpo_kernels.results import TokenLogprob
-from mgrpo_kernels.token_logprob.reference import dlogits_from_scaled, row_sums, scale_logits
-
-_CPU_BUDGET_BYTES = 64 * 2**20
+from mgrpo_kernels.token_logprob.reference import row_sums
 
 
 class _Options(NamedTuple):
@@ -30,26 +29,6 @@ class _Options(NamedTuple):
     self_certainty: bool
     tile: int
     shard: Shard
-
-
-def tile_columns(hidden: Tensor, columns: int, budget_bytes: int | None) -> int:
-    """Columns a tile: four blocks [T, tile] and two [tile, D] in the accumulation dtype stay within the budget."""
-    if budget_bytes is None:
-        on_cuda = hidden.device.type == "cuda"
-        budget_bytes = torch.cuda.mem_get_info(hidden.device)[0] // 4 if on_cuda else _CPU_BUDGET_BYTES
-    bytes_a_column = accumulation_dtype(hidden).itemsize * (4 * hidden.shape[0] + 2 * hidden.shape[1])
-    return min(columns, max(1, budget_bytes // bytes_a_column))
-
-
-def _full_precision(device: torch.device) -> torch.autocast:
-    """A context without autocast, which knows nothing of tensors without data."""
-    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
-
-
-def _tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[T, tile] logits of upcast operands."""
-    logits = hidden @ weight.T
-    return logits if bias is None else logits.add_(bias.to(logits.dtype))
 
 
 class _LinearTokenLogprob(torch.autograd.Function):
@@ -68,13 +47,13 @@ class _LinearTokenLogprob(torch.autograd.Function):
         softcap, self_certainty, tile, shard = options
         dtype = accumulation_dtype(hidden)
         local = targets - shard.start
-        with _full_precision(hidden.device):
+        with full_precision(hidden.device):
             upcast = hidden.to(dtype)
             z_target = upcast.new_zeros(hidden.shape[0])
             sums = None
             for start in range(0, weight.shape[0], tile):
                 block = slice(start, start + tile)
-                logits = _tile_logits(upcast, weight[block].to(dtype), None if bias is None else bias[block])
+                logits = tile_logits(upcast, weight[block].to(dtype), None if bias is None else bias[block])
                 z = scale_logits(logits, temperature, softcap)
                 part = row_sums(z, self_certainty)
                 sums = part if sums is None else sums.merge(part)
@@ -96,26 +75,20 @@ class _LinearTokenLogprob(torch.autograd.Function):
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, local, num_finite, logprob, entropy, lse = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         softcap, _, tile, shard = ctx.options
         coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
-        dweight = torch.empty_like(weight) if needs_weight else None
-        dbias = torch.empty_like(bias) if needs_bias else None
-        with _full_precision(hidden.device):
-            upcast = hidden.to(lse.dtype)
-            dhidden = torch.zeros_like(upcast) if needs_hidden else None
-            for start in range(0, weight.shape[0], tile):
-                block = slice(start, start + tile)
-                upcast_weight = weight[block].to(lse.dtype)
-                logits = _tile_logits(upcast, upcast_weight, None if bias is None else bias[block])
-                z = scale_logits(logits, ctx.temperature, softcap)
-                dlogits = dlogits_from_scaled(z, lse, local - start, coefficients, ctx.temperature, softcap)
-                if dhidden is not None:
-                    dhidden.addmm_(dlogits, upcast_weight)
-                if dweight is not None:
-                    dweight[block] = dlogits.T @ upcast
-                if dbias is not None:
-                    dbias[block] = dlogits.sum(0)
+        dhidden, dweight, dbias = gradients_by_tiles(
+            hidden,
+            weight,
+            bias,
+            local,
+            temperature=ctx.temperature,
+            softcap=softcap,
+            lse=lse,
+            coefficients=coefficients,
+            tile=tile,
+            needed=ctx.needs_input_grad[:3],
+        )
         if dhidden is not None:
             if shard.group is not None:
                 dist.all_reduce(dhidden, group=shard.group)

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mgrpo_kernels._rows import RowGrads, RowOutputs, RowSums, active_rows, row_grads, row_outputs, valid_rows
+from mgrpo_kernels._rows import (
+    FLOOR,
+    RowOutputs,
+    RowSums,
+    active_rows,
+    dlogits_from_scaled,
+    row_grads,
+    row_outputs,
+    scale_logits,
+    valid_rows,
+)
 from mgrpo_kernels._segments import accumulation_dtype
 from mgrpo_kernels.results import TokenLogprob
 
-# exp of it is exactly 0 in fp32 and fp64: clamping there keeps exp(x) * x at 0 where x is -inf.
-_FLOOR = -1e4
 _BLOCK_ELEMENTS = 2**20
-
-
-def scale_logits(logits: Tensor, temperature: float | Tensor, softcap: float | None) -> Tensor:
-    """Upcast first, so that neither the softcap nor the temperature rounds the logits."""
-    z = logits.to(accumulation_dtype(logits))
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    return z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
 
 def row_sums(z: Tensor, self_certainty: bool) -> RowSums:
@@ -37,32 +37,10 @@ def row_sums(z: Tensor, self_certainty: bool) -> RowSums:
     if self_certainty:
         finite = x != -torch.inf
         finite_x, num_finite = x.masked_fill(~finite, 0).sum(1), finite.sum(1).to(z.dtype)
-    x.clamp_(min=_FLOOR)
+    x.clamp_(min=FLOOR)
     exp = x.exp()
     total = exp.sum(1)
     return RowSums(top, total, exp.mul_(x).sum(1), finite_x, num_finite)
-
-
-def dlogits_from_scaled(
-    z: Tensor, lse: Tensor, columns: Tensor, grads: RowGrads, temperature: float | Tensor, softcap: float | None
-) -> Tensor:
-    """Gradient of the raw logits behind z [T, V]; a target column outside [0, V) lies in another tile."""
-    column = temperature[:, None] if isinstance(temperature, Tensor) else temperature
-    a = (z - lse[:, None]).clamp_(min=_FLOOR)
-    dz = a.exp()
-    if grads.slope is None:
-        dz.mul_(grads.constant[:, None])
-    else:
-        dz.mul_(a.mul_(grads.slope[:, None]).add_(grads.constant[:, None]))
-    if grads.onehot is not None:
-        here = (columns >= 0) & (columns < z.shape[1])
-        index = columns.clamp(0, z.shape[1] - 1)[:, None]
-        dz.scatter_add_(1, index, grads.onehot.masked_fill(~here, 0)[:, None])
-    if grads.uniform is not None:
-        dz.sub_(grads.uniform[:, None].expand_as(z).masked_fill(z == -torch.inf, 0))
-    if softcap is not None:
-        dz.mul_(1 - (z * column / softcap).square())
-    return dz.div_(column)
 
 
 def take(value: float | Tensor, rows: slice) -> float | Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mgrpo_kernels
 from mgrpo_kernels import token_logprob
-from mgrpo_kernels.linear_token_logprob.reference import tile_columns
+from mgrpo_kernels.linear_token_logprob.tiles import tile_columns
 from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget, poison_masked
 
 ROWS, HIDDEN, VOCABULARY = 11, 16, 53
@@ -298,8 +298,10 @@ def test_the_thread_count_changes_no_bit(dtype):
         native = partial(mgrpo_kernels.linear_token_logprob, backend="cpu")
         results.append(gradients_of(native, hidden, weight, targets))
     torch.set_num_threads(before)
+    # The gradients of fp32 are products of torch's library, which promises no such thing.
+    promised = 5 if dtype == torch.bfloat16 else 3
     for other in results[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+        assert all(torch.equal(one, two) for one, two in zip(results[0][:promised], other[:promised], strict=True))
 
 
 def test_rows_without_upstream_gradient_enter_no_product():
