@@ -141,14 +141,18 @@ struct Sizes {
         rows(depth < hidden_tiles ? 256 : most(64, least(256, 1024 / block_panels / 64 * 64))) {}
 
   int64_t packed_bytes() const { return panels * hidden_tiles * kTileBytes; }
-  int64_t rows_bytes() const { return 2 * depth * kTileBytes; }  // two row blocks of A
+  int64_t rows_bytes() const { return 2 * kBlockTiles * kTileBytes; }  // two row blocks of A
   int64_t logits_bytes(int64_t num_rows) const { return num_rows * block_panels * kTile * kFloat; }
 };
 
-// Threads whose scratch the budget leaves room for; all where it has none for one, for then less would not help.
-int threads_within(const LinearHead& head, int64_t fixed_bytes, int64_t scratch_bytes) {
-  const int64_t room = (head.budget_bytes - fixed_bytes) / scratch_bytes;
-  return room < 1 || room > head.num_threads ? head.num_threads : int(room);
+// The budget, or a quarter more than what a call needs whatever its tile: with less, tiles too small would be slow and
+// save little.
+int64_t bytes_allowed(const LinearHead& head, int64_t needed_bytes) {
+  return most(head.budget_bytes, needed_bytes + needed_bytes / 4);
+}
+
+int threads_within(const LinearHead& head, int64_t room_bytes, int64_t scratch_bytes) {
+  return int(most(1, least(head.num_threads, room_bytes / scratch_bytes)));
 }
 
 MGRPO_INLINE float temperature_of(const LinearHead& head, int64_t token) {
@@ -177,23 +181,26 @@ struct Problem {
   }
 
   // Products of `rows` rows of the weight with the tokens of panels [first, last): C panels of `rows_padded` rows.
+  // A block of A is packed right before its sweep, into the first-level cache. (Fetching the next one meanwhile did not
+  // pay: the sweep fills the way from the second-level cache.)
   void logits(int64_t row, int64_t rows, int64_t first, int64_t last, const E* packed, E* a, float* c,
               int64_t rows_padded) const {
-    const int64_t a_stride = sizes.depth * kTileSize<E>, b_stride = sizes.hidden_tiles * kTileSize<E>;
-    for (int64_t from = 0; from < sizes.hidden_tiles; from += sizes.depth) {
-      const int64_t to = least(sizes.hidden_tiles, from + sizes.depth), column = from * kDepth<E>;
-      const int64_t columns = least(head.hidden_size, to * kDepth<E>) - column;
+    constexpr int64_t kStride = kBlockTiles * kTileSize<E>;
+    const int64_t b_stride = sizes.hidden_tiles * kTileSize<E>;
+    for (int64_t from = 0; from < sizes.hidden_tiles; from += sizes.depth)
       for (int64_t r = 0; r < rows; r += 2 * kTile) {
         const int64_t row_blocks = least(2, blocks_of(rows - r, kTile));
-        for (int64_t i = 0; i < row_blocks; ++i)
-          pack_rows(weight(row + r + i * kTile) + column, head.weight_stride, least(kTile, rows - r - i * kTile),
-                    columns, a + i * a_stride);
-        for (int64_t k = from; k < to; k += kBlockTiles)
-          core.sweep({a + (k - from) * kTileSize<E>, a_stride, row_blocks,
-                      packed + first * b_stride + k * kTileSize<E>, b_stride, last - first, least(kBlockTiles, to - k),
-                      c + r * kTile, rows_padded * kTile, k > 0});
+        const int64_t end = least(sizes.hidden_tiles, from + sizes.depth);
+        for (int64_t k = from; k < end; k += kBlockTiles) {
+          const int64_t num_tiles = least(kBlockTiles, end - k);
+          for (int64_t i = 0; i < row_blocks; ++i)
+            pack_rows(weight(row + r + i * kTile) + k * kDepth<E>, head.weight_stride,
+                      least(kTile, rows - r - i * kTile), least(head.hidden_size - k * kDepth<E>, num_tiles * kDepth<E>),
+                      a + i * kStride);
+          core.sweep({a, kStride, row_blocks, packed + first * b_stride + k * kTileSize<E>, b_stride, last - first,
+                      num_tiles, c + r * kTile, rows_padded * kTile, k > 0});
+        }
       }
-    }
   }
 };
 
@@ -290,14 +297,14 @@ bool forward(const LinearTokenLogprobForward& args, Core<E> core) {
   Layout layout;
   const int64_t at_packed = layout.add(sizes.packed_bytes()), at_temperatures = layout.add(padded * kFloat);
   // Slices of the vocabulary follow from the problem and the budget alone; what they leave bounds the threads.
-  const int64_t slice_bytes = kNumSums * padded * kFloat, left = head.budget_bytes - layout.bytes;
+  const int64_t slice_bytes = kNumSums * padded * kFloat, allowed = bytes_allowed(head, layout.bytes);
   const int64_t num_tiles = blocks_of(head.vocabulary, sizes.rows);
   const int64_t slice_rows =
-      blocks_of(num_tiles, most(1, least(kMostSlices, left / 4 / most(1, slice_bytes)))) * sizes.rows;
+      blocks_of(num_tiles, most(1, least(kMostSlices, (allowed - layout.bytes) / 4 / most(1, slice_bytes)))) * sizes.rows;
   const int64_t num_slices = blocks_of(head.vocabulary, most(1, slice_rows));
   const int64_t at_partial = layout.add(num_slices * slice_bytes);
   const int64_t logits_bytes = sizes.logits_bytes(sizes.rows), scratch_bytes = sizes.rows_bytes() + logits_bytes;
-  const int num_threads = threads_within(head, layout.bytes, scratch_bytes);
+  const int num_threads = threads_within(head, allowed - layout.bytes, scratch_bytes);
   const int64_t at_scratch = layout.add(num_threads * scratch_bytes);
 
   const Arena arena(layout.bytes);
@@ -492,14 +499,14 @@ struct Backward {
   int64_t group_rows;     // of the vocabulary: what dweight takes at once
   Layout layout;
   int64_t at_packed, at_columns, at_accumulator, at_tokens, at_by_row, at_by_token, at_scratch;
-  int64_t by_row_bytes, accumulator_bytes, scratch_bytes;
+  int64_t by_row_bytes, accumulator_bytes, scratch_bytes, allowed;
 
   Backward(const LinearTokenLogprobBackward& backward_args, Core<E> core)
       : args(backward_args), head(backward_args.head), problem(head, core), sizes(problem.sizes) {
     column_panels = most(2, least(32, sizes.hidden_panels / (4 * head.num_threads) / 2 * 2));
     group_rows = sizes.token_tiles > kBlockTiles ? kTaskRows : 2 * kTile;
     rows_max = least(1024 * most(2, head.num_threads), blocks_of(head.vocabulary, 2 * kTile) * 2 * kTile);
-    for (plan(); layout.bytes > head.budget_bytes && rows_max > sizes.rows; plan())
+    for (plan(); layout.bytes > allowed && rows_max > sizes.rows; plan())
       rows_max = most(sizes.rows, rows_max / 2 / sizes.rows * sizes.rows);
   }
 
@@ -514,9 +521,10 @@ struct Backward {
     at_columns = layout.add(args.dweight ? sizes.hidden_panels * sizes.token_tiles * kTileBytes : 0);
     at_accumulator = layout.add(accumulator_bytes);
     at_tokens = layout.add(sizes.panels * int64_t(sizeof(TokenCoefficients)));
+    allowed = bytes_allowed(head, layout.bytes);
     at_by_row = layout.add(by_row_bytes);
     at_by_token = layout.add(args.dhidden ? sizes.panels * rows_max * 64 : 0);
-    num_threads = threads_within(head, layout.bytes, scratch_bytes);
+    num_threads = threads_within(head, allowed - layout.bytes, scratch_bytes);
     at_scratch = layout.add(num_threads * scratch_bytes);
   }
 

@@ -24,7 +24,9 @@ struct LinearHead {
   const float* temperatures;  // [T] or null
   float temperature;          // where temperatures is null
   float softcap;              // 0 for none
-  int64_t budget_bytes;       // for all temporaries; the least that a call can do with is more than 0
+  // For all temporaries. A call takes up to a quarter more than its packed copies of `hidden` (one forward, two backward)
+  // and its sums of dhidden in fp32 where that is above the budget.
+  int64_t budget_bytes;
   int level;                  // of Selection
   int num_threads;
 };
