@@ -43,8 +43,8 @@ struct Sweep {
   bool accumulate;
 };
 
-// fp32 by fused multiply-add: kFmaRows rows x P panels in registers. Every kSumTiles tiles, 64 products, they join C: one
-// long sum over K would lose several times the accuracy of a library's blocked product.
+// fp32 by fused multiply-add: kFmaRows rows x P panels in registers. Every kSumTiles tiles, 64 products, they join C:
+// one long sum over K would lose several times the accuracy of a library's blocked product.
 constexpr int64_t kSumTiles = 4;
 
 #if defined(__AVX512F__)

@@ -38,8 +38,8 @@ struct Layout {
   }
 };
 
-// The huge pages inside a range of memory. Fresh memory costs a fault a page: in pages of 4 KiB, met at the first store,
-// those of dweight took as long as one of the three products; in huge pages, by all threads and ahead, a fifth of that.
+// The huge pages inside a range of memory. Fresh memory costs a fault a page: in pages of 4 KiB, met at the first
+// store, those of dweight took as long as two of the three products; in huge pages and ahead, a fifth of that.
 class HugePages {
  public:
   static constexpr int64_t kBytes = 1 << 21;
@@ -51,7 +51,8 @@ class HugePages {
   // Advice that the system does not know or cannot take changes nothing but speed.
   void ask() const {
 #if defined(MADV_HUGEPAGE)
-    if (first_ < last_) madvise(reinterpret_cast<void*>(first_ * kBytes), size_t((last_ - first_) * kBytes), MADV_HUGEPAGE);
+    const size_t bytes = size_t((last_ - first_) * kBytes);
+    if (bytes) madvise(reinterpret_cast<void*>(first_ * kBytes), bytes, MADV_HUGEPAGE);
 #endif
   }
 
@@ -90,7 +91,7 @@ class Arena {
   void* data_ = nullptr;
 };
 
-// e^x for x <= 88, exactly 0 below -87; relative error 7e-8, for p = e^(z - lse) should lose no more than z itself does.
+// e^x for x <= 88, exactly 0 below -87, to 7e-8: p = e^(z - lse) should lose no more than z itself does. By
 // x = n ln 2 + r with ln 2 in two parts, then 1 + r + r^2 Q(r) with a minimax Q. A NaN gives any number.
 MGRPO_INLINE f32v exp_or_zero(f32v x) {
   const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -192,11 +193,10 @@ struct Problem {
         const int64_t row_blocks = least(2, blocks_of(rows - r, kTile));
         const int64_t end = least(sizes.hidden_tiles, from + sizes.depth);
         for (int64_t k = from; k < end; k += kBlockTiles) {
-          const int64_t num_tiles = least(kBlockTiles, end - k);
+          const int64_t num_tiles = least(kBlockTiles, end - k), column = k * kDepth<E>;
           for (int64_t i = 0; i < row_blocks; ++i)
-            pack_rows(weight(row + r + i * kTile) + k * kDepth<E>, head.weight_stride,
-                      least(kTile, rows - r - i * kTile), least(head.hidden_size - k * kDepth<E>, num_tiles * kDepth<E>),
-                      a + i * kStride);
+            pack_rows(weight(row + r + i * kTile) + column, head.weight_stride, least(kTile, rows - r - i * kTile),
+                      least(head.hidden_size - column, num_tiles * kDepth<E>), a + i * kStride);
           core.sweep({a, kStride, row_blocks, packed + first * b_stride + k * kTileSize<E>, b_stride, last - first,
                       num_tiles, c + r * kTile, rows_padded * kTile, k > 0});
         }
@@ -298,9 +298,8 @@ bool forward(const LinearTokenLogprobForward& args, Core<E> core) {
   const int64_t at_packed = layout.add(sizes.packed_bytes()), at_temperatures = layout.add(padded * kFloat);
   // Slices of the vocabulary follow from the problem and the budget alone; what they leave bounds the threads.
   const int64_t slice_bytes = kNumSums * padded * kFloat, allowed = bytes_allowed(head, layout.bytes);
-  const int64_t num_tiles = blocks_of(head.vocabulary, sizes.rows);
-  const int64_t slice_rows =
-      blocks_of(num_tiles, most(1, least(kMostSlices, (allowed - layout.bytes) / 4 / most(1, slice_bytes)))) * sizes.rows;
+  const int64_t most_slices = most(1, least(kMostSlices, (allowed - layout.bytes) / 4 / most(1, slice_bytes)));
+  const int64_t slice_rows = blocks_of(blocks_of(head.vocabulary, sizes.rows), most_slices) * sizes.rows;
   const int64_t num_slices = blocks_of(head.vocabulary, most(1, slice_rows));
   const int64_t at_partial = layout.add(num_slices * slice_bytes);
   const int64_t logits_bytes = sizes.logits_bytes(sizes.rows), scratch_bytes = sizes.rows_bytes() + logits_bytes;
@@ -615,7 +614,8 @@ struct Backward {
     TokenCoefficients* tokens = arena.at<TokenCoefficients>(at_tokens);
     for (int64_t p = 0; p < sizes.panels; ++p) gather(args, p * kTile, tokens + p);
     // Nothing writes the tokens past the last panel, which dweight adds up; nothing dhidden without a vocabulary.
-    if (sizes.panels * kTile < sizes.token_tiles * kDepth<E>) std::memset(static_cast<void*>(by_row), 0, size_t(by_row_bytes));
+    const bool tokens_padded = sizes.panels * kTile < sizes.token_tiles * kDepth<E>;
+    if (tokens_padded) std::memset(static_cast<void*>(by_row), 0, size_t(by_row_bytes));
     if (head.vocabulary == 0) std::memset(accumulator, 0, size_t(accumulator_bytes));
 
 #pragma omp parallel num_threads(num_threads)

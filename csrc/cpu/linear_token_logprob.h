@@ -24,8 +24,8 @@ struct LinearHead {
   const float* temperatures;  // [T] or null
   float temperature;          // where temperatures is null
   float softcap;              // 0 for none
-  // For all temporaries. A call takes up to a quarter more than its packed copies of `hidden` (one forward, two backward)
-  // and its sums of dhidden in fp32 where that is above the budget.
+  // For all temporaries. Where it is less, a call takes up to a quarter more than its packed copies of `hidden` (one
+  // forward, two backward) and its fp32 sums of dhidden.
   int64_t budget_bytes;
   int level;                  // of Selection
   int num_threads;
