@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: train test lint format bench bench-peers sanitize study clean
+.PHONY: train test lint format bench bench-peers fuzz sanitize study clean
 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
@@ -30,6 +30,13 @@ bench-peers: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-bench.txt
 	$(BIN)/python -m pytest bench --record $(ARGS)
 	$(BIN)/python -m bench.records
+
+# The property tests on new examples: as many rounds as ROUNDS says, on each instruction set in turn.
+ROUNDS ?= 6
+fuzz: $(VENV)/.built
+	for round in $$(seq $(ROUNDS)); do for isa in portable avx2 avx512; do \
+		MGRPO_CPU_ISA=$$isa HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m hypothesis $(ARGS) || exit 1; \
+	done; done
 
 # The kernels' tests on a library built with the address and undefined-behaviour sanitizers, in a copy of the package.
 SANITIZED := build/sanitized

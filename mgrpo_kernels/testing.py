@@ -28,6 +28,15 @@ def poison_masked(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor.masked_fill(~mask.reshape(*mask.shape, *[1] * (tensor.dim() - mask.dim())), torch.nan)
 
 
+def exponent_length(logits: Tensor, temperature: float) -> int:
+    """What the rounding of an exponent adds to the reduction length of e^(z/T): the square of its largest size.
+
+    An exponent is rounded by eps times its size, at most the spread of the logits [T, V] over the temperature.
+    """
+    lowest, highest = logits.nan_to_num(0, 0, 0).aminmax()
+    return int((float(highest - lowest) / temperature) ** 2)
+
+
 def assert_within_budget(
     actual: Tensor,
     oracle: Tensor,

@@ -260,7 +260,7 @@ CASES = st.fixed_dictionaries(
 MODES = st.sampled_from(["nearest", "compensated", "stochastic"])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(
     case=CASES, mode=MODES, momentum_dtypes=st.permutations(DTYPES), decay=st.sampled_from([0.0, 0.3, 0.5, 0.99, 1.0])
 )

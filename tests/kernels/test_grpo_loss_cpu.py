@@ -48,10 +48,18 @@ def run(op, arguments: dict, to: torch.dtype | None = None, upstream: float = 1.
     return {"loss": out.loss.detach(), **out.metrics, **named}
 
 
-def scalars(results: dict[str, Tensor]) -> Tensor:
-    """Loss and metrics as one vector, whose largest entry sets the rounding: terms of both signs cancel in some."""
-    dtype = results["loss"].dtype
-    return torch.stack([value.to(dtype) for name, value in results.items() if name[0] != "d"])
+def metrics(results: dict[str, Tensor]) -> Tensor:
+    """All metrics as one vector, whose largest entry sets the rounding: terms of both signs cancel in some."""
+    values = [value for name, value in results.items() if name[0] != "d" and name != "loss"]
+    return torch.stack(values).to(results["loss"].dtype)
+
+
+def size_before_cancelling(op, arguments: dict) -> float:
+    """What the loss's terms come to when they meet at random: gains and losses apart, neither of which cancels."""
+    advantage, tokens = arguments["advantage"], int(arguments["mask"].sum())
+    parts = (advantage.clamp_min(0), advantage.clamp_max(0))
+    losses = [run(op, arguments | {"advantage": part}, torch.float64)["loss"] for part in parts]
+    return float(torch.stack(losses).abs().max()) / max(tokens, 1) ** 0.5
 
 
 def assert_near_fp64(arguments: dict, dtype: torch.dtype, upstream: float = 1.0) -> None:
@@ -66,7 +74,13 @@ def assert_near_fp64(arguments: dict, dtype: torch.dtype, upstream: float = 1.0)
         assert actual[name].dtype == dtype
         values = (actual[name], oracle[name], rounded[name].to(dtype))
         assert_within_budget(*values, reduction_length=length, what=name)
-    assert_within_budget(*map(scalars, (actual, oracle, rounded)), reduction_length=length, what="loss and metrics")
+    assert_within_budget(*map(metrics, (actual, oracle, rounded)), reduction_length=length, what="metrics")
+    assert_within_budget(
+        *(results["loss"] for results in (actual, oracle, rounded)),
+        reduction_length=length,
+        largest_term=size_before_cancelling(reference, arguments),
+        what="loss",
+    )
 
 
 @settings(max_examples=150, deadline=None)

@@ -18,6 +18,7 @@ from mgrpo_kernels.testing import (
     assert_gradient_within_budget,
     assert_mutants_rejected,
     assert_within_budget,
+    exponent_length,
     peaked_logits,
     poison_masked,
 )
@@ -114,9 +115,8 @@ def assert_near_fp64(inputs: dict, **options) -> None:
         torch.stack([value.to(results["loss"].dtype) for name, value in results.items() if name != "dlogits"])
         for results in (actual, oracle, rounded)
     ]
-    # Beside the sums, a token's own terms are rounded a dozen times, and an exponent by eps times its size.
-    exponent = float(inputs["logits"].nan_to_num().abs().max()) / 0.7
-    length = tokens + vocabulary + 12 + int(exponent**2)
+    # Beside the sums, a token's own terms are rounded a dozen times, and both its ratio and a probability are e^x.
+    length = tokens + vocabulary + 12 + 2 * exponent_length(inputs["logits"], 0.7)
     # As one vector, whose largest entry sets the rounding: terms of both signs cancel in some.
     assert_within_budget(*scalars, reduction_length=length, what="loss and metrics")
     assert actual["dlogits"].dtype == inputs["logits"].dtype

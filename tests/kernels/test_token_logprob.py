@@ -18,6 +18,7 @@ from mgrpo_kernels.testing import (
     assert_gradient_within_budget,
     assert_mutants_rejected,
     assert_within_budget,
+    exponent_length,
     peaked_logits,
     poison_masked,
 )
@@ -236,6 +237,7 @@ def assert_near_the_definition(logits: Tensor, targets: Tensor, *, inplace: bool
         assert_within_budget(actual, oracle, rounded, what=name, **sizes)
     rounded = baseline[1].to(logits.dtype)
     sizes["largest_term"] = float(sum(each.abs() for each in upstream).max())
+    sizes["reduction_length"] += exponent_length(logits, 1.3)
     assert_gradient_within_budget(gradient, expected[1], rounded, targets, **sizes)
 
 
