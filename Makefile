@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: train test lint format bench bench-peers fuzz sanitize study clean
+.PHONY: train test lint format bench bench-peers fuzz emulate sanitize study clean
 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
@@ -50,6 +50,20 @@ sanitize: $(VENV)/.built
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 MGRPO_SANITIZED=1 \
 		PYTHONPATH=$(SANITIZED)/package $(BIN)/python -P -m pytest tests/kernels -m "not slow" -k "not instruction_set" $(ARGS)
+
+# The kernels' tests on the CUDA sources, their threads run one by one on the CPU: what they compute, without a GPU.
+EMULATED := build/emulated
+emulate: $(VENV)/.built
+	mkdir -p $(EMULATED)/package
+	cp -r mgrpo_kernels $(EMULATED)/package/ && rm -f $(EMULATED)/package/mgrpo_kernels/*.so
+	$(BIN)/cmake -S . -B $(EMULATED)/cmake -DMGRPO_EMULATE=ON \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(EMULATED)/package/mgrpo_kernels)
+	$(BIN)/cmake --build $(EMULATED)/cmake --parallel
+	PYTHONPATH=$(EMULATED)/package $(BIN)/python -P -m pytest $(EMULATED_TESTS) -p no:cacheprovider \
+		-k "not triton and not reference and not instruction_set and not thread_count and not 2_31" $(ARGS)
+EMULATED_TESTS := $(addprefix tests/kernels/test_, group_advantage.py trajectory_entropy.py iqr_filter.py \
+	majority_vote.py ema_update.py token_logprob.py grpo_loss.py grpo_loss_cpu.py logits_grpo_loss.py)
 
 study: $(VENV)/.built
 	$(BIN)/python -m bench.study $(ARGS)

@@ -1,31 +1,46 @@
-"""The compiled library and what turns a tensor into what it takes: an address, a code, a number of threads."""
+"""The compiled libraries and what turns a tensor into what they take: an address, a code, an executor."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_library: ModuleType | None
-try:
-    _library = import_module("mgrpo_kernels._C")
-    REASON = f"compiled, instruction set {_library.isa()}"
-except ModuleNotFoundError:
-    _library, REASON = None, "the compiled library is missing: install the package with a C++ compiler"
-except ImportError as error:
-    _library, REASON = None, f"the compiled library does not load: {error}"
 
-AVAILABLE = _library is not None
+class Native(NamedTuple):
+    """A library, and where its launchers run: a number of threads on a CPU, a stream on a GPU."""
+
+    library: ModuleType
+    executor: int
+
+
+def _load(name: str, needs: str) -> tuple[ModuleType | None, str]:
+    """A library of the package, or why there is none."""
+    try:
+        return import_module(f"mgrpo_kernels.{name}"), "compiled"
+    except ModuleNotFoundError:
+        return None, f"the compiled library is missing: install the package with {needs}"
+    except ImportError as error:
+        return None, f"the compiled library does not load: {error}"
+
+
+_LIBRARIES = {"cpu": _load("_C", "a C++ compiler"), "cuda": _load("_C_cuda", "nvcc")}
+_library = _LIBRARIES["cpu"][0]
+CPU = (True, f"compiled, instruction set {_library.isa()}") if _library else (False, _LIBRARIES["cpu"][1])
+CUDA = (_LIBRARIES["cuda"][0] is not None, _LIBRARIES["cuda"][1])
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPES = tuple(_CODES)
 
 
-def library() -> ModuleType:
-    """The compiled library; `resolve` has refused the backend where there is none."""
-    assert _library is not None
-    return _library
+def native(like: Tensor) -> Native:
+    """The library for a tensor's device; `resolve` has refused the backend where there is none."""
+    device = like.device.type
+    library = _LIBRARIES[device][0]
+    assert library is not None
+    return Native(library, torch.get_num_threads() if device == "cpu" else torch.cuda.current_stream().cuda_stream)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -25,32 +27,71 @@ class _Support(NamedTuple):
     dtypes: tuple[torch.dtype, ...] | None
 
 
-_KNOWN = {
-    "reference": Availability(True, "plain PyTorch, runs on every device"),
-    "cpu": Availability(_native.AVAILABLE, _native.REASON),
+_SUPPORT = {
+    "reference": _Support(None, None),
+    "cpu": _Support(("cpu", "meta"), _native.DTYPES),
+    "triton": _Support(("cuda", "meta"), _native.DTYPES),
+    "cuda": _Support(("cuda", "meta"), _native.DTYPES),
 }
-_SUPPORT = {"reference": _Support(None, None), "cpu": _Support(("cpu", "meta"), _native.DTYPES)}
+# Backends that run an operation by its schema in ops.py.
+COMPILED = ("cpu", "cuda")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 _ANY_DEVICE = ("reference",)
 _logger = logging.getLogger("mgrpo_kernels")
 _announced: set[tuple[str, str, str]] = set()
 
 
+# Whether they are here; a GPU backend also needs a GPU, whose driver the import of the package must not touch.
+_KNOWN = {
+    "reference": Availability(True, "plain PyTorch, runs on every device"),
+    "cpu": Availability(*_native.CPU),
+    "triton": Availability(find_spec("triton") is not None, "the package triton is not installed"),
+    "cuda": Availability(*_native.CUDA),
+}
+_GPU_ONLY = ("triton", "cuda")
+
+
+def _state(name: str) -> Availability:
+    """Whether a backend can run here, and why."""
+    state = _KNOWN[name]
+    if not state.available or name not in _GPU_ONLY:
+        return state
+    if name == "triton" and interprets():
+        return Availability(True, "TRITON_INTERPRET=1: slow, for tests on a CPU")
+    if not torch.cuda.is_available():
+        return Availability(False, "no CUDA device is available")
+    return Availability(True, "compiled")
+
+
+def interprets() -> bool:
+    """Whether Triton's kernels run in its interpreter, on tensors of a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def backends() -> dict[str, Availability]:
     """Every backend of this build, with its availability and the reason for it."""
-    return dict(_KNOWN)
+    return {name: _state(name) for name in _KNOWN}
 
 
-def resolve(op: str, device: torch.device, backend: str, dtypes: tuple[torch.dtype, ...] = ()) -> str:
-    """Name of the backend that runs `op` on `device` for inputs of `dtypes`; MGRPO_BACKEND replaces "auto"."""
+def resolve(
+    op: str,
+    device: torch.device,
+    backend: str,
+    dtypes: tuple[torch.dtype, ...] = (),
+    among: Iterable[str] = tuple(_SUPPORT),
+) -> str:
+    """Name of the backend, one `among` those that have `op`, that runs it on `device` for inputs of `dtypes`.
+
+    MGRPO_BACKEND replaces "auto".
+    """
     source = "backend"
     if backend == "auto":
         source, backend = "MGRPO_BACKEND", os.environ.get("MGRPO_BACKEND", "auto")
     if backend == "auto":
         order = _ORDER.get(device.type, _ANY_DEVICE)
-        backend = next(name for name in order if _KNOWN[name].available and _takes(name, dtypes))
+        backend = next(name for name in order if name in among and _state(name).available and _takes(name, dtypes))
     else:
-        _check_choice(op, device, source, backend, dtypes)
+        _check_choice(op, device, source, backend, dtypes, tuple(among))
     _announce(op, device.type, backend)
     return backend
 
@@ -61,13 +102,14 @@ def _takes(name: str, dtypes: tuple[torch.dtype, ...]) -> bool:
     return supported is None or all(dtype in supported for dtype in dtypes)
 
 
-def _check_choice(op: str, device: torch.device, source: str, backend: str, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_choice(
+    op: str, device: torch.device, source: str, backend: str, dtypes: tuple[torch.dtype, ...], among: tuple[str, ...]
+) -> None:
     """Refuse a named backend that cannot run this call."""
-    found = _KNOWN.get(backend)
-    if found is None or not found.available:
-        raise ValueError(_refusal(op, source, backend))
+    if backend not in _KNOWN or backend not in among or not _state(backend).available:
+        raise ValueError(_refusal(op, source, backend, among))
     devices = _SUPPORT[backend].devices
-    if devices is not None and device.type not in devices:
+    if devices is not None and device.type not in devices and not (backend == "triton" and interprets()):
         expected = f"a backend for {device.type} tensors"
         raise ValueError(f'{op}: {source} must be {expected}, got {backend!r}. Move the tensors or pass "auto".')
     if not _takes(backend, dtypes):
@@ -76,12 +118,15 @@ def _check_choice(op: str, device: torch.device, source: str, backend: str, dtyp
         raise ValueError(f'{op}: {source} must be {expected}, got {backend!r}. Convert the tensors or pass "auto".')
 
 
-def _refusal(op: str, source: str, backend: str) -> str:
+def _refusal(op: str, source: str, backend: str, among: tuple[str, ...]) -> str:
     """The error that lists what is available and why the rest is not."""
-    names = [name for name, state in _KNOWN.items() if state.available]
-    reasons = [f"{name} is unavailable: {state.reason}" for name, state in _KNOWN.items() if not state.available]
-    if backend not in _KNOWN:
+    states = backends()
+    names = [name for name, state in states.items() if state.available and name in among]
+    reasons = [f"{name} is unavailable: {state.reason}" for name, state in states.items() if not state.available]
+    if backend not in states:
         reasons.append(f"{backend!r} is not a backend of this build")
+    elif states[backend].available:
+        reasons.append(f"{backend} has no kernel for this operation")
     return f"{op}: {source} must be one of {['auto', *names]}, got {backend!r}. {'; '.join(reasons)}."
 
 
@@ -90,4 +135,4 @@ def _announce(op: str, device: str, backend: str) -> None:
     if torch.compiler.is_compiling() or (op, device, backend) in _announced:
         return
     _announced.add((op, device, backend))
-    _logger.info("%s on %s: backend %s (%s)", op, device, backend, _KNOWN[backend].reason)
+    _logger.info("%s on %s: backend %s (%s)", op, device, backend, _state(backend).reason)

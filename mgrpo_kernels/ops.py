@@ -16,7 +16,7 @@ from torch import Tensor
 
 _NAMESPACE = "mgrpo_kernels"
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
-_MODULES = {"cpu": "native"}
+_MODULES = {"cpu": "native", "cuda": "native", "triton": "triton"}
 
 
 @cache
@@ -31,7 +31,12 @@ def _define(folder: str, schema: str) -> Callable[[Callable[..., Any]], None]:
 
     def run(*args: Any) -> Any:
         *inputs, backend = args
-        return _launcher(folder, name, backend)(*inputs)
+        first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+        launch = _launcher(folder, name, backend)
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return launch(*inputs)
+        with torch.cuda.device(first.device):
+            return launch(*inputs)
 
     def register(fake: Callable[..., Any]) -> None:
         _LIBRARY.define(schema)

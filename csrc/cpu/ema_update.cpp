@@ -6,6 +6,8 @@
 // included, so nothing depends on how threads share the list.
 #include "ema_update.h"
 
+#include <math.h>
+
 #include "simd.h"
 
 #if !defined(__AVX2__) && defined(__SSE2__)
@@ -33,6 +35,13 @@ struct Blend {
   bool from_old;  // whether the mix starts from the momentum or from the policy, as in torch.lerp
   float coefficient;
 };
+
+double weight_of(const EmaUpdate& args) {
+  if (!args.decay) return args.weight;
+  return *args.decay >= 0 && *args.decay <= 1 ? 1 - *args.decay : static_cast<double>(NAN);
+}
+
+uint32_t step_of(const EmaUpdate& args) { return args.step_at ? static_cast<uint32_t>(*args.step_at) : args.step; }
 
 Blend blend_of(double weight) {
   const float share = static_cast<float>(weight);
@@ -172,7 +181,7 @@ void update_span(const EmaUpdate& args, const Blend& shared, int64_t index, int6
   // Copies, for the stores below might alias what is behind a reference.
   const EmaTensor tensor = args.tensors[index];
   const Blend blend = shared;
-  const Random random(args.seed, args.step, static_cast<uint32_t>(index));
+  const Random random(args.seed, step_of(args), static_cast<uint32_t>(index));
   u16v bits[2] = {};
   int64_t i = begin;
   for (; i + kPair <= end; i += kPair) {
@@ -227,9 +236,9 @@ int64_t tensor_at(const EmaUpdate& args, int64_t group) {
 }  // namespace
 
 void ema_update(const EmaUpdate& args) {
-  const Blend blend = blend_of(args.weight);
+  const Blend blend = blend_of(weight_of(args));
   const int64_t num_spans = (args.num_groups + kSpanGroups - 1) / kSpanGroups;
-  const int num_threads = static_cast<int>(num_spans < args.num_threads ? num_spans : args.num_threads);
+  const int num_threads = static_cast<int>(num_spans < args.executor ? num_spans : args.executor);
   if (num_spans == 0) return;
 #pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t span = 0; span < num_spans; ++span) {

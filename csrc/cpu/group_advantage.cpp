@@ -83,7 +83,7 @@ void one_group(const GroupAdvantage& args, int64_t prompt, float* scratch) {
 }  // namespace
 
 void launch_group_advantage(const GroupAdvantage& args) {
-#pragma omp parallel num_threads(args.num_threads) if (args.num_prompts * args.group >= kLeastParallelReads)
+#pragma omp parallel num_threads(args.executor) if (args.num_prompts * args.group >= kLeastParallelReads)
   {
     std::vector<float> scratch(args.keep ? args.group : 0);
 #pragma omp for schedule(static)

@@ -9,8 +9,8 @@ namespace mgrpo {
 namespace MGRPO_ISA {
 
 void grpo_loss_fwd(const GrpoLossForward& args) {
-  const LossContext context = loss_context(args.tokens, args.options, args.scratch, args.num_threads);
-  loss_of_tokens(context, args.scratch, args.outputs, args.num_threads);
+  const LossContext context = loss_context(args.tokens, args.options, args.scratch, args.executor);
+  loss_of_tokens(context, args.scratch, args.outputs, args.executor);
 }
 
 }  // namespace MGRPO_ISA

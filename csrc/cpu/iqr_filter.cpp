@@ -66,7 +66,7 @@ void one_scope(const IqrFilter& args, int64_t scope, float* scratch) {
 }  // namespace
 
 void launch_iqr_filter(const IqrFilter& args) {
-#pragma omp parallel num_threads(args.num_threads) \
+#pragma omp parallel num_threads(args.executor) \
     if (args.num_scopes > 1 && args.num_scopes * args.scope_size >= kLeastParallelWork)
   {
     std::vector<float> scratch(args.scope_size);

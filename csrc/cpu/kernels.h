@@ -1,7 +1,6 @@
 // What bindings.cpp may call: one table of launchers per instruction set, chosen at run time.
 //
-// Letters: T token rows, V vocabulary, D hidden, N sequences, B prompts, G rollouts a prompt. Pointers are to host
-// memory that the caller owns and has checked; a null pointer stands for an absent argument.
+// Letters and pointers: see dtype.h.
 #pragma once
 
 #include "ema_update.h"

@@ -16,10 +16,10 @@ template <typename T>
 void forward(const LogitsGrpoLossForward& args) {
   const LogitRows& rows = args.rows;
   const int64_t vocabulary = rows.vocabulary;
-  const LossContext context = loss_context(args.tokens, args.options, args.scratch, args.num_threads);
+  const LossContext context = loss_context(args.tokens, args.options, args.scratch, args.executor);
   const LossOutputs gradients = {nullptr, nullptr, args.outputs.dlogprob, args.outputs.dentropy};
   const int grab = static_cast<int>(vocabulary < kGrabElements ? kGrabElements / vocabulary : 1);
-#pragma omp parallel for schedule(dynamic, grab) num_threads(args.num_threads)
+#pragma omp parallel for schedule(dynamic, grab) num_threads(args.executor)
   for (int64_t t = 0; t < rows.num_rows; ++t) {
     const T* row = static_cast<const T*>(rows.logits) + t * rows.stride;
     T* out = args.dlogits ? static_cast<T*>(args.dlogits) + t * vocabulary : nullptr;
@@ -56,7 +56,7 @@ void forward(const LogitsGrpoLossForward& args) {
       row_gradient<T, false>(row, out, vocabulary, target, temperature, 0.0f, lse, logprob, grad);
   }
   const LossOutputs sums = {args.outputs.loss, args.outputs.metrics, nullptr, nullptr};
-  loss_of_tokens(context, args.scratch, sums, args.num_threads);
+  loss_of_tokens(context, args.scratch, sums, args.executor);
 }
 
 }  // namespace

@@ -256,7 +256,8 @@ double sum_log_ratios(const LossTokens& tokens, int64_t first, int64_t last) {
 // Counts and, for the ratio of the sequence, means.
 LossContext loss_context(const LossTokens& tokens, const LossOptions& options, const LossScratch& scratch,
                          int num_threads) {
-  LossContext context = {tokens, options, nullptr, nullptr, 0, static_cast<double>(options.denominator)};
+  const float denominator = options.normalizer ? *options.normalizer : options.denominator;
+  LossContext context = {tokens, options, nullptr, nullptr, 0, static_cast<double>(denominator)};
   const bool parallel = tokens.num_tokens >= kLeastParallelTokens;
   float* const weights = scratch.sequences;
   float* const means = scratch.sequences + tokens.num_sequences;
@@ -273,7 +274,7 @@ LossContext loss_context(const LossTokens& tokens, const LossOptions& options, c
     context.mean_log_ratios = options.sequence_ratio ? means : nullptr;
   }
   context.num_active = count_active(tokens.mask, 0, tokens.num_tokens);
-  if (options.count_tokens)
+  if (options.count_tokens && !options.normalizer)
     context.denominator = context.num_active > 0 ? static_cast<double>(context.num_active) : 1.0;
   return context;
 }

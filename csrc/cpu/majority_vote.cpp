@@ -130,7 +130,7 @@ void launch_majority_vote(const MajorityVote& args) {
   args.lowest[1] = args.wide_weights ? least<int64_t, uint64_t>(args.weights, num_weights, 0)
                                      : least<int32_t, uint32_t>(args.weights, num_weights, 0);
   const auto vote_small = selection().kernels->majority_vote_small;
-#pragma omp parallel num_threads(args.num_threads) if (count >= kLeastParallelWork)
+#pragma omp parallel num_threads(args.executor) if (count >= kLeastParallelWork)
   {
     Ballot ballot(args.group);
 #pragma omp for schedule(static)

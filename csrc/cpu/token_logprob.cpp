@@ -26,7 +26,7 @@ MGRPO_INLINE bool is_valid(const LogitRows& rows, int64_t t, float temperature) 
 template <typename T, bool kCapped, bool kCertainty>
 void forward(const TokenLogprobForward& args) {
   const LogitRows& rows = args.rows;
-#pragma omp parallel for schedule(static) num_threads(args.num_threads)
+#pragma omp parallel for schedule(static) num_threads(args.executor)
   for (int64_t t = 0; t < rows.num_rows; ++t) {
     const float temperature = temperature_of(rows, t);
     float logprob = 0, entropy = 0, lse = 0, certainty = 0, num_finite = 0;
@@ -71,7 +71,7 @@ RowGrad row_grad(const TokenLogprobBackward& args, int64_t t) {
 template <typename T, bool kCapped>
 void backward(const TokenLogprobBackward& args) {
   const LogitRows& rows = args.rows;
-#pragma omp parallel for schedule(static) num_threads(args.num_threads)
+#pragma omp parallel for schedule(static) num_threads(args.executor)
   for (int64_t t = 0; t < rows.num_rows; ++t) {
     T* out = static_cast<T*>(args.dlogits) + t * args.dlogits_stride;
     if (!is_active(rows, t)) {

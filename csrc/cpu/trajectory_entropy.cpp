@@ -114,7 +114,7 @@ int64_t divisor(const Trajectories& args, const Sequence& part) {
 
 template <typename T>
 void forward(const Trajectories& args, const T* tokens, float* entropy) {
-#pragma omp parallel for schedule(static) num_threads(args.num_threads) \
+#pragma omp parallel for schedule(static) num_threads(args.executor) \
     if (total_tokens(args) >= kLeastParallelReads)
   for (int64_t n = 0; n < args.num_sequences; ++n) {
     const Sequence part = sequence(args, n);
@@ -154,7 +154,7 @@ void fill_kept(T* out, const bool* mask, int64_t size, T each) {
 template <typename T>
 void backward(const Trajectories& args, const float* dentropy, T* dtokens) {
   if (!covers(args)) std::memset(dtokens, 0, sizeof(T) * args.num_tokens);
-#pragma omp parallel for schedule(static) num_threads(args.num_threads) \
+#pragma omp parallel for schedule(static) num_threads(args.executor) \
     if (total_tokens(args) >= kLeastParallelReads)
   for (int64_t n = 0; n < args.num_sequences; ++n) {
     const Sequence part = sequence(args, n);

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._checks import FLOATS, INTEGERS, check_choice, check_number, check_tensor, checks_values, invalid
-from mgrpo_kernels.backends import resolve
+from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.ema_update import reference
 
 _WHERE = "ema_update_"
@@ -51,7 +51,9 @@ def _compiled(
     )
 
 
-_IMPLEMENTATIONS: dict[str, Any] = {"reference": reference.ema_update_, "cpu": partial(_compiled, backend="cpu")}
+_IMPLEMENTATIONS: dict[str, Any] = {"reference": reference.ema_update_} | {
+    name: partial(_compiled, backend=name) for name in (*COMPILED, "triton")
+}
 
 
 @torch.no_grad()
@@ -109,7 +111,7 @@ def ema_update_(
         raise invalid(_WHERE, "step", ">= 0", step, "Count optimiser steps from 0.")
     device = momentum[0].device if momentum else torch.device("cpu")
     dtypes = {tensor.dtype for tensor in [*momentum, *policy, *_present(publish)]}
-    _IMPLEMENTATIONS[resolve(_WHERE, device, backend, tuple(dtypes))](
+    _IMPLEMENTATIONS[resolve(_WHERE, device, backend, tuple(dtypes), _IMPLEMENTATIONS)](
         momentum,
         policy,
         decay,

@@ -1,4 +1,4 @@
-"""Launch of the compiled CPU kernel: columns of addresses, sizes and dtype codes, one entry a tensor."""
+"""Launch of the compiled kernel: columns of addresses, sizes and dtype codes, one entry a tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import DTYPES, code, library
+from mgrpo_kernels._native import DTYPES, address, code, native
 
 _CODES = {dtype: code(dtype) for dtype in DTYPES}
 
@@ -42,10 +42,15 @@ def ema_update_(
     step_tensor: Tensor | None,
 ) -> None:
     """See ops.py."""
-    kept = decay if decay_tensor is None else float(decay_tensor)
-    draw = step if step_tensor is None else int(step_tensor)
+    # The share of the policy, taken in fp64; an invalid one makes the momentum NaN.
+    weight = 1.0 - decay if 0.0 <= decay <= 1.0 else math.nan
+    if decay_tensor is not None:
+        decay_tensor = decay_tensor.to(torch.float64)
+    if step_tensor is not None:
+        step_tensor = step_tensor.to(torch.int64)
     num = len(momentum)
-    library().ema_update(
+    library, executor = native(momentum[0])
+    library.ema_update(
         list(map(Tensor.data_ptr, momentum)),
         list(map(Tensor.data_ptr, policy)),
         _spread(list(map(Tensor.data_ptr, compensation)), compensated, num),
@@ -54,10 +59,12 @@ def ema_update_(
         _codes(momentum),
         _codes(policy),
         _spread(_codes(publish), published, num),
-        1.0 - kept if 0.0 <= kept <= 1.0 else math.nan,
+        weight,
+        address(decay_tensor),
         stochastic,
         seed & (2**64 - 1),
-        draw & (2**32 - 1),
-        torch.get_num_threads(),
+        step & (2**32 - 1),
+        address(step_tensor),
+        executor,
     )
     torch.autograd.graph.increment_version([*momentum, *compensation, *publish])

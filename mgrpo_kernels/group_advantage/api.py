@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._checks import FLOATS, check_choice, check_tensor, invalid
-from mgrpo_kernels.backends import resolve
+from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.group_advantage import reference
 
 
@@ -18,7 +18,9 @@ def _compiled(rewards: Tensor, *, keep: Tensor | None, mode: str, backend: str) 
     return torch.ops.mgrpo_kernels.group_advantage(rewards, keep, mode, backend)
 
 
-_IMPLEMENTATIONS = {"reference": reference.group_advantage, "cpu": partial(_compiled, backend="cpu")}
+_IMPLEMENTATIONS = {"reference": reference.group_advantage} | {
+    name: partial(_compiled, backend=name) for name in (*COMPILED, "triton")
+}
 
 
 def group_advantage(rewards: Tensor, *, keep: Tensor | None = None, mode: str = "std", backend: str = "auto") -> Tensor:
@@ -52,5 +54,5 @@ def group_advantage(rewards: Tensor, *, keep: Tensor | None = None, mode: str = 
     if keep is not None:
         check_tensor(where, "keep", keep, "[B, G]", tuple(rewards.shape), (torch.bool,), rewards.device)
     check_choice(where, "mode", mode, ("std", "mean", "leave_one_out", "sign"))
-    implementation = _IMPLEMENTATIONS[resolve(where, rewards.device, backend, (rewards.dtype,))]
+    implementation = _IMPLEMENTATIONS[resolve(where, rewards.device, backend, (rewards.dtype,), _IMPLEMENTATIONS)]
     return implementation(rewards.detach(), keep=keep, mode=mode)

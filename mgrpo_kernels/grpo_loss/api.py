@@ -22,15 +22,17 @@ from mgrpo_kernels._checks import (
     invalid,
 )
 from mgrpo_kernels._shards import find_shard
-from mgrpo_kernels.backends import resolve
+from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.grpo_loss import autograd, reference
 from mgrpo_kernels.grpo_loss.reference import LossOptions
 from mgrpo_kernels.results import GrpoLoss
 
-_GRPO_LOSS = {"reference": reference.grpo_loss, "cpu": partial(autograd.grpo_loss, backend="cpu")}
-_LOGITS_GRPO_LOSS = {
-    "reference": reference.logits_grpo_loss,
-    "cpu": partial(autograd.logits_grpo_loss, backend="cpu"),
+_BACKENDS = (*COMPILED, "triton")
+_GRPO_LOSS = {"reference": reference.grpo_loss} | {
+    name: partial(autograd.grpo_loss, backend=name) for name in _BACKENDS
+}
+_LOGITS_GRPO_LOSS = {"reference": reference.logits_grpo_loss} | {
+    name: partial(autograd.logits_grpo_loss, backend=name) for name in _BACKENDS
 }
 _LINEAR_GRPO_LOSS = {
     "reference": reference.linear_grpo_loss,
@@ -122,7 +124,7 @@ def grpo_loss(
     _check_options(where, options, logprob.device, ref_logprob)
     if entropy_coef != 0 and entropy is None:
         raise invalid(where, "entropy", "given where entropy_coef is not 0", None, "Pass it or set entropy_coef=0.")
-    return _GRPO_LOSS[resolve(where, logprob.device, backend, (logprob.dtype,))](
+    return _GRPO_LOSS[resolve(where, logprob.device, backend, (logprob.dtype,), _GRPO_LOSS)](
         logprob, advantage, mask, entropy=entropy, cu_seqlens=cu_seqlens, options=options, **tokens
     )
 
@@ -190,7 +192,7 @@ def logits_grpo_loss(
     _check_tokens(where, (num_rows,), logits.device, advantage, mask, boundaries, tokens)
     check_token_rows(where, targets, temperature, mask, None, num_rows, vocabulary, logits.device)
     _check_options(where, options, logits.device, ref_logprob)
-    return _LOGITS_GRPO_LOSS[resolve(where, logits.device, backend, (logits.dtype,))](
+    return _LOGITS_GRPO_LOSS[resolve(where, logits.device, backend, (logits.dtype,), _LOGITS_GRPO_LOSS)](
         logits, targets, advantage, mask, temperature=temperature, cu_seqlens=boundaries, options=options, **tokens
     )
 
@@ -260,7 +262,7 @@ def linear_grpo_loss(
     _check_tokens(where, (hidden.shape[0],), hidden.device, advantage, mask, boundaries, tokens)
     check_token_rows(where, targets, temperature, mask, None, hidden.shape[0], shard.vocabulary, hidden.device)
     _check_options(where, options, hidden.device, ref_logprob)
-    return _LINEAR_GRPO_LOSS[resolve(where, hidden.device, backend, (hidden.dtype,))](
+    return _LINEAR_GRPO_LOSS[resolve(where, hidden.device, backend, (hidden.dtype,), _LINEAR_GRPO_LOSS)](
         hidden,
         weight,
         targets,

@@ -1,4 +1,4 @@
-"""Launches of the compiled CPU kernels: tensors to addresses."""
+"""Launches of the compiled kernels: tensors to addresses."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels._checks import IGNORED_TARGET
-from mgrpo_kernels._native import address, as_fp32, contiguous, library
+from mgrpo_kernels._native import address, as_fp32, contiguous, native
 from mgrpo_kernels.ops import NUM_METRICS
 from mgrpo_kernels.token_logprob.native import Rows
 
+# Tokens whose sums the library keeps together: kLossChunk there.
+_CHUNK = 1024
 _KL_CODES = {"k1": 0, "k2": 1, "k3": 2}
 
 
 class _Loss:
-    """LossTokens and LossOptions of the library, and the tensors that must outlive them."""
+    """LossTokens, LossOptions and LossScratch of the library, and the tensors that must outlive them."""
 
     def __init__(
         self,
@@ -35,17 +37,21 @@ class _Loss:
         by_sequence = advantage.dim() != mask.dim() or (cu_seqlens is not None and advantage.shape[0] == num_sequences)
         floats = (logprob, entropy, old_logprob, ref_logprob, rollout_logprob, advantage)
         boundaries = None if cu_seqlens is None else contiguous(cu_seqlens.to(torch.int64))
-        self._kept = [*map(as_fp32, floats), mask.contiguous(), boundaries]
+        num_tokens = mask.numel()
+        sums = mask.new_empty(-(-num_tokens // _CHUNK) * (1 + NUM_METRICS), dtype=torch.float64)
+        sequences = mask.new_empty(2 * num_sequences, dtype=torch.float32)
+        self._kept = [*map(as_fp32, floats), mask.contiguous(), boundaries, as_fp32(normalizer), sums, sequences]
         addresses = [address(tensor) for tensor in self._kept]
-        self.tokens: Any = library().LossTokens(
-            *addresses[:6], not by_sequence, *addresses[6:], mask.numel(), num_sequences
+        self.library, self.executor = native(mask)
+        self.tokens: Any = self.library.LossTokens(
+            *addresses[:6], not by_sequence, *addresses[6:8], num_tokens, num_sequences
         )
-        self.options: Any = _options(num_sequences, normalizer, *options)
+        self.options: Any = self.library.LossOptions(*_options(num_sequences, *options), addresses[8])
+        self.scratch: Any = self.library.LossScratch(*addresses[9:])
 
 
 def _options(
     num_sequences: int,
-    normalizer: Tensor | None,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
@@ -57,15 +63,13 @@ def _options(
     reduce: str,
     max_length: float | None,
     denominator: float | None,
-) -> Any:
-    """LossOptions of the library; a normalizer in either form replaces the denominator that `reduce` names."""
+) -> tuple[Any, ...]:
+    """LossOptions of the library; a denominator that is given replaces the one that `reduce` names."""
     count_tokens = False
-    if normalizer is not None:
-        denominator = normalizer.to(torch.float32).item()
-    elif denominator is None:
+    if denominator is None:
         count_tokens = reduce == "token_mean"
         denominator = max(num_sequences, 1) * ((max_length or 1) if reduce == "constant" else 1)
-    return library().LossOptions(
+    return (
         1 - clip_low,
         1 + clip_high,
         dual_clip or 0.0,
@@ -80,9 +84,9 @@ def _options(
     )
 
 
-def _scalars() -> tuple[Tensor, Tensor]:
+def _scalars(like: Tensor) -> tuple[Tensor, Tensor]:
     """Room for the loss and the metrics."""
-    return torch.empty((), dtype=torch.float32), torch.empty(NUM_METRICS, dtype=torch.float32)
+    return like.new_empty((), dtype=torch.float32), like.new_empty(NUM_METRICS, dtype=torch.float32)
 
 
 def grpo_loss_fwd(logprob: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -90,11 +94,11 @@ def grpo_loss_fwd(logprob: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, needs_dlogprob, needs_dentropy = args
     loss = _Loss(logprob, *inputs)
     needed = (needs_dlogprob, needs_dentropy)
-    gradients = [torch.empty(logprob.shape if need else (0,), dtype=torch.float32) for need in needed]
-    outputs = (*_scalars(), *gradients)
+    gradients = [logprob.new_empty(logprob.shape if need else (0,), dtype=torch.float32) for need in needed]
+    outputs = (*_scalars(logprob), *gradients)
     addresses = [address(output) for output in outputs[:2]]
     addresses += [address(gradient) if need else 0 for gradient, need in zip(gradients, needed, strict=True)]
-    library().grpo_loss_fwd(loss.tokens, loss.options, *addresses, torch.get_num_threads())
+    loss.library.grpo_loss_fwd(loss.tokens, loss.options, loss.scratch, *addresses, loss.executor)
     return outputs
 
 
@@ -111,12 +115,12 @@ def logits_grpo_loss_fwd(
     *inputs, needs_row_grads, needs_dlogits = args
     num_rows, vocabulary = logits.shape
     sizes = (num_rows,) * 3 + (num_rows if needs_row_grads else 0,) * 2
-    logprob, entropy, lse, dlogprob, dentropy = (torch.empty(size, dtype=torch.float32) for size in sizes)
-    dlogits = torch.empty((num_rows if needs_dlogits else 0, vocabulary), dtype=logits.dtype)
+    logprob, entropy, lse, dlogprob, dentropy = (logits.new_empty(size, dtype=torch.float32) for size in sizes)
+    dlogits = logits.new_empty((num_rows if needs_dlogits else 0, vocabulary))
     rows = Rows(logits, targets, None, temperature, temperatures, 0.0)
     loss = _Loss(logprob, entropy, advantage, mask & (targets != IGNORED_TARGET), *inputs)
-    outputs = (*_scalars(), logprob, entropy, lse, dlogprob, dentropy, dlogits)
+    outputs = (*_scalars(logits), logprob, entropy, lse, dlogprob, dentropy, dlogits)
     wanted = [True] * 5 + [needs_row_grads] * 2 + [needs_dlogits]
     addresses = [address(output) if want else 0 for output, want in zip(outputs, wanted, strict=True)]
-    library().logits_grpo_loss_fwd(rows.pointers, loss.tokens, loss.options, *addresses, torch.get_num_threads())
+    loss.library.logits_grpo_loss_fwd(rows.pointers, loss.tokens, loss.options, loss.scratch, *addresses, loss.executor)
     return outputs

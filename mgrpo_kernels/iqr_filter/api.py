@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._checks import check_choice, check_number, check_tensor, checks_values, invalid
-from mgrpo_kernels.backends import resolve
+from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.iqr_filter import reference
 from mgrpo_kernels.results import IqrFilter
 
@@ -22,7 +22,9 @@ def _compiled(
     return IqrFilter(*torch.ops.mgrpo_kernels.iqr_filter(entropy, k, scope, keep, two_sided, backend))
 
 
-_IMPLEMENTATIONS = {"reference": reference.iqr_filter, "cpu": partial(_compiled, backend="cpu")}
+_IMPLEMENTATIONS = {"reference": reference.iqr_filter} | {
+    name: partial(_compiled, backend=name) for name in (*COMPILED, "triton")
+}
 
 
 def iqr_filter(
@@ -67,7 +69,7 @@ def iqr_filter(
     check_number(where, "k", k, 0.0)
     check_choice(where, "scope", scope, ("batch", "prompt"))
     entropy = entropy.detach()
-    implementation = _IMPLEMENTATIONS[resolve(where, entropy.device, backend, (entropy.dtype,))]
+    implementation = _IMPLEMENTATIONS[resolve(where, entropy.device, backend, (entropy.dtype,), _IMPLEMENTATIONS)]
     result = implementation(entropy, k=k, scope=scope, keep=keep, two_sided=two_sided)
     # A non-finite entropy makes its quartiles NaN, and so their sum; without one, there is nothing to look for.
     if checks_values(entropy.device) and math.isnan(result.q1.sum()):

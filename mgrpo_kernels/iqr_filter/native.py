@@ -1,11 +1,11 @@
-"""Launch of the compiled CPU kernel: tensors to addresses."""
+"""Launch of the compiled kernel: tensors to addresses."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import address, contiguous, library
+from mgrpo_kernels._native import address, contiguous, native
 
 
 def iqr_filter(
@@ -15,9 +15,10 @@ def iqr_filter(
     entropy, keep = entropy.contiguous(), contiguous(keep)
     whole = scope == "batch"
     sizes = (1, entropy.numel()) if whole else entropy.shape
-    kept = torch.empty(entropy.shape, dtype=torch.bool)
-    q1, q3 = (torch.empty(() if whole else sizes[0], dtype=torch.float32) for _ in range(2))
-    library().iqr_filter(
+    kept = entropy.new_empty(entropy.shape, dtype=torch.bool)
+    q1, q3 = (entropy.new_empty(() if whole else sizes[0]) for _ in range(2))
+    library, executor = native(entropy)
+    library.iqr_filter(
         address(entropy),
         address(keep),
         *sizes,
@@ -26,6 +27,6 @@ def iqr_filter(
         address(kept),
         address(q1),
         address(q3),
-        torch.get_num_threads(),
+        executor,
     )
     return kept, q1, q3

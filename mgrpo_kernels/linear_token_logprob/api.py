@@ -72,7 +72,7 @@ def linear_token_logprob(
     check_head(where, hidden, weight, bias, budget_bytes)
     shard = find_shard(weight.shape[0], group, hidden.device)
     check_token_rows(where, targets, temperature, mask, softcap, hidden.shape[0], shard.vocabulary, hidden.device)
-    return _IMPLEMENTATIONS[resolve(where, hidden.device, backend, (hidden.dtype,))](
+    return _IMPLEMENTATIONS[resolve(where, hidden.device, backend, (hidden.dtype,), _IMPLEMENTATIONS)](
         hidden,
         weight,
         targets,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import address, as_fp32, code, library
+from mgrpo_kernels._native import address, as_fp32, code, native
 from mgrpo_kernels._rows import RowGrads
 from mgrpo_kernels.linear_token_logprob.tiles import gradients_by_tiles, tile_columns
 
@@ -32,7 +32,8 @@ class Head:
             hidden = hidden.contiguous()
         self._kept = (hidden, weight, as_fp32(bias), targets.contiguous(), as_fp32(temperatures))
         hidden_at, weight_at, bias_at, targets_at, temperatures_at = (address(tensor) for tensor in self._kept)
-        self.pointers: Any = library().LinearHead(
+        self.library, executor = native(hidden)
+        self.pointers: Any = self.library.LinearHead(
             hidden_at,
             weight_at,
             bias_at,
@@ -47,7 +48,7 @@ class Head:
             temperature,
             softcap,
             _BUDGET_BYTES if budget_bytes is None else budget_bytes,
-            torch.get_num_threads(),
+            executor,
         )
 
 
@@ -57,14 +58,14 @@ def linear_token_logprob_fwd(*args: Any) -> tuple[Tensor, ...]:
     outputs = tuple(torch.zeros(args[0].shape[0]) for _ in range(6))
     top, exp, exp_x, finite_x, num_finite, z_target = (address(output) for output in outputs)
     extra = (finite_x, num_finite) if self_certainty else (0, 0)
-    library().linear_token_logprob_fwd(head.pointers, top, exp, exp_x, *extra, z_target)
+    head.library.linear_token_logprob_fwd(head.pointers, top, exp, exp_x, *extra, z_target)
     return outputs
 
 
 def linear_token_logprob_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See ops.py."""
     # The portable forward may round every product: only the same products again agree with its log-sum-exp.
-    is_fused = args[0].dtype == torch.bfloat16 or library().isa() == "portable"
+    is_fused = args[0].dtype == torch.bfloat16 or native(args[0]).library.isa() == "portable"
     return _by_kernel(*args) if is_fused else _by_products(*args)
 
 
@@ -116,7 +117,7 @@ def _by_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if hidden.shape[0] == 0:
         return dhidden, dweight.zero_(), dbias.zero_()
     kept = [as_fp32(tensor) for tensor in coefficients]
-    library().linear_token_logprob_bwd(
+    head.library.linear_token_logprob_bwd(
         head.pointers,
         *(address(tensor) for tensor in kept),
         address(dhidden) * needed[0],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._checks import INTEGERS, check_tensor, checks_values, invalid
-from mgrpo_kernels.backends import resolve
+from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.majority_vote import reference
 from mgrpo_kernels.results import MajorityVote
 
@@ -28,7 +28,9 @@ def _reference(**arguments: Any) -> tuple[MajorityVote, None]:
     return reference.majority_vote(**arguments), None
 
 
-_IMPLEMENTATIONS = {"reference": _reference, "cpu": partial(_compiled, backend="cpu")}
+_IMPLEMENTATIONS = {"reference": _reference} | {
+    name: partial(_compiled, backend=name) for name in (*COMPILED, "triton")
+}
 
 
 def _least(values: Tensor | None) -> int:
@@ -80,7 +82,7 @@ def majority_vote(
         check_tensor(where, "weights", weights, "[B, G]", shape, INTEGERS, device)
     if tie_break is not None:
         check_tensor(where, "tie_break", tie_break, "[B, G]", shape, (torch.bool,), device)
-    implementation = _IMPLEMENTATIONS[resolve(where, device, backend)]
+    implementation = _IMPLEMENTATIONS[resolve(where, device, backend, (), _IMPLEMENTATIONS)]
     vote, lowest = implementation(answer_ids=answer_ids, keep=keep, weights=weights, tie_break=tie_break)
     if checks_values(device):
         least_id, least_weight = (_least(answer_ids), _least(weights)) if lowest is None else lowest.tolist()

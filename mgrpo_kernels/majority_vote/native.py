@@ -1,11 +1,12 @@
-"""Launch of the compiled CPU kernel: tensors to addresses."""
+"""Launch of the compiled kernel: tensors to addresses."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import address, contiguous, library
+from mgrpo_kernels._checks import checks_values
+from mgrpo_kernels._native import address, contiguous, native
 
 
 def majority_vote(
@@ -20,21 +21,25 @@ def majority_vote(
     )
     prompts = answer_ids.shape[0]
     outputs = (
-        torch.empty(prompts, dtype=torch.int64),
-        torch.empty(prompts, dtype=torch.float32),
-        torch.empty(prompts, dtype=torch.float32),
-        torch.empty(prompts, dtype=torch.bool),
-        torch.empty(answer_ids.shape, dtype=torch.float32),
-        torch.empty(2, dtype=torch.int64),
+        answer_ids.new_empty(prompts, dtype=torch.int64),
+        answer_ids.new_empty(prompts, dtype=torch.float32),
+        answer_ids.new_empty(prompts, dtype=torch.float32),
+        answer_ids.new_empty(prompts, dtype=torch.bool),
+        answer_ids.new_empty(answer_ids.shape, dtype=torch.float32),
+        answer_ids.new_empty(2, dtype=torch.int64),
     )
-    library().majority_vote(
+    # On a GPU the least values take a launch of their own, for a check that is off unless asked for.
+    used = outputs if checks_values(answer_ids.device) else outputs[:-1]
+    library, executor = native(answer_ids)
+    library.majority_vote(
         address(answer_ids),
         address(keep),
         address(weights),
         weights is not None and weights.dtype == torch.int64,
         address(tie_break),
         *answer_ids.shape,
-        *[address(output) for output in outputs],
-        torch.get_num_threads(),
+        *[address(output) for output in used],
+        *[0] * (len(outputs) - len(used)),
+        executor,
     )
     return outputs

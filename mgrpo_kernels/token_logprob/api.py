@@ -7,11 +7,13 @@ from functools import partial
 from torch import Tensor
 
 from mgrpo_kernels._checks import check_logits, check_token_rows, invalid
-from mgrpo_kernels.backends import resolve
+from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.results import TokenLogprob
 from mgrpo_kernels.token_logprob import autograd, reference
 
-_IMPLEMENTATIONS = {"reference": reference.token_logprob, "cpu": partial(autograd.token_logprob, backend="cpu")}
+_IMPLEMENTATIONS = {"reference": reference.token_logprob} | {
+    name: partial(autograd.token_logprob, backend=name) for name in (*COMPILED, "triton")
+}
 
 
 def token_logprob(
@@ -58,7 +60,7 @@ def token_logprob(
     if inplace_backward and rows > 1 and logits.stride(0) < vocabulary:
         raise invalid(where, "logits", "free of overlapping rows for inplace_backward", logits.stride(), "Copy it.")
     check_token_rows(where, targets, temperature, mask, softcap, rows, vocabulary, logits.device)
-    return _IMPLEMENTATIONS[resolve(where, logits.device, backend, (logits.dtype,))](
+    return _IMPLEMENTATIONS[resolve(where, logits.device, backend, (logits.dtype,), _IMPLEMENTATIONS)](
         logits,
         targets,
         temperature=temperature,

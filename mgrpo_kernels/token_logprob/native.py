@@ -1,4 +1,4 @@
-"""Launches of the compiled CPU kernels: tensors to addresses."""
+"""Launches of the compiled kernels: tensors to addresses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import address, as_fp32, code, contiguous, library
+from mgrpo_kernels._native import address, as_fp32, code, contiguous, native
 
 
 class Rows:
@@ -24,7 +24,8 @@ class Rows:
     ):
         self._kept = (logits, targets.contiguous(), contiguous(mask), as_fp32(temperatures))
         addresses = [address(tensor) for tensor in self._kept]
-        self.pointers: Any = library().LogitRows(
+        self.library, self.executor = native(logits)
+        self.pointers: Any = self.library.LogitRows(
             addresses[0],
             code(logits.dtype),
             logits.shape[0],
@@ -49,24 +50,24 @@ def token_logprob_fwd(
     rows = Rows(logits, targets, mask, temperature, temperatures, softcap)
     extra = logits.shape[0] if self_certainty else 0
     sizes = (logits.shape[0],) * 3 + (extra,) * 2
-    outputs = tuple(torch.empty(size, dtype=torch.float32) for size in sizes)
+    outputs = tuple(logits.new_empty(size, dtype=torch.float32) for size in sizes)
     used = [address(output) for output in outputs[:3]] + [address(output) * self_certainty for output in outputs[3:]]
-    library().token_logprob_fwd(rows.pointers, *used, torch.get_num_threads())
+    rows.library.token_logprob_fwd(rows.pointers, *used, rows.executor)
     return outputs
 
 
 def _backward(dlogits: Tensor, rows: tuple[Any, ...], saved_and_grads: tuple[Tensor | None, ...]) -> None:
     """Write the gradient of `rows` into dlogits."""
-    pointers = Rows(*rows)
+    launch = Rows(*rows)
     kept = [as_fp32(tensor) for tensor in saved_and_grads]
     addresses = [address(tensor) for tensor in kept]
     stride = dlogits.stride(0)
-    library().token_logprob_bwd(pointers.pointers, *addresses, address(dlogits), stride, torch.get_num_threads())
+    launch.library.token_logprob_bwd(launch.pointers, *addresses, address(dlogits), stride, launch.executor)
 
 
 def token_logprob_bwd(*args: Any) -> Tensor:
     """See ops.py."""
-    dlogits = torch.empty(args[0].shape, dtype=args[0].dtype)
+    dlogits = args[0].new_empty(args[0].shape)
     _backward(dlogits, args[:6], args[6:])
     return dlogits
 

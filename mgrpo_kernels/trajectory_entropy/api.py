@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels._checks import FLOATS, check_choice, check_cu_seqlens, check_tensor, invalid
-from mgrpo_kernels.backends import resolve
+from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.trajectory_entropy import autograd, reference
 
-_IMPLEMENTATIONS = {
-    "reference": reference.trajectory_entropy,
-    "cpu": partial(autograd.trajectory_entropy, backend="cpu"),
+_IMPLEMENTATIONS = {"reference": reference.trajectory_entropy} | {
+    name: partial(autograd.trajectory_entropy, backend=name) for name in (*COMPILED, "triton")
 }
 
 
@@ -58,5 +57,7 @@ def trajectory_entropy(
     else:
         check_tensor(where, "token_entropy", token_entropy, "[N, L]", (None, None), FLOATS)
         check_tensor(where, "mask", mask, "[N, L]", tuple(token_entropy.shape), (torch.bool,), token_entropy.device)
-    implementation = _IMPLEMENTATIONS[resolve(where, token_entropy.device, backend, (token_entropy.dtype,))]
+    implementation = _IMPLEMENTATIONS[
+        resolve(where, token_entropy.device, backend, (token_entropy.dtype,), _IMPLEMENTATIONS)
+    ]
     return implementation(token_entropy, cu_seqlens=cu_seqlens, mask=mask, reduce=reduce)

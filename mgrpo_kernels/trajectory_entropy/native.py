@@ -1,4 +1,4 @@
-"""Launches of the compiled CPU kernels: tensors to addresses."""
+"""Launches of the compiled kernels: tensors to addresses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import address, as_fp32, code, contiguous, library
+from mgrpo_kernels._native import address, as_fp32, code, contiguous, native
 
 
 def _int64(cu_seqlens: Tensor | None) -> Tensor | None:
@@ -19,8 +19,9 @@ def trajectory_entropy_fwd(tokens: Tensor, cu_seqlens: Tensor | None, mask: Tens
     """See ops.py."""
     tokens, cu_seqlens, mask = tokens.contiguous(), _int64(cu_seqlens), contiguous(mask)
     sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    entropy = torch.empty(sequences, dtype=torch.float32)
-    library().trajectory_entropy_fwd(
+    entropy = tokens.new_empty(sequences, dtype=torch.float32)
+    library, executor = native(tokens)
+    library.trajectory_entropy_fwd(
         address(tokens),
         code(tokens.dtype),
         address(cu_seqlens),
@@ -29,7 +30,7 @@ def trajectory_entropy_fwd(tokens: Tensor, cu_seqlens: Tensor | None, mask: Tens
         tokens.shape[-1],
         mean,
         address(entropy),
-        torch.get_num_threads(),
+        executor,
     )
     return entropy
 
@@ -44,8 +45,9 @@ def trajectory_entropy_bwd(
 ) -> Tensor:
     """See ops.py."""
     upstream, cu_seqlens, mask = as_fp32(dentropy), _int64(cu_seqlens), contiguous(mask)
-    dtokens = torch.empty(shape, dtype=dtype)
-    library().trajectory_entropy_bwd(
+    dtokens = dentropy.new_empty(shape, dtype=dtype)
+    library, executor = native(dentropy)
+    library.trajectory_entropy_bwd(
         address(upstream),
         code(dtype),
         address(cu_seqlens),
@@ -54,6 +56,6 @@ def trajectory_entropy_bwd(
         shape[-1],
         mean,
         address(dtokens),
-        torch.get_num_threads(),
+        executor,
     )
     return dtokens

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo_kernels import _native
+from mgrpo_kernels import backends
 
 DOCS = Path(__file__).parents[2] / "docs"
 WIDE = {"avx2": re.compile(r"%zmm|%tmm"), "other": re.compile(r"%[yz]mm|%tmm")}
@@ -79,7 +79,7 @@ def test_one_log_line_tells_the_choice():
         "for _ in range(3): K.group_advantage(torch.rand(2, 2))"
     )
     lines = run_python(script).stderr.splitlines()
-    assert lines == [f"mgrpo_kernels: group_advantage on cpu: backend cpu ({_native.REASON})"]
+    assert lines == [f"mgrpo_kernels: group_advantage on cpu: backend cpu ({backends()['cpu'].reason})"]
 
 
 def test_the_variable_forces_a_backend():

@@ -1,7 +1,7 @@
 // Arguments of the majority vote. B prompts, G rollouts a prompt.
 #pragma once
 
-#include <cstdint>
+#include "dtype.h"
 
 namespace mgrpo {
 
@@ -19,7 +19,7 @@ struct MajorityVote {
   bool* tie;                  // [B]
   float* class_share;         // [B, G]
   int64_t* lowest;            // [2]: least id where one is below -1, and least weight where one is below 0; else >= these
-  int num_threads;
+  Executor executor;
 };
 
 void launch_majority_vote(const MajorityVote&);

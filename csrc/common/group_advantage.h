@@ -1,7 +1,7 @@
 // Arguments of the advantage within a group. B prompts, G rollouts a prompt.
 #pragma once
 
-#include <cstdint>
+#include "dtype.h"
 
 namespace mgrpo {
 
@@ -14,7 +14,7 @@ struct GroupAdvantage {
   int64_t group;         // G
   AdvantageMode mode;
   float* advantage;      // [B, G]
-  int num_threads;
+  Executor executor;
 };
 
 void launch_group_advantage(const GroupAdvantage&);

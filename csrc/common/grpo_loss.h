@@ -1,4 +1,4 @@
-// Arguments of the clipped losses. Letters and pointers: see kernels.h. Token tensors are flat, packed or padded alike.
+// Arguments of the clipped losses. Letters and pointers: see dtype.h. Token tensors are flat, packed or padded alike.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,7 @@ struct LossOptions {
   bool sequence_mean;  // each sequence's token mean, not each token, weighs the same
   bool count_tokens;   // the denominator is the number of mask tokens
   float denominator;
+  const float* normalizer;  // [1], in place of the denominator; or null
 };
 
 // Tokens are summed by chunks of this many, and chunks in their order: results do not depend on the threads.
@@ -58,7 +59,7 @@ struct GrpoLossForward {
   LossOptions options;
   LossScratch scratch;
   LossOutputs outputs;
-  int num_threads;
+  Executor executor;
 };
 
 struct LogitsGrpoLossForward {
@@ -71,7 +72,10 @@ struct LogitsGrpoLossForward {
   float* entropy;  // [T]
   float* lse;      // [T]
   void* dlogits;   // [T, V] in dtype, contiguous, or null
-  int num_threads;
+  Executor executor;
 };
+
+void launch_grpo_loss_fwd(const GrpoLossForward&);
+void launch_logits_grpo_loss_fwd(const LogitsGrpoLossForward&);
 
 }  // namespace mgrpo

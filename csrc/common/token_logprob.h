@@ -1,4 +1,4 @@
-// Arguments of the operations on rows of logits. Letters and pointers: see kernels.h.
+// Arguments of the operations on rows of logits. Letters and pointers: see dtype.h.
 #pragma once
 
 #include "dtype.h"
@@ -26,7 +26,7 @@ struct TokenLogprobForward {
   float* lse;             // [T]
   float* self_certainty;  // [T] or null
   float* num_finite;      // [T] or null; with self_certainty
-  int num_threads;
+  Executor executor;
 };
 
 struct TokenLogprobBackward {
@@ -41,7 +41,10 @@ struct TokenLogprobBackward {
   const float* dself_certainty;  // [T] or null
   void* dlogits;                 // [T, V] in dtype; may be the logits
   int64_t dlogits_stride;
-  int num_threads;
+  Executor executor;
 };
+
+void launch_token_logprob_fwd(const TokenLogprobForward&);
+void launch_token_logprob_bwd(const TokenLogprobBackward&);
 
 }  // namespace mgrpo

@@ -1,7 +1,7 @@
 // Arguments of the interquartile filter. B prompts, G rollouts a prompt.
 #pragma once
 
-#include <cstdint>
+#include "dtype.h"
 
 namespace mgrpo {
 
@@ -16,7 +16,7 @@ struct IqrFilter {
   bool* kept;            // [num_scopes, scope_size]
   float* q1;             // [num_scopes]
   float* q3;             // [num_scopes]
-  int num_threads;
+  Executor executor;
 };
 
 void launch_iqr_filter(const IqrFilter&);

@@ -1,4 +1,4 @@
-// Arguments of the moving average of weights. Pointers: see kernels.h.
+// Arguments of the moving average of weights. Pointers: see dtype.h.
 #pragma once
 
 #include "dtype.h"
@@ -26,10 +26,14 @@ struct EmaUpdate {
   int64_t num_tensors;
   int64_t num_groups;    // of all tensors
   double weight;         // share of the policy, or NaN
+  const double* decay;   // [1]: in place of weight, 1 - decay where that is in [0, 1], else NaN; or null
   bool stochastic;       // of bf16 momentum
   uint64_t seed;
   uint32_t step;
-  int num_threads;
+  const int64_t* step_at;  // [1], in place of step; or null
+  Executor executor;
 };
+
+void launch_ema_update(const EmaUpdate&);
 
 }  // namespace mgrpo

@@ -12,7 +12,7 @@ struct Trajectories {
   int64_t num_sequences;      // N
   int64_t num_tokens;         // T, or L
   bool mean;
-  int num_threads;
+  Executor executor;
 };
 
 // entropy [N] from tokens, [T] or [N, L] in dtype.

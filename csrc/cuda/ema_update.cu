@@ -1,0 +1,257 @@
+// Moving average of a list of weights, in place. A block for each run of elements of one tensor.
+//
+// Fused: widening, mix, rounding to nearest, stochastic or compensated, and the copy for the rollout engine: each list
+// is read once and each written once, from 6 bytes a parameter (bf16, stochastic) to 14 (fp32 with a bf16 copy). The
+// descriptors travel as the kernel's argument: no table on the device to fill, and a captured graph holds them.
+#include "ema_update.h"
+
+#include <algorithm>
+
+#include "device.h"
+
+namespace mgrpo {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWidth = 8;  // elements of a thread at a time: 16 bytes of bf16
+constexpr int kTrips = 4;
+constexpr int64_t kRun = int64_t{kThreads} * kWidth * kTrips;
+
+struct Entry {
+  void* momentum;
+  const void* policy;
+  void* compensation;
+  void* publish;
+  int64_t count;
+  uint32_t first_block;  // of this launch
+  uint32_t index;        // in the whole list
+  uint8_t momentum_dtype, policy_dtype, publish_dtype, vectors;  // vectors: every address is a multiple of 16
+};
+
+// The arguments of a kernel may take 4 KiB on every driver.
+constexpr int kMostEntries = 64;
+
+struct Launch {
+  Entry entries[kMostEntries];
+  int num_entries;
+  double weight;
+  const double* decay;
+  bool stochastic;
+  uint64_t seed;
+  uint32_t step;
+  const int64_t* step_at;
+};
+static_assert(sizeof(Launch) <= 4096, "the arguments of a kernel");
+
+struct Blend {
+  bool keeps, copies, from_old;
+  float coefficient;
+};
+
+__device__ Blend blend_of(const Launch& args) {
+  double weight = args.weight;
+  if (args.decay) weight = *args.decay >= 0 && *args.decay <= 1 ? 1 - *args.decay : static_cast<double>(NAN);
+  const float share = static_cast<float>(weight);
+  const bool from_old = share < 0.5f;
+  return {weight == 0, weight == 1, from_old, from_old ? share : share - 1.0f};
+}
+
+// Eight elements as they lie in memory: half of it for 16-bit types.
+struct Raw {
+  Vector<F32> words[2];
+};
+
+__device__ __forceinline__ Raw load_raw(const void* from, Dtype dtype, int64_t i, bool vectors, int count) {
+  Raw raw = {};
+  if (vectors && count == kWidth) {
+    if (dtype == Dtype::f32) {
+      raw.words[0] = load_vector<F32>(static_cast<const uint32_t*>(from) + i);
+      raw.words[1] = load_vector<F32>(static_cast<const uint32_t*>(from) + i + 4);
+    } else {
+      raw.words[0] = load_vector<F32>(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(from) + i));
+    }
+    return raw;
+  }
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    if (k >= count) break;
+    if (dtype == Dtype::f32)
+      raw.words[k / 4].bits[k % 4] = static_cast<const uint32_t*>(from)[i + k];
+    else
+      raw.words[0].bits[k / 2] |= uint32_t{static_cast<const uint16_t*>(from)[i + k]} << (k % 2 * 16);
+  }
+  return raw;
+}
+
+__device__ __forceinline__ void widen(const Raw& raw, Dtype dtype, float (&out)[kWidth]) {
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    const uint32_t pair = raw.words[0].bits[k / 2];
+    const uint16_t half = static_cast<uint16_t>(k % 2 ? pair >> 16 : pair);
+    if (dtype == Dtype::f32)
+      out[k] = float_of(raw.words[k / 4].bits[k % 4]);
+    else
+      out[k] = dtype == Dtype::bf16 ? from_bf16(half) : from_f16(half);
+  }
+}
+
+// Stores the values; `halves` are theirs in a 16-bit type.
+__device__ __forceinline__ void store(void* to, bool wide, const float (&values)[kWidth],
+                                      const uint16_t (&halves)[kWidth], int64_t i, bool vectors, int count) {
+  if (vectors && count == kWidth) {
+    Raw raw;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) raw.words[k / 4].bits[k % 4] = bits_of(values[k]);
+    if (wide) {
+      store_vector(static_cast<uint32_t*>(to) + i, raw.words[0]);
+      store_vector(static_cast<uint32_t*>(to) + i + 4, raw.words[1]);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kWidth; k += 2) raw.words[0].bits[k / 2] = halves[k] | uint32_t{halves[k + 1]} << 16;
+    store_vector(reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to) + i), raw.words[0]);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    if (k >= count) break;
+    if (wide)
+      static_cast<uint32_t*>(to)[i + k] = bits_of(values[k]);
+    else
+      static_cast<uint16_t*>(to)[i + k] = halves[k];
+  }
+}
+
+// Philox 4x32-10 (Salmon et al. 2011): four words of 32 random bits.
+__device__ __forceinline__ void philox(uint64_t quad, uint32_t step, uint32_t tensor, uint64_t seed,
+                                       uint32_t (&words)[4]) {
+  uint32_t c0 = static_cast<uint32_t>(quad), c1 = static_cast<uint32_t>(quad >> 32), c2 = step, c3 = tensor;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint32_t left_high = high_product(c0, 0xd2511f53u), left = c0 * 0xd2511f53u;
+    const uint32_t right_high = high_product(c2, 0xcd9e8d57u), right = c2 * 0xcd9e8d57u;
+    c0 = right_high ^ c1 ^ k0;
+    c1 = right;
+    c2 = left_high ^ c3 ^ k1;
+    c3 = left;
+    k0 += 0x9e3779b9u;
+    k1 += 0xbb67ae85u;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// bf16, up with the probability of the dropped fraction.
+__device__ __forceinline__ uint16_t round_stochastically(float value, uint32_t random) {
+  const uint32_t bits = bits_of(value);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<uint16_t>((finite ? bits + (random & 0xffffu) : bits) >> 16);
+}
+
+__device__ __forceinline__ void narrow(const float (&values)[kWidth], Dtype dtype, uint16_t (&halves)[kWidth]) {
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) halves[k] = dtype == Dtype::bf16 ? to_bf16(values[k]) : to_f16(values[k]);
+}
+
+__global__ void __launch_bounds__(kThreads) ema_update_kernel(const Launch args) {
+  int low = 0, high = args.num_entries;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (args.entries[middle].first_block <= blockIdx.x)
+      low = middle;
+    else
+      high = middle;
+  }
+  const Entry entry = args.entries[low];
+  const Dtype momentum_dtype = static_cast<Dtype>(entry.momentum_dtype);
+  const Dtype policy_dtype = static_cast<Dtype>(entry.policy_dtype);
+  const Blend blend = blend_of(args);
+  const bool stochastic = args.stochastic && momentum_dtype == Dtype::bf16;
+  const uint32_t step = args.step_at ? static_cast<uint32_t>(*args.step_at) : args.step;
+  const int64_t start = static_cast<int64_t>(blockIdx.x - entry.first_block) * kRun;
+  for (int trip = 0; trip < kTrips; ++trip) {
+    const int64_t i = start + (static_cast<int64_t>(trip) * kThreads + threadIdx.x) * kWidth;
+    if (i >= entry.count) return;
+    const int count = entry.count - i < kWidth ? static_cast<int>(entry.count - i) : kWidth;
+    const Raw raw_old = load_raw(entry.momentum, momentum_dtype, i, entry.vectors, count);
+    float old[kWidth], latest[kWidth], mixed[kWidth];
+    uint16_t halves[kWidth];
+    widen(raw_old, momentum_dtype, old);
+    if (!blend.keeps) {
+      const Raw raw_latest = load_raw(entry.policy, policy_dtype, i, entry.vectors, count);
+      if (entry.compensation) {
+        float term[kWidth];
+        widen(load_raw(entry.compensation, Dtype::bf16, i, entry.vectors, count), Dtype::bf16, term);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) old[k] += term[k];
+      }
+      widen(raw_latest, policy_dtype, latest);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        mixed[k] = fmaf(blend.coefficient, latest[k] - old[k], blend.from_old ? old[k] : latest[k]);
+        if (blend.copies) mixed[k] = latest[k];
+      }
+      if (stochastic) {
+#pragma unroll
+        for (int half = 0; half < kWidth / 4; ++half) {
+          uint32_t words[4];
+          philox(static_cast<uint64_t>(i) / 4 + half, step, entry.index, args.seed, words);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) halves[4 * half + k] = round_stochastically(mixed[4 * half + k], words[k]);
+        }
+      } else if (momentum_dtype != Dtype::f32) {
+        narrow(mixed, momentum_dtype, halves);
+      }
+      store(entry.momentum, momentum_dtype == Dtype::f32, mixed, halves, i, entry.vectors, count);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k)
+        old[k] = momentum_dtype == Dtype::f32    ? mixed[k]
+                 : momentum_dtype == Dtype::bf16 ? from_bf16(halves[k])
+                                                 : from_f16(halves[k]);
+      if (entry.compensation) {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) halves[k] = to_bf16(mixed[k] - old[k]);
+        store(entry.compensation, false, mixed, halves, i, entry.vectors, count);
+      }
+    }
+    if (entry.publish) {
+      const Dtype dtype = static_cast<Dtype>(entry.publish_dtype);
+      if (dtype != Dtype::f32) narrow(old, dtype, halves);
+      store(entry.publish, dtype == Dtype::f32, old, halves, i, entry.vectors, count);
+    }
+  }
+}
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace
+
+void launch_ema_update(const EmaUpdate& args) {
+  Launch here = {{}, 0, args.weight, args.decay, args.stochastic, args.seed, args.step, args.step_at};
+  int64_t num_blocks = 0;
+  const auto flush = [&] {
+    launch(ema_update_kernel, num_blocks, kThreads, args.executor, here);
+    here.num_entries = 0;
+    num_blocks = 0;
+  };
+  for (int64_t i = 0; i < args.num_tensors; ++i) {
+    const EmaTensor& tensor = args.tensors[i];
+    if (tensor.count == 0) continue;
+    const int64_t blocks = (tensor.count + kRun - 1) / kRun;
+    if (here.num_entries == kMostEntries || num_blocks + blocks > INT32_MAX) flush();
+    const bool vectors = aligned(tensor.momentum) && aligned(tensor.policy) && aligned(tensor.compensation) &&
+                         aligned(tensor.publish);
+    here.entries[here.num_entries++] = {
+        tensor.momentum, tensor.policy, tensor.compensation, tensor.publish, tensor.count,
+        static_cast<uint32_t>(num_blocks), static_cast<uint32_t>(i), static_cast<uint8_t>(tensor.momentum_dtype),
+        static_cast<uint8_t>(tensor.policy_dtype), static_cast<uint8_t>(tensor.publish_dtype), vectors};
+    num_blocks += blocks;
+  }
+  flush();
+}
+
+}  // namespace mgrpo
