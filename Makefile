@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: train test lint format bench bench-peers fuzz emulate sanitize study clean
+.PHONY: train test lint format bench bench-peers fuzz emulate old-cpus sanitize study clean
 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
@@ -37,6 +37,13 @@ fuzz: $(VENV)/.built
 	for round in $$(seq $(ROUNDS)); do for isa in portable avx2 avx512; do \
 		MGRPO_CPU_ISA=$$isa HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m hypothesis $(ARGS) || exit 1; \
 	done; done
+
+# The property tests on processors without AVX-512 and without AVX, by qemu's emulation of them (qemu-user-static).
+QEMU ?= qemu-x86_64-static
+old-cpus: $(VENV)/.built
+	for cpu in Nehalem Haswell; do \
+		OMP_NUM_THREADS=1 $(QEMU) -cpu $$cpu $(BIN)/python -m pytest -q -m hypothesis tests/kernels -k "not triton" || exit 1; \
+	done
 
 # The kernels' tests on a library built with the address and undefined-behaviour sanitizers, in a copy of the package.
 SANITIZED := build/sanitized

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mgrpo_kernels import _native
+from mgrpo_kernels._triton import interprets
 
 
 class Availability(NamedTuple):
@@ -61,11 +62,6 @@ def _state(name: str) -> Availability:
     if not torch.cuda.is_available():
         return Availability(False, "no CUDA device is available")
     return Availability(True, "compiled")
-
-
-def interprets() -> bool:
-    """Whether Triton's kernels run in its interpreter, on tensors of a CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def backends() -> dict[str, Availability]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -28,13 +29,14 @@ from mgrpo_kernels.grpo_loss.reference import LossOptions
 from mgrpo_kernels.results import GrpoLoss
 
 _BACKENDS = (*COMPILED, "triton")
-_GRPO_LOSS = {"reference": reference.grpo_loss} | {
+_Loss = Callable[..., GrpoLoss]
+_GRPO_LOSS: dict[str, _Loss] = {"reference": reference.grpo_loss} | {
     name: partial(autograd.grpo_loss, backend=name) for name in _BACKENDS
 }
-_LOGITS_GRPO_LOSS = {"reference": reference.logits_grpo_loss} | {
+_LOGITS_GRPO_LOSS: dict[str, _Loss] = {"reference": reference.logits_grpo_loss} | {
     name: partial(autograd.logits_grpo_loss, backend=name) for name in _BACKENDS
 }
-_LINEAR_GRPO_LOSS = {
+_LINEAR_GRPO_LOSS: dict[str, _Loss] = {
     "reference": reference.linear_grpo_loss,
     "cpu": partial(autograd.linear_grpo_loss, backend="cpu"),
 }

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import subprocess
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,13 @@ from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget
 SHAPES = [(40, 7), (), (33,), (0, 3), (5, 4, 3)]
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 # torch.lerp fuses its product and sum where the processor can, as the library does but for its portable build.
-BITS_ARE_EQUAL = torch.backends.cpu.get_cpu_capability() != "DEFAULT" and "portable" not in backends()["cpu"].reason
+REFERENCE_FUSES = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+BITS_ARE_EQUAL = REFERENCE_FUSES and "portable" not in backends()["cpu"].reason
+# Older versions of Triton's interpreter round the product of a fused multiply-add.
+TRITON_BITS_ARE_EQUAL = REFERENCE_FUSES and tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request) -> str:
     return request.param
 
@@ -88,7 +93,8 @@ def test_closed_form_after_many_steps(backend):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize(
     ("dtype", "backend"),
-    [(dtype, backend) for dtype in (FP32, BF16) for backend in ("reference", "cpu")] + [(torch.float64, "auto")],
+    [(dtype, backend) for dtype in (FP32, BF16) for backend in ("reference", "cpu", "triton")]
+    + [(torch.float64, "auto")],
 )
 def test_decay_0_and_1_are_exact(dtype, backend, rounding, as_tensor):
     def exact(decay: float) -> float | Tensor:
@@ -113,7 +119,8 @@ def test_equal_weights_stay_as_they_are(backend):
 
 def test_plain_bf16_stalls_while_stochastic_and_compensated_do_not(backend):
     update_ = partial(ema_update_, backend=backend)
-    old, new, steps, decay = 1.0, 1.25, 200, 0.999
+    # Triton's interpreter is slow.
+    old, new, steps, decay = 1.0, 1.25, 20 if backend == "triton" else 200, 0.999
     target = new + decay**steps * (old - new)
     policy = [torch.full((4000,), new)]
     plain, stochastic, compensated = ([torch.full((4000,), old, dtype=BF16)] for _ in range(3))
@@ -123,7 +130,7 @@ def test_plain_bf16_stalls_while_stochastic_and_compensated_do_not(backend):
         update_(stochastic, policy, decay, rounding="stochastic", seed=11, step=step)
         update_(compensated, policy, decay, compensation=terms)
     assert torch.equal(plain[0], torch.full_like(plain[0], old))
-    # A bf16 step at 1 is 2^-7; 200 roundings, averaged over 4,000 elements, stray by about 2^-7 sqrt(200 / 4000).
+    # A bf16 step at 1 is 2^-7; n roundings, averaged over 4,000 elements, stray by about 2^-7 sqrt(n / 4000).
     assert abs(float(stochastic[0].double().mean()) - target) < 4 * 2**-7 * math.sqrt(steps / 4000)
     torch.testing.assert_close(
         compensated[0].float() + terms[0].float(), torch.full((4000,), target), rtol=2e-4, atol=0
@@ -197,7 +204,7 @@ def test_mixed_lists_tied_policies_and_parameters():
     for tensor in momentum:
         assert torch.equal(tensor.detach().double(), torch.full((6,), 0.25, dtype=torch.float64))
     assert momentum[0].requires_grad and momentum[0].is_leaf
-    for backend in ("auto", "reference", "cpu"):
+    for backend in ("auto", "reference", "cpu", "triton"):
         ema_update_([], [], 0.5, backend=backend)
         ema_update_([torch.zeros(0), torch.zeros(2, 0)], [torch.zeros(0), torch.zeros(2, 0)], 0.5, backend=backend)
 
@@ -265,13 +272,31 @@ MODES = st.sampled_from(["nearest", "compensated", "stochastic"])
     case=CASES, mode=MODES, momentum_dtypes=st.permutations(DTYPES), decay=st.sampled_from([0.0, 0.3, 0.5, 0.99, 1.0])
 )
 def test_cpu_agrees_with_fp64_and_with_the_reference(case, mode, momentum_dtypes, decay):
+    assert_agrees("cpu", case, mode, momentum_dtypes, decay, BITS_ARE_EQUAL)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    case=CASES,
+    mode=MODES,
+    momentum_dtypes=st.permutations(DTYPES),
+    decay=st.sampled_from([0.0, 0.3, 0.5, 0.99, 1.0]),
+    as_tensor=st.booleans(),
+)
+def test_triton_agrees_with_fp64_and_with_the_reference(case, mode, momentum_dtypes, decay, as_tensor):
+    decay = torch.tensor(decay, dtype=torch.float64) if as_tensor else decay
+    assert_agrees("triton", case, mode, momentum_dtypes, decay, TRITON_BITS_ARE_EQUAL)
+
+
+def assert_agrees(backend, case, mode, momentum_dtypes, decay, bits_are_equal):
     dtypes = [dtype for dtype in momentum_dtypes if mode != "stochastic" or dtype != FP16]
     one, other, start = (Case(**case, momentum_dtypes=dtypes, mode=mode) for _ in range(3))
-    one.run(decay, "cpu")
+    one.run(decay, backend)
+    decay = float(decay)
     other.run(decay, "reference")
     for actual, expected in zip(one.buffers, other.buffers, strict=True):
         assert torch.equal(actual.isnan(), expected.isnan())
-        if BITS_ARE_EQUAL or decay in (0.0, 1.0):
+        if bits_are_equal or decay in (0.0, 1.0):
             assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
     terms = start.options.get("compensation", [None] * len(start.momentum))
     for actual, expected, old, new, term in zip(
@@ -306,13 +331,57 @@ def test_bits_do_not_depend_on_threads_nor_on_how_the_list_is_cut(mode):
         assert all(torch.equal(a, b) for a, b in zip(alone.momentum, cases[0].momentum, strict=True))
 
 
-@pytest.mark.parametrize("count", [1, 31, 64, 70_000])
-def test_random_bits_are_those_of_the_specification(count):
+def test_triton_updates_whole_blocks_as_their_elements_one_by_one():
+    # An address that is no multiple of 16 takes the masked path, for every element.
+    for mode in ("nearest", "compensated", "stochastic"):
+        dtypes = {"momentum_dtypes": [BF16, FP32], "policy_dtype": BF16, "publish_dtypes": [None, BF16]}
+        case = Case([5000, 4096], **dtypes, mode=mode, seed=6)
+        lists = [case.momentum, case.policy, case.options["publish"], case.options.get("compensation", [None, None])]
+        assert any(tensor.data_ptr() % 16 for tensor in case.momentum)
+        aligned = [[None if tensor is None else tensor.clone() for tensor in tensors] for tensors in lists]
+        assert not any(tensor.data_ptr() % 16 for tensor in aligned[0])
+        case.run(0.9, "triton")
+        options = {name: case.options[name] for name in ("rounding", "seed", "step")}
+        terms = aligned[3] if mode == "compensated" else None
+        ema_update_(*aligned[:2], 0.9, publish=aligned[2], compensation=terms, **options, backend="triton")
+        for one, other in zip([*aligned[0], *aligned[2], *aligned[3]], [*lists[0], *lists[2], *lists[3]], strict=True):
+            assert one is None or torch.equal(one, other)
+
+
+def test_triton_spans_of_several_blocks_change_nothing(monkeypatch):
+    triton = importlib.import_module("mgrpo_kernels.ema_update.triton")
+    cases = [Case([9000, 3, 2048], [BF16], FP32, [FP32], "stochastic", 8) for _ in range(2)]
+    monkeypatch.setattr(triton, "_ENOUGH_PROGRAMS", 2)
+    for case, most in zip(cases, (1, 3), strict=True):
+        monkeypatch.setattr(triton, "_MOST_BLOCKS", most)
+        triton._tables.clear()
+        case.run(0.9, "triton")
+    assert {table.span for table in triton._tables.values()} == {3 * 2048}
+    for one, other in zip(*(case.buffers for case in cases), strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def test_triton_keeps_few_tables_and_never_a_wrong_one():
+    triton = importlib.import_module("mgrpo_kernels.ema_update.triton")
+    triton._tables.clear()
+    kept = torch.zeros(40)
+    for index in range(2 * triton._MOST_TABLES):
+        ema_update_([kept[index : index + 1]], [torch.ones(1)], 0.5, backend="triton")
+    assert len(triton._tables) == triton._MOST_TABLES
+    flat = kept[:4]
+    ema_update_([flat.view(torch.bfloat16)], [torch.ones(8)], 0.0, backend="triton")
+    assert torch.equal(flat.view(torch.bfloat16), torch.ones(8, dtype=BF16))
+
+
+@pytest.mark.parametrize(
+    ("count", "backend"), [(1, "cpu"), (31, "cpu"), (64, "cpu"), (70_000, "cpu"), (1, "triton"), (2500, "triton")]
+)
+def test_random_bits_are_those_of_the_specification(count, backend):
     # At decay 0 the value to be rounded is the policy itself, on any processor.
     policy = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (5, count)]
     for seed, step in ((0, 0), (-(2**63), 2**40 + 17), (2**63 - 1, torch.tensor(2**31 - 1, dtype=torch.int32))):
         momentum = [torch.zeros_like(tensor, dtype=BF16) for tensor in policy]
-        ema_update_(momentum, policy, 0.0, rounding="stochastic", seed=seed, step=step, backend="cpu")
+        ema_update_(momentum, policy, 0.0, rounding="stochastic", seed=seed, step=step, backend=backend)
         for index, (now, values) in enumerate(zip(momentum, policy, strict=True)):
             words = random_words(0, values.numel(), torch.tensor(seed), torch.as_tensor(step).long(), index)
             assert torch.equal(now, round_stochastically(values, words))
@@ -355,11 +424,12 @@ def test_what_is_written_is_seen_by_autograd(backend):
         product.backward()
 
 
-def test_a_decay_out_of_range_gives_nan_where_values_are_not_read():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_decay_out_of_range_gives_nan_where_values_are_not_read(backend):
     for decay in (1.5, -0.1, math.nan):
         now = torch.ones(20)
         torch.ops.mgrpo_kernels.ema_update_(
-            [now], [torch.ones(20)], [], [], [], [], 0.0, torch.tensor(decay), False, 0, 0, None, "cpu"
+            [now], [torch.ones(20)], [], [], [], [], 0.0, torch.tensor(decay), False, 0, 0, None, backend
         )
         assert now.isnan().all()
 
@@ -383,7 +453,7 @@ def test_opcheck_and_meta():
     torch.library.opcheck(op, (momentum, policy, terms, [0, 2], copies, [0, 2], *scalars))
     on_device = (0.0, torch.tensor(0.9), True, 1, 0, torch.tensor(3), "cpu")
     torch.library.opcheck(op, (momentum, policy, [], [], copies, [0, 2], *on_device))
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpu", "triton"):
         lists = [[tensor.to("meta") for tensor in tensors] for tensors in (momentum, policy, momentum)]
         ema_update_(lists[0], lists[1], 0.9, publish=lists[2], backend=backend)
 

@@ -15,7 +15,7 @@ from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget,
 MODES = ("std", "mean", "leave_one_out", "sign")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def group_advantage(request):
     return partial(mgrpo_kernels.group_advantage, backend=request.param)
 
@@ -71,17 +71,20 @@ def test_property_against_a_loop(data):
         torch.testing.assert_close(advantage, slow(rewards, keep, mode))
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    prompts=st.integers(0, 5),
-    size=st.integers(1, 70),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    share=st.sampled_from([None, 0.05, 0.6, 1.0]),
-    levels=st.sampled_from([2, 5, 1000]),
-    strided=st.booleans(),
-    seed=st.integers(0, 1000),
+SHAPES = st.fixed_dictionaries(
+    {
+        "prompts": st.integers(0, 5),
+        "size": st.integers(1, 70),
+        "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        "share": st.sampled_from([None, 0.05, 0.6, 1.0]),
+        "levels": st.sampled_from([2, 5, 1000]),
+        "strided": st.booleans(),
+        "seed": st.integers(0, 1000),
+    }
 )
-def test_any_shape_stride_and_dtype(prompts, size, dtype, share, levels, strided, seed):
+
+
+def assert_any_shape(backend, prompts, size, dtype, share, levels, strided, seed):
     generator = torch.Generator().manual_seed(seed)
     rewards = (torch.randint(0, levels, (prompts, size), generator=generator) / levels).to(dtype)
     keep = None if share is None else torch.rand(prompts, size, generator=generator) < share
@@ -92,14 +95,43 @@ def test_any_shape_stride_and_dtype(prompts, size, dtype, share, levels, strided
     for mode in MODES:
         found = [
             mgrpo_kernels.group_advantage(rewards.to(to), keep=keep, mode=mode, backend=name)
-            for to, name in ((dtype, "cpu"), (torch.float64, "reference"), (dtype, "reference"))
+            for to, name in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference"))
         ]
         assert found[0].dtype == torch.float32
         assert_within_budget(*found, reduction_length=size, what=mode)
 
 
-def test_every_result_is_written():
-    op = partial(mgrpo_kernels.group_advantage, backend="cpu")
+@settings(max_examples=60, deadline=None)
+@given(case=SHAPES)
+def test_any_shape_stride_and_dtype(case):
+    assert_any_shape("cpu", **case)
+
+
+@settings(max_examples=20, deadline=None)
+@given(case=SHAPES)
+def test_any_shape_stride_and_dtype_on_triton(case):
+    assert_any_shape("triton", **case)
+
+
+def test_large_groups_on_triton():
+    for size in (1024, 3001):
+        assert_any_shape("triton", 2, size, torch.float32, 0.6, 1000, False, 0)
+    rewards = torch.rand(1, 8193)
+    with pytest.raises(ValueError, match=r"^group_advantage: rewards must be of at most 8192 rollouts .*, got 8193\. "):
+        mgrpo_kernels.group_advantage(rewards, backend="triton")
+
+
+def test_a_group_does_not_depend_on_the_others_on_triton():
+    rewards, keep = torch.rand(70, 9), torch.rand(70, 9) > 0.3
+    whole = mgrpo_kernels.group_advantage(rewards, keep=keep, backend="triton")
+    for start, end in ((3, 4), (40, 70)):
+        part = mgrpo_kernels.group_advantage(rewards[start:end], keep=keep[start:end], backend="triton")
+        assert torch.equal(part, whole[start:end])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_every_result_is_written(backend):
+    op = partial(mgrpo_kernels.group_advantage, backend=backend)
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
         check(op)
@@ -131,10 +163,12 @@ def test_the_thread_count_changes_no_bit():
 def test_what_is_not_finite_passes_as_in_the_reference(mode, value):
     rewards = torch.tensor([[value, 1.0, 0.0, 1.0], [1.0, value, 1.0, 1.0], [value] * 4])
     for keep in (None, torch.tensor([[True] * 4, [False, True, False, False], [True] * 4])):
-        found = [
-            mgrpo_kernels.group_advantage(rewards, keep=keep, mode=mode, backend=name) for name in ("cpu", "reference")
-        ]
-        torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+        *found, expected = (
+            mgrpo_kernels.group_advantage(rewards, keep=keep, mode=mode, backend=name)
+            for name in ("cpu", "triton", "reference")
+        )
+        for advantage in found:
+            torch.testing.assert_close(advantage, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_no_gradient_passes(group_advantage):
@@ -148,7 +182,7 @@ def test_opcheck_and_meta():
     for mode in MODES:
         torch.library.opcheck(torch.ops.mgrpo_kernels.group_advantage, (rewards, keep, mode, "cpu"))
     torch.library.opcheck(torch.ops.mgrpo_kernels.group_advantage, (rewards.bfloat16(), None, "std", "cpu"))
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpu", "triton"):
         out = mgrpo_kernels.group_advantage(rewards.half().to("meta"), backend=backend)
         assert (out.device.type, out.shape, out.dtype) == ("meta", (3, 5), torch.float32)
 

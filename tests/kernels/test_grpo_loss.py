@@ -18,7 +18,7 @@ METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "entropy", "
 FULL = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.05, "tis_cap": 1.3, "clip_high": 0.28}
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def grpo_loss(request):
     return partial(mgrpo_kernels.grpo_loss, backend=request.param)
 

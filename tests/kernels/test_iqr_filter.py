@@ -13,7 +13,7 @@ from mgrpo_kernels.iqr_filter import reference
 from mgrpo_kernels.testing import assert_mutants_rejected, on_argument
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def iqr_filter(request):
     return partial(mgrpo_kernels.iqr_filter, backend=request.param)
 
@@ -76,29 +76,35 @@ def test_property_against_torch_quantile(data):
         assert_equals_slow(partial(mgrpo_kernels.iqr_filter, backend=backend), entropy, used, k, two_sided)
 
 
-def assert_backends_agree(entropy: Tensor, k: float, scope: str, keep: Tensor | None, two_sided: bool) -> None:
+def assert_backends_agree(
+    entropy: Tensor, k: float, scope: str, keep: Tensor | None, two_sided: bool, backend: str = "cpu"
+) -> None:
     """The registered operation and the reference: equal bits."""
-    found = torch.ops.mgrpo_kernels.iqr_filter(entropy, k, scope, keep, two_sided, "cpu")
+    found = torch.ops.mgrpo_kernels.iqr_filter(entropy, k, scope, keep, two_sided, backend)
     expected = reference.iqr_filter(entropy, k=k, scope=scope, keep=keep, two_sided=two_sided)
     for name, one, other in zip(expected._fields, found, expected, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape, name
         assert torch.equal(one.nan_to_num(-9), other.nan_to_num(-9)), name
 
 
-@settings(max_examples=80, deadline=None)
-@given(
-    prompts=st.integers(0, 4),
-    size=st.one_of(st.integers(1, 40), st.integers(41, 1500)),
-    k=st.sampled_from([0.0, 0.3, 0.75, 1.5, 1e30]),
-    scope=st.sampled_from(["batch", "prompt"]),
-    share=st.sampled_from([None, 0.05, 0.7, 1.0]),
-    spread=st.sampled_from([0.0, 1e-6, 1.0, 1e38]),
-    wrong=st.sampled_from([None, torch.nan, torch.inf, -torch.inf]),
-    strided=st.booleans(),
-    two_sided=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_any_shape_stride_and_number(prompts, size, k, scope, share, spread, wrong, strided, two_sided, seed):
+def shapes(largest: int) -> st.SearchStrategy:
+    return st.fixed_dictionaries(
+        {
+            "prompts": st.integers(0, 4),
+            "size": st.one_of(st.integers(1, 40), st.integers(41, largest)),
+            "k": st.sampled_from([0.0, 0.3, 0.75, 1.5, 1e30]),
+            "scope": st.sampled_from(["batch", "prompt"]),
+            "share": st.sampled_from([None, 0.05, 0.7, 1.0]),
+            "spread": st.sampled_from([0.0, 1e-6, 1.0, 1e38]),
+            "wrong": st.sampled_from([None, torch.nan, torch.inf, -torch.inf]),
+            "strided": st.booleans(),
+            "two_sided": st.booleans(),
+            "seed": st.integers(0, 1000),
+        }
+    )
+
+
+def assert_any_shape(backend, prompts, size, k, scope, share, spread, wrong, strided, two_sided, seed):
     generator = torch.Generator().manual_seed(seed)
     entropy = torch.randn(prompts, size, generator=generator) * spread + min(spread, 1.0)
     keep = None if share is None else torch.rand(prompts, size, generator=generator) < share
@@ -106,11 +112,37 @@ def test_any_shape_stride_and_number(prompts, size, k, scope, share, spread, wro
         entropy[-1, -1] = wrong
     if strided:
         entropy, keep = entropy.T.contiguous().T, None if keep is None else keep.T.contiguous().T
-    assert_backends_agree(entropy, k, scope, keep, two_sided)
+    assert_backends_agree(entropy, k, scope, keep, two_sided, backend)
 
 
-def test_every_result_is_written():
-    op = partial(mgrpo_kernels.iqr_filter, backend="cpu")
+@settings(max_examples=80, deadline=None)
+@given(case=shapes(1500))
+def test_any_shape_stride_and_number(case):
+    assert_any_shape("cpu", **case)
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=shapes(300))
+def test_any_shape_stride_and_number_on_triton(case):
+    assert_any_shape("triton", **case)
+
+
+@pytest.mark.parametrize("shape", [(2, 9000), (64, 1024)])
+def test_more_than_a_tile_on_triton(shape):
+    generator = torch.Generator().manual_seed(1)
+    entropy, keep = torch.randn(shape, generator=generator).exp(), torch.rand(shape, generator=generator) > 0.3
+    assert_backends_agree(entropy, 0.3, "batch", keep, True, "triton")
+    assert_backends_agree(entropy[:2], 0.3, "prompt", keep[:2], True, "triton")
+
+
+def test_too_many_entries_for_triton_are_refused():
+    with pytest.raises(ValueError, match=r"^iqr_filter: entropy must be of at most 1048576 .*, got 1048577\. "):
+        mgrpo_kernels.iqr_filter(torch.rand(1, 2**20 + 1), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_every_result_is_written(backend):
+    op = partial(mgrpo_kernels.iqr_filter, backend=backend)
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
         check(op)
@@ -145,7 +177,7 @@ def test_opcheck_and_meta():
         torch.library.opcheck(torch.ops.mgrpo_kernels.iqr_filter, (entropy, 0.75, scope, keep, True, "cpu"))
         torch.library.opcheck(torch.ops.mgrpo_kernels.iqr_filter, (entropy, 0.75, scope, None, False, "cpu"))
         expected = mgrpo_kernels.iqr_filter(entropy, scope=scope)
-        for backend in ("auto", "cpu"):
+        for backend in ("auto", "cpu", "triton"):
             out = mgrpo_kernels.iqr_filter(entropy.to("meta"), scope=scope, backend=backend)
             assert [tensor.device.type for tensor in out] == ["meta"] * 3
             assert [(one.shape, one.dtype) for one in out] == [(two.shape, two.dtype) for two in expected]

@@ -31,7 +31,7 @@ FULL = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.05, "tis_cap": 1.3, 
 NEEDS = {"cu_seqlens": CU_SEQLENS, "advantage": ADVANTAGE}
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request):
     return request.param
 
@@ -41,9 +41,9 @@ def logits_grpo_loss(backend):
     return partial(mgrpo_kernels.logits_grpo_loss, backend=backend)
 
 
-@pytest.fixture
-def linear_grpo_loss(backend):
-    return partial(mgrpo_kernels.linear_grpo_loss, backend=backend)
+@pytest.fixture(params=["reference", "cpu"])
+def linear_grpo_loss(request):
+    return partial(mgrpo_kernels.linear_grpo_loss, backend=request.param)
 
 
 def rows(dtype: torch.dtype = torch.float32, tokens: int = TOKENS, seed: int = 0) -> dict[str, Tensor]:
@@ -106,10 +106,10 @@ def run(inputs: dict, backend: str, to: torch.dtype | None = None, **options) ->
     return {"loss": out.loss.detach(), **out.metrics, "dlogits": leaf.grad}
 
 
-def assert_near_fp64(inputs: dict, **options) -> None:
-    """The compiled kernel against the reference in fp64, with fp32's own error as a budget."""
+def assert_near_fp64(backend: str, inputs: dict, **options) -> None:
+    """A compiled backend against the reference in fp64, with fp32's own error as a budget."""
     oracle, rounded = (run(inputs, "reference", to, **options) for to in (torch.float64, torch.float32))
-    actual, targets = run(inputs, "cpu", **options), inputs["targets"]
+    actual, targets = run(inputs, backend, **options), inputs["targets"]
     tokens, vocabulary = inputs["logits"].shape
     scalars = [
         torch.stack([value.to(results["loss"].dtype) for name, value in results.items() if name != "dlogits"])
@@ -124,28 +124,30 @@ def assert_near_fp64(inputs: dict, **options) -> None:
     assert_gradient_within_budget(*gradients, targets, reduction_length=length)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("reduce", ["token_mean", "sequence_mean_token_mean", "constant"])
-def test_every_term_together(dtype, ratio, reduce):
+def test_every_term_together(backend, dtype, ratio, reduce):
     inputs = rows(dtype)
     inputs["targets"][inputs["mask"].nonzero()[0]] = -100
     options = FULL | {"ratio": ratio, "reduce": reduce, "max_length": 12}
-    assert_near_fp64(inputs, temperature=torch.linspace(0.7, 1.4, TOKENS), **options)
+    assert_near_fp64(backend, inputs, temperature=torch.linspace(0.7, 1.4, TOKENS), **options)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    tokens=st.integers(1, 9),
-    padding=st.integers(0, 9),
-    offset=st.integers(0, 5),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    kl=st.sampled_from(["k1", "k2", "k3"]),
-    by_token=st.booleans(),
-    upstream=st.sampled_from([1.0, -0.25]),
-    seed=st.integers(0, 2**16),
-)
-def test_any_stride_offset_dtype_and_option(tokens, padding, offset, dtype, kl, by_token, upstream, seed):
+ANYTHING = {
+    "tokens": st.integers(1, 9),
+    "padding": st.integers(0, 9),
+    "offset": st.integers(0, 5),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    "kl": st.sampled_from(["k1", "k2", "k3"]),
+    "by_token": st.booleans(),
+    "upstream": st.sampled_from([1.0, -0.25]),
+    "seed": st.integers(0, 2**16),
+}
+
+
+def check_anything(backend, tokens, padding, offset, dtype, kl, by_token, upstream, seed):
     inputs = rows(dtype, tokens, seed)
     stride = VOCABULARY + padding
     storage = torch.full((offset + tokens * stride + VOCABULARY,), torch.nan, dtype=dtype)
@@ -153,9 +155,22 @@ def test_any_stride_offset_dtype_and_option(tokens, padding, offset, dtype, kl, 
     inputs["logits"] = strided.copy_(inputs["logits"])
     shared = {"cu_seqlens": torch.tensor([0, tokens // 2, tokens])}
     shared["advantage"] = torch.linspace(-1.3, 1.1, tokens if by_token else 2)
-    assert_near_fp64(inputs | shared, **(FULL | {"kl": kl, "upstream": upstream}), temperature=0.8)
+    assert_near_fp64(backend, inputs | shared, **(FULL | {"kl": kl, "upstream": upstream}), temperature=0.8)
 
 
+@settings(max_examples=60, deadline=None)
+@given(**ANYTHING)
+def test_any_stride_offset_dtype_and_option(**drawn):
+    check_anything("cpu", **drawn)
+
+
+@settings(max_examples=10, deadline=None)
+@given(**ANYTHING)
+def test_any_stride_offset_dtype_and_option_in_triton(**drawn):
+    check_anything("triton", **drawn)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_compositions_equal_their_parts(backend, entropy_coef, ratio):
@@ -197,11 +212,12 @@ def test_compositions_equal_their_parts(backend, entropy_coef, ratio):
             assert_within_budget(value, want, rounded[name], reduction_length=length, what=f"{kind}: {name}")
 
 
-def test_a_second_backward_is_right_though_the_first_wrote_over_its_gradient():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_second_backward_is_right_though_the_first_wrote_over_its_gradient(backend):
     inputs = rows()
     leaf = inputs.pop("logits").requires_grad_()
     logits = leaf * 1
-    loss = mgrpo_kernels.logits_grpo_loss(logits, **inputs, **NEEDS, **FULL, backend="cpu").loss
+    loss = mgrpo_kernels.logits_grpo_loss(logits, **inputs, **NEEDS, **FULL, backend=backend).loss
     first = torch.autograd.grad(loss, logits, torch.tensor(0.5), retain_graph=True)[0]
     kept = first.clone()
     first.fill_(torch.nan)
@@ -214,26 +230,29 @@ def test_a_second_backward_is_right_though_the_first_wrote_over_its_gradient():
         torch.autograd.grad(loss, logits)
 
 
-def test_logits_may_be_written_over_once_the_loss_is_there():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_logits_may_be_written_over_once_the_loss_is_there(backend):
     inputs = rows()
-    expected = run(inputs, "cpu", **FULL)["dlogits"]
+    expected = run(inputs, backend, **FULL)["dlogits"]
     leaf = inputs.pop("logits").requires_grad_()
     logits = leaf * 1
-    loss = mgrpo_kernels.logits_grpo_loss(logits, **inputs, **NEEDS, **FULL, backend="cpu").loss
+    loss = mgrpo_kernels.logits_grpo_loss(logits, **inputs, **NEEDS, **FULL, backend=backend).loss
     logits.detach().zero_()
     assert torch.equal(torch.autograd.grad(loss, logits, retain_graph=True)[0], expected)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, logits)
 
 
-def test_bf16_gradients_are_those_of_upstream_1_times_the_upstream():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_bf16_gradients_are_those_of_upstream_1_times_the_upstream(backend):
     inputs = rows(torch.bfloat16)
-    one, other = (run(inputs, "cpu", **FULL, upstream=upstream)["dlogits"] for upstream in (1.0, 0.37))
+    one, other = (run(inputs, backend, **FULL, upstream=upstream)["dlogits"] for upstream in (1.0, 0.37))
     assert torch.equal(other, (one.float() * 0.37).bfloat16()) and one.abs().sum() > 0
 
 
-def test_fp16_gradients_do_not_underflow_ahead_of_the_loss_scale():
-    assert_near_fp64(rows(torch.float16), normalizer=1e6, upstream=65536.0)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_fp16_gradients_do_not_underflow_ahead_of_the_loss_scale(backend):
+    assert_near_fp64(backend, rows(torch.float16), normalizer=1e6, upstream=65536.0)
 
 
 class _LargeResults(TorchDispatchMode):
@@ -252,27 +271,29 @@ class _LargeResults(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(("grad", "upstream", "count"), [(False, 1.0, 0), (True, 1.0, 1), (True, 3.0, 1)])
-def test_the_gradient_is_the_only_tensor_of_the_size_of_the_logits(grad, upstream, count):
+def test_the_gradient_is_the_only_tensor_of_the_size_of_the_logits(backend, grad, upstream, count):
     inputs = rows(tokens=TOKENS)
     logits = inputs.pop("logits").requires_grad_(grad)
     with _LargeResults(logits.nbytes) as large:
-        loss = mgrpo_kernels.logits_grpo_loss(logits, **inputs, **NEEDS, backend="cpu").loss
+        loss = mgrpo_kernels.logits_grpo_loss(logits, **inputs, **NEEDS, backend=backend).loss
         if grad:
             torch.autograd.grad(loss, logits, torch.tensor(upstream))
     assert loss.requires_grad == grad
     assert len(large.found - {logits.data_ptr()}) == count
 
 
-def test_nothing_is_computed_for_no_gradient():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_nothing_is_computed_for_no_gradient(backend):
     inputs = rows()
     leaf = inputs.pop("logits").requires_grad_()
     with torch.no_grad(), _LargeResults(leaf.nbytes) as large:
-        loss = mgrpo_kernels.logits_grpo_loss(leaf, **inputs, **NEEDS, backend="cpu").loss
+        loss = mgrpo_kernels.logits_grpo_loss(leaf, **inputs, **NEEDS, backend=backend).loss
     assert not loss.requires_grad and not large.found - {leaf.data_ptr()}
     constants = {name: inputs[name].nan_to_num().requires_grad_() for name in ("old_logprob", "ref_logprob")}
     arguments = NEEDS | inputs | constants
-    assert not mgrpo_kernels.logits_grpo_loss(leaf.detach(), **arguments, backend="cpu").loss.requires_grad
+    assert not mgrpo_kernels.logits_grpo_loss(leaf.detach(), **arguments, backend=backend).loss.requires_grad
 
 
 def test_the_thread_count_changes_no_bit():
@@ -286,12 +307,13 @@ def test_the_thread_count_changes_no_bit():
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
-def test_every_output_element_is_written():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_every_output_element_is_written(backend):
     inputs = rows()
-    expected = run(inputs, "cpu", **FULL)
+    expected = run(inputs, backend, **FULL)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
-        poisoned = run(inputs, "cpu", **FULL)
+        poisoned = run(inputs, backend, **FULL)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(poisoned[name], value) and value.isfinite().all() for name, value in expected.items())
@@ -315,13 +337,14 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other():
     inputs |= {"mask": torch.ones(TOKENS, dtype=torch.bool), "logits": peaked_logits(TOKENS, VOCABULARY)}
     inputs = {name: inputs[name] for name in ("logits", "targets", "mask")}
     inputs["logits"][5, 3] = torch.nan
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpu", "triton"):
         out = run(inputs, backend)
         assert out["loss"].isnan()
         assert out["dlogits"].isnan().any(1).nonzero().flatten().tolist() == [5]
 
 
-def test_unchecked_targets_and_temperatures_out_of_range_are_nan():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_unchecked_targets_and_temperatures_out_of_range_are_nan(backend):
     inputs = rows()
     logits, options = inputs["logits"].nan_to_num(), (0.2, 0.2, None, 0.0, "k3", 0.0, 2.0, "token", "token_mean")
     mask = torch.ones(TOKENS, dtype=torch.bool)
@@ -329,7 +352,7 @@ def test_unchecked_targets_and_temperatures_out_of_range_are_nan():
         targets, temperatures = torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS)
         targets[row], temperatures[row] = target, temperature
         tensors = (logits, targets, 1.0, temperatures, ADVANTAGE, mask, None, None, None, CU_SEQLENS, None)
-        out = torch.ops.mgrpo_kernels.logits_grpo_loss_fwd(*tensors, *options, None, None, True, True, "cpu")
+        out = torch.ops.mgrpo_kernels.logits_grpo_loss_fwd(*tensors, *options, None, None, True, True, backend)
         assert out[0].isnan()
         for values in (out[2], out[3], out[4], out[7][:, 0]):
             assert values.isnan().nonzero().flatten().tolist() == [row]
@@ -338,7 +361,7 @@ def test_unchecked_targets_and_temperatures_out_of_range_are_nan():
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_meets_the_budget(isa):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "every_term or any_stride"]
+    command += ["-k", "(every_term or any_stride) and not triton"]
     env = os.environ | {"MGRPO_CPU_ISA": isa}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     if "on this processor" in done.stdout + done.stderr:
@@ -356,7 +379,7 @@ def test_opcheck_and_meta():
         torch.library.opcheck(torch.ops.mgrpo_kernels.logits_grpo_loss_fwd, arguments)
     moved = {name: tensor.to("meta") for name, tensor in (NEEDS | inputs).items()}
     leaf = moved.pop("logits").requires_grad_()
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpu", "triton"):
         for ratio in ("token", "sequence"):
             out = mgrpo_kernels.logits_grpo_loss(leaf, **moved, ratio=ratio, backend=backend)
             (gradient,) = torch.autograd.grad(out.loss, leaf)

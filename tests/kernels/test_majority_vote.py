@@ -17,7 +17,7 @@ from mgrpo_kernels.majority_vote import reference
 from mgrpo_kernels.testing import assert_mutants_rejected, on_argument
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def majority_vote(request):
     return partial(mgrpo_kernels.majority_vote, backend=request.param)
 
@@ -87,36 +87,41 @@ def test_property_against_a_counter(data):
 
     ids, keep = draw(st.integers(-1, 2)), draw(st.booleans())
     weights, tie_break = draw(st.integers(0, 3)), draw(st.booleans())
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpu", "triton"):
         vote = mgrpo_kernels.majority_vote(ids, keep=keep, weights=weights, tie_break=tie_break, backend=backend)
         assert_equals_slow(vote, ids, keep, weights, tie_break)
 
 
-def assert_backends_agree(*arguments: torch.Tensor | None) -> None:
+def assert_backends_agree(*arguments: torch.Tensor | None, backend: str = "cpu") -> None:
     """The registered operation and the reference, on ids, keep, weights and tie_break: equal bits."""
     names = ("answer_ids", "keep", "weights", "tie_break")
     expected = reference.majority_vote(**dict(zip(names, arguments, strict=True)))
-    *found, _ = torch.ops.mgrpo_kernels.majority_vote(*arguments, "cpu")
+    *found, lowest = torch.ops.mgrpo_kernels.majority_vote(*arguments, backend)
+    for values, allowed, least in zip(arguments[::2], (-1, 0), lowest.tolist(), strict=True):
+        real = allowed if values is None or values.numel() == 0 else int(values.min())
+        assert least == real if real < allowed else least >= allowed
     for name, one, other in zip(expected._fields, found, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
-@settings(max_examples=80, deadline=None)
-@given(
-    prompts=st.integers(0, 4),
-    size=st.one_of(st.sampled_from([1, 15, 16, 17, 63, 64, 65, 128, 700]), st.integers(1, 80)),
-    answers=st.sampled_from([1, 2, 9, 1000]),
-    scale=st.sampled_from([1, 1_000_003, 2**31 + 1, 2**52]),
-    most=st.sampled_from([None, 1, 3, 2**25 - 1, 2**25, 2**30]),
-    wide=st.booleans(),
-    with_keep=st.booleans(),
-    with_tie_break=st.booleans(),
-    strided=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_any_shape_stride_size_and_number(
-    prompts, size, answers, scale, most, wide, with_keep, with_tie_break, strided, seed
-):
+def shapes(*sizes: int) -> st.SearchStrategy:
+    return st.fixed_dictionaries(
+        {
+            "prompts": st.integers(0, 4),
+            "size": st.one_of(st.sampled_from(sizes), st.integers(1, 80)),
+            "answers": st.sampled_from([1, 2, 9, 1000]),
+            "scale": st.sampled_from([1, 1_000_003, 2**31 + 1, 2**52]),
+            "most": st.sampled_from([None, 1, 3, 2**25 - 1, 2**25, 2**30]),
+            "wide": st.booleans(),
+            "with_keep": st.booleans(),
+            "with_tie_break": st.booleans(),
+            "strided": st.booleans(),
+            "seed": st.integers(0, 1000),
+        }
+    )
+
+
+def assert_any_shape(backend, prompts, size, answers, scale, most, wide, with_keep, with_tie_break, strided, seed):
     generator = torch.Generator().manual_seed(seed)
     shape = (prompts, size)
     ids = torch.randint(-2, answers, shape, generator=generator)
@@ -130,7 +135,28 @@ def test_any_shape_stride_size_and_number(
     arguments = [ids, keep, weights, tie_break]
     if strided:
         arguments = [None if tensor is None else tensor.T.contiguous().T for tensor in arguments]
-    assert_backends_agree(*arguments)
+    assert_backends_agree(*arguments, backend=backend)
+
+
+@settings(max_examples=80, deadline=None)
+@given(case=shapes(1, 15, 16, 17, 63, 64, 65, 128, 700))
+def test_any_shape_stride_size_and_number(case):
+    assert_any_shape("cpu", **case)
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=shapes(1, 16, 17, 64, 65))
+def test_any_shape_stride_size_and_number_on_triton(case):
+    assert_any_shape("triton", **case)
+
+
+def test_large_groups_on_triton():
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(-1, 200, (1, 1024), generator=generator)
+    flags = torch.rand(2, 1, 1024, generator=generator) > 0.3
+    assert_backends_agree(ids, flags[0], None, flags[1], backend="triton")
+    with pytest.raises(ValueError, match=r"^majority_vote: answer_ids must be of at most 4096 .*, got 4097\. "):
+        mgrpo_kernels.majority_vote(torch.zeros(1, 4097, dtype=torch.int64), backend="triton")
 
 
 def test_large_groups_against_a_counter():
@@ -151,8 +177,9 @@ def test_ids_that_meet_in_the_hash_table():
     assert_backends_agree(ids, None, None, None)
 
 
-def test_every_result_is_written():
-    op = partial(mgrpo_kernels.majority_vote, backend="cpu")
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_every_result_is_written(backend):
+    op = partial(mgrpo_kernels.majority_vote, backend=backend)
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
         check(op)
@@ -193,7 +220,7 @@ def test_opcheck_and_meta():
     for dtype in (torch.int32, torch.int64):
         torch.library.opcheck(vote, (ids, flags, torch.ones(4, 6, dtype=dtype), flags, "cpu"))
     expected = mgrpo_kernels.majority_vote(ids)
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpu", "triton"):
         out = mgrpo_kernels.majority_vote(ids.to("meta"), backend=backend)
         assert [tensor.device.type for tensor in out] == ["meta"] * 5
         assert [(one.shape, one.dtype) for one in out] == [(two.shape, two.dtype) for two in expected]

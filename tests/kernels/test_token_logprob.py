@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mgrpo_kernels
-from mgrpo_kernels import TokenLogprob
+from mgrpo_kernels import TokenLogprob, _rows
 from mgrpo_kernels.testing import (
     assert_gradient_within_budget,
     assert_mutants_rejected,
@@ -22,15 +22,18 @@ from mgrpo_kernels.testing import (
     peaked_logits,
     poison_masked,
 )
-from mgrpo_kernels.token_logprob import reference
+from mgrpo_kernels.token_logprob import reference, triton
 
 ROWS, VOCABULARY = 9, 131
 NAMES = ("logprob", "entropy", "lse", "self_certainty")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def token_logprob(request):
     return partial(mgrpo_kernels.token_logprob, backend=request.param)
+
+
+BOTH = pytest.mark.parametrize("backend", ["cpu", "triton"])
 
 
 def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -214,7 +217,7 @@ def batch_of_one_shape(rows: int, vocabulary: int, dtype: torch.dtype, seed: int
     return logits, torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(seed))
 
 
-def assert_near_the_definition(logits: Tensor, targets: Tensor, *, inplace: bool = False) -> None:
+def assert_near_the_definition(logits: Tensor, targets: Tensor, *, inplace: bool = False, backend: str = "cpu") -> None:
     """Outputs and gradient of the compiled kernel against the definition in fp64, with fp32's own error as a budget."""
     rows, vocabulary = logits.shape
     mask = torch.ones(rows, dtype=torch.bool)
@@ -223,7 +226,7 @@ def assert_near_the_definition(logits: Tensor, targets: Tensor, *, inplace: bool
     def native(leaf: Tensor):
         scaled = leaf * 1 if inplace else leaf  # the leaf itself must stay readable
         return mgrpo_kernels.token_logprob(
-            scaled, targets, self_certainty=True, inplace_backward=inplace, temperature=1.3, backend="cpu"
+            scaled, targets, self_certainty=True, inplace_backward=inplace, temperature=1.3, backend=backend
         )
 
     outputs, gradient = with_gradient(native, logits, upstream)
@@ -245,6 +248,32 @@ def assert_near_the_definition(logits: Tensor, targets: Tensor, *, inplace: bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_vocabularies_of_every_remainder(vocabulary, dtype):
     assert_near_the_definition(*batch_of_one_shape(3, vocabulary, dtype, seed=vocabulary))
+
+
+# 32768 columns are one program of the forward, 16384 of the backward, 4096 a block of either.
+@pytest.mark.parametrize("vocabulary", [1, 16, 4095, 4096, 4104, 16385, 32776, 70001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_vocabularies_of_several_blocks_and_programs(vocabulary, dtype):
+    assert_near_the_definition(*batch_of_one_shape(2, vocabulary, dtype, seed=vocabulary), backend="triton")
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    vocabulary=st.integers(1, 5000),
+    padding=st.integers(0, 16),
+    offset=st.integers(0, 16),
+    inplace=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_stride_offset_and_dtype_by_triton(rows, vocabulary, padding, offset, inplace, dtype, seed):
+    logits, targets = batch_of_one_shape(rows, vocabulary, dtype, seed)
+    stride = vocabulary + padding
+    storage = torch.full((offset + rows * stride + vocabulary,), torch.nan, dtype=dtype)
+    strided = storage.as_strided((rows, vocabulary), (stride, 1), offset)
+    strided.copy_(logits)
+    assert_near_the_definition(strided, targets, inplace=inplace, backend="triton")
 
 
 @settings(max_examples=60, deadline=None)
@@ -300,12 +329,67 @@ def test_the_thread_count_changes_no_bit():
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
-def test_a_row_has_the_same_bits_in_any_batch():
+@BOTH
+def test_a_row_has_the_same_bits_in_any_batch(backend):
     logits, targets = batch_of_one_shape(6, 777, torch.float32, seed=3)
-    whole = mgrpo_kernels.token_logprob(logits, targets, backend="cpu")
+    whole = mgrpo_kernels.token_logprob(logits, targets, backend=backend)
     for row in range(6):
-        alone = mgrpo_kernels.token_logprob(logits[row : row + 1], targets[row : row + 1], backend="cpu")
+        alone = mgrpo_kernels.token_logprob(logits[row : row + 1], targets[row : row + 1], backend=backend)
         assert all(torch.equal(one[row : row + 1], two) for one, two in zip(whole[:3], alone[:3], strict=True))
+
+
+@pytest.mark.parametrize("vocabulary", [40, 40_000])
+def test_rows_out_of_range_are_nan_and_masked_rows_are_not_read_by_triton(vocabulary):
+    logits, targets = batch_of_one_shape(5, vocabulary, torch.float32, seed=6)
+    targets[1], targets[2], targets[4] = vocabulary, -100, -1
+    logits[2] = torch.nan
+    temperatures = torch.tensor([1.0, 1.0, torch.nan, 0.0, 1.0])
+    rows = (targets, None, 1.0, temperatures, 0.0)
+    outputs = torch.ops.mgrpo_kernels.token_logprob_fwd(logits, *rows, True, "triton")
+    for output in outputs[:4]:
+        assert output.isnan().tolist() == [False, True, False, True, True] and output[2] == 0
+    values = (*outputs[:3], outputs[4], torch.ones(5), None, torch.ones(5), None, "triton")
+    gradient = torch.ops.mgrpo_kernels.token_logprob_bwd(logits, *rows, *values)
+    assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == [False, True, False, True, True]
+    assert torch.equal(gradient[2], torch.zeros(vocabulary))
+
+
+@pytest.mark.parametrize("vocabulary", [50, 40_000])
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_sums_and_coefficients_of_triton_are_those_of_the_formulas(vocabulary, softcap):
+    logits, targets = batch_of_one_shape(4, vocabulary, torch.float32, seed=7)
+    logits[0, 3], targets[1], targets[2] = -torch.inf, vocabulary + 5, -100
+    temperatures = torch.tensor([0.8, 1.0, 1.3, 2.0])
+    sums = triton.row_sums(logits, targets, 1.0, temperatures, softcap, True)
+    exact, rounded = (
+        _rows.scale_logits(logits.to(to), temperatures.to(to), softcap or None) for to in (torch.float64, torch.float32)
+    )
+    held = (targets >= 0) & (targets < vocabulary)
+    columns = torch.where(held, targets, 0)[:, None]
+    expected, baseline = (
+        (*reference.row_sums(z, True), torch.where(held, z.gather(1, columns)[:, 0], 0)) for z in (exact, rounded)
+    )
+    length = {"reduction_length": vocabulary + exponent_length(logits, 0.8)}
+    for actual, oracle, other in zip(sums, expected, baseline, strict=True):
+        assert_within_budget(actual, oracle, other, largest_term=float(exact.nan_to_num(0, 0, 0).abs().max()), **length)
+    coefficients = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    gradients = []
+    for z in (exact, rounded):
+        given = _rows.RowGrads(*(each.to(z.dtype) for each in coefficients))
+        outside = torch.where(held, targets, -1)
+        gradients.append(
+            _rows.dlogits_from_scaled(
+                z.clone(), z.logsumexp(1), outside, given, temperatures.to(z.dtype), softcap or None
+            )
+        )
+    dlogits = torch.full_like(logits, torch.nan)
+    lse = exact.logsumexp(1).float()
+    given = _rows.RowGrads(*coefficients)
+    triton.row_gradient(logits, dlogits, targets, 1.0, temperatures, softcap, lse, given)
+    largest = float(sum(each.abs() for each in coefficients).max()) / 0.8
+    assert_gradient_within_budget(
+        dlogits, *gradients, torch.where(held, targets, 0), largest_term=largest * float(lse.abs().max()), **length
+    )
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -321,21 +405,24 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other(token_logprob, value):
     assert leaf.grad.isnan().any(1).tolist() == [False, True, False]
 
 
-def test_a_row_of_minus_infinity_is_nan_in_both_backends():
+def test_a_row_of_minus_infinity_is_nan_in_every_backend():
     logits = torch.full((1, 20), -torch.inf)
     outs = [
         mgrpo_kernels.token_logprob(logits, torch.tensor([3]), self_certainty=True, backend=backend)
-        for backend in ("reference", "cpu")
+        for backend in ("reference", "cpu", "triton")
     ]
     torch.testing.assert_close(outs[1], outs[0], equal_nan=True)
+    torch.testing.assert_close(outs[2], outs[0], equal_nan=True)
     lowest = torch.full((1, 20), torch.finfo(torch.float32).min)
-    assert mgrpo_kernels.token_logprob(lowest, torch.tensor([3]), backend="cpu").entropy.item() > 2.99
+    for backend in ("cpu", "triton"):
+        assert mgrpo_kernels.token_logprob(lowest, torch.tensor([3]), backend=backend).entropy.item() > 2.99
 
 
-def test_a_row_without_upstream_gradient_is_not_read_again():
+@BOTH
+def test_a_row_without_upstream_gradient_is_not_read_again(backend):
     logits, targets = batch_of_one_shape(4, 50, torch.float32, seed=5)
     leaf = logits.requires_grad_()
-    out = mgrpo_kernels.token_logprob(leaf, targets, backend="cpu")
+    out = mgrpo_kernels.token_logprob(leaf, targets, backend=backend)
     with torch.no_grad():
         leaf.data[2] = torch.nan
     out.logprob.backward(torch.tensor([1.0, 1.0, 0.0, 1.0]))

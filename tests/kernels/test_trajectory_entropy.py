@@ -15,7 +15,7 @@ LENGTHS = [3, 0, 7, 1, 12]
 CU_SEQLENS = torch.tensor([0, 3, 3, 10, 11, 23], dtype=torch.int32)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def trajectory_entropy(request):
     return partial(mgrpo_kernels.trajectory_entropy, backend=request.param)
 
@@ -103,17 +103,18 @@ def split(mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return values[mask], torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    sequences=st.integers(0, 5),
-    length=st.integers(0, 1100),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    kept=st.sampled_from(["all", "none", "prefix", "random"]),
-    strided=st.booleans(),
-    reduce=st.sampled_from(["mean", "sum"]),
-    seed=st.integers(0, 1000),
-)
-def test_any_shape_stride_mask_and_dtype(sequences, length, dtype, kept, strided, reduce, seed):
+ANYTHING = {
+    "sequences": st.integers(0, 5),
+    "length": st.integers(0, 1100),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    "kept": st.sampled_from(["all", "none", "prefix", "random"]),
+    "strided": st.booleans(),
+    "reduce": st.sampled_from(["mean", "sum"]),
+    "seed": st.integers(0, 1000),
+}
+
+
+def check_anything(backend, sequences, length, dtype, kept, strided, reduce, seed):
     generator = torch.Generator().manual_seed(seed)
     values = (torch.rand(sequences, length, generator=generator) * 3).to(dtype)
     limits = torch.randint(0, length + 1, (sequences, 1), generator=generator)
@@ -130,7 +131,7 @@ def test_any_shape_stride_mask_and_dtype(sequences, length, dtype, kept, strided
         tokens = torch.stack([tokens, tokens], 1)[:, 1]
     upstream = torch.randn(sequences, generator=generator)
     grads = {}
-    for name in ("reference", "cpu"):
+    for name in ("reference", backend):
         leaves = padded_leaf.clone().requires_grad_(), tokens.clone().requires_grad_()
         outputs = (
             mgrpo_kernels.trajectory_entropy(leaves[0], mask=mask, reduce=reduce, backend=name),
@@ -140,14 +141,27 @@ def test_any_shape_stride_mask_and_dtype(sequences, length, dtype, kept, strided
         grads[name] = outputs, [leaf.grad for leaf in leaves]
     totals = torch.where(mask, values.double(), 0).sum(1)
     oracle = totals if reduce == "sum" else totals / mask.sum(1).clamp_min(1)
-    for actual, baseline in zip(grads["cpu"][0], grads["reference"][0], strict=True):
+    for actual, baseline in zip(grads[backend][0], grads["reference"][0], strict=True):
         assert_within_budget(actual.detach(), oracle, baseline.detach(), reduction_length=max(length, 1))
-    for actual, expected in zip(grads["cpu"][1], grads["reference"][1], strict=True):
+    for actual, expected in zip(grads[backend][1], grads["reference"][1], strict=True):
         assert actual.dtype == dtype and torch.equal(actual, expected)
 
 
-def test_every_result_is_written():
-    op = partial(mgrpo_kernels.trajectory_entropy, backend="cpu")
+@settings(max_examples=60, deadline=None)
+@given(**ANYTHING)
+def test_any_shape_stride_mask_and_dtype(**drawn):
+    check_anything("cpu", **drawn)
+
+
+@settings(max_examples=20, deadline=None)
+@given(**ANYTHING)
+def test_any_shape_stride_mask_and_dtype_in_triton(**drawn):
+    check_anything("triton", **drawn)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_every_result_is_written(backend):
+    op = partial(mgrpo_kernels.trajectory_entropy, backend=backend)
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
         check(op)
@@ -177,7 +191,8 @@ def test_the_thread_count_changes_no_bit():
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
-def test_boundaries_outside_the_tokens_are_nan_where_values_are_not_read():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_boundaries_outside_the_tokens_are_nan_where_values_are_not_read(backend):
     tokens = torch.ones(8)
     forward, backward = (getattr(torch.ops.mgrpo_kernels, f"trajectory_entropy_{name}") for name in ("fwd", "bwd"))
     for cu_seqlens, bad in (
@@ -187,8 +202,8 @@ def test_boundaries_outside_the_tokens_are_nan_where_values_are_not_read():
         ([1, 3, 7], [False, False]),
     ):
         ends = torch.tensor(cu_seqlens)
-        assert forward(tokens, ends, None, True, "cpu").isnan().tolist() == bad
-        grad = backward(torch.ones(2), ends, None, False, [8], torch.float32, "cpu")
+        assert forward(tokens, ends, None, True, backend).isnan().tolist() == bad
+        grad = backward(torch.ones(2), ends, None, False, [8], torch.float32, backend)
         covered = torch.zeros(8)
         for row, wrong in enumerate(bad):
             if not wrong:
@@ -205,7 +220,7 @@ def test_opcheck_and_meta():
         torch.library.opcheck(forward, (values.to(dtype), None, mask, False, "cpu"))
         torch.library.opcheck(backward, (torch.ones(5), CU_SEQLENS, None, True, [23], dtype, "cpu"))
         torch.library.opcheck(backward, (torch.ones(5), None, mask, False, [5, 16], dtype, "cpu"))
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpu", "triton"):
         out = mgrpo_kernels.trajectory_entropy(values.to("meta"), mask=mask.to("meta"), backend=backend)
         assert (out.device.type, out.shape, out.dtype) == ("meta", (5,), torch.float32)
 
