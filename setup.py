@@ -12,14 +12,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+HAS_NVCC = bool(os.environ.get("CUDACXX") or shutil.which("nvcc"))
 
 
 class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt; MGRPO_CMAKE_ARGS adds to its configuration."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build every native module of the project into the package."""
+        """Build every native module of the project into the package, with the first of them."""
         import pybind11
+
+        if ext is not self.extensions[0]:
+            return
 
         # Beside the interpreter first: an environment that is not activated is not on the PATH.
         cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
@@ -36,6 +40,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DMGRPO_CUDA={'ON' if HAS_NVCC else 'OFF'}",
             *os.environ.get("MGRPO_CMAKE_ARGS", "").split(),
         ]
         subprocess.run(configure, check=True)
@@ -44,4 +49,7 @@ class CMakeBuild(build_ext):
 
 # Without a compiler, MGRPO_SKIP_NATIVE=1 installs the Python alone: the reference backend then runs everything.
 skip = os.environ.get("MGRPO_SKIP_NATIVE") == "1"
-setup(ext_modules=[] if skip else [Extension("mgrpo_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+names = [] if skip else ["_C", "_C_cuda"] if HAS_NVCC else ["_C"]
+setup(
+    ext_modules=[Extension(f"mgrpo_kernels.{name}", sources=[]) for name in names], cmdclass={"build_ext": CMakeBuild}
+)

@@ -221,7 +221,7 @@ class OptimConfig:
 class KernelsConfig:
     """Tensor operations."""
 
-    backend: Literal["auto", "reference", "cpu"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Backend of mgrpo_kernels: "auto" takes the first that a device and a dtype have."""
 
 

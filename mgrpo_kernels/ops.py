@@ -166,8 +166,9 @@ def _(hidden: Tensor, *args: object) -> tuple[Tensor, ...]:
 
 @_define(
     "linear_token_logprob",
-    f"linear_token_logprob_bwd({_HEAD}, Tensor lse, Tensor constant, Tensor? onehot, Tensor? slope, Tensor? uniform, "
-    "bool fp32_dhidden, bool needs_hidden, bool needs_weight, bool needs_bias, str backend) "
+    f"linear_token_logprob_bwd({_HEAD}, Tensor logprob, Tensor lse, Tensor constant, "
+    "Tensor? onehot, Tensor? slope, Tensor? uniform, bool fp32_dhidden, bool needs_hidden, bool needs_weight, "
+    "bool needs_bias, str backend) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
 )
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:

@@ -36,9 +36,8 @@ _GRPO_LOSS: dict[str, _Loss] = {"reference": reference.grpo_loss} | {
 _LOGITS_GRPO_LOSS: dict[str, _Loss] = {"reference": reference.logits_grpo_loss} | {
     name: partial(autograd.logits_grpo_loss, backend=name) for name in _BACKENDS
 }
-_LINEAR_GRPO_LOSS: dict[str, _Loss] = {
-    "reference": reference.linear_grpo_loss,
-    "cpu": partial(autograd.linear_grpo_loss, backend="cpu"),
+_LINEAR_GRPO_LOSS: dict[str, _Loss] = {"reference": reference.linear_grpo_loss} | {
+    name: partial(autograd.linear_grpo_loss, backend=name) for name in _BACKENDS
 }
 
 

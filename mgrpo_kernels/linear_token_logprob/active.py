@@ -24,8 +24,9 @@ def on_active_rows(
     """Results of `node(hidden, targets, temperature)` on the active rows, 0 on the others."""
     active = active_rows(targets, mask)
     num_rows = hidden.shape[0]
-    if torch.compiler.is_compiling() or hidden.is_meta:
-        # The number of active rows is unknown without values: keep them all, and let no value of a masked one through.
+    if torch.compiler.is_compiling() or hidden.device.type != "cpu":
+        # The number of active rows is unknown without values, for which a GPU would have to be waited for: keep them
+        # all, and let no value of a masked one through.
         hidden = hidden.masked_fill(~active[:, None], 0)
         targets = targets.masked_fill(~active, 0)
         if isinstance(temperature, Tensor):

@@ -9,13 +9,12 @@ from torch.distributed import ProcessGroup
 
 from mgrpo_kernels._checks import check_head, check_token_rows
 from mgrpo_kernels._shards import find_shard
-from mgrpo_kernels.backends import resolve
+from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.linear_token_logprob import autograd, reference
 from mgrpo_kernels.results import TokenLogprob
 
-_IMPLEMENTATIONS = {
-    "reference": reference.linear_token_logprob,
-    "cpu": partial(autograd.linear_token_logprob, backend="cpu"),
+_IMPLEMENTATIONS = {"reference": reference.linear_token_logprob} | {
+    name: partial(autograd.linear_token_logprob, backend=name) for name in (*COMPILED, "triton")
 }
 
 

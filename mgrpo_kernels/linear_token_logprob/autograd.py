@@ -27,8 +27,8 @@ class _Options(NamedTuple):
 
 
 def _live_rows(grads: RowGrads) -> Tensor | None:
-    """Rows that a gradient reaches; None for all, or where their number is unknown without values."""
-    if torch.compiler.is_compiling() or grads.constant.is_meta:
+    """Rows that a gradient reaches; None for all, or where their number is unknown without waiting for values."""
+    if torch.compiler.is_compiling() or grads.constant.device.type != "cpu":
         return None
     live = grads.constant != 0
     for term in grads[1:]:
@@ -76,7 +76,8 @@ class _LinearTokenLogprob(torch.autograd.Function):
         coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
         num_rows, rows = hidden.shape[0], _live_rows(coefficients)
         if rows is not None:
-            hidden, local, lse, coefficients = hidden[rows], local[rows], lse[rows], coefficients.take(rows)
+            hidden, local, coefficients = hidden[rows], local[rows], coefficients.take(rows)
+            logprob, lse = logprob[rows], lse[rows]
             temperatures = None if temperatures is None else temperatures[rows]
         group = options.shard.group
         dhidden, dweight, dbias = torch.ops.mgrpo_kernels.linear_token_logprob_bwd(
@@ -88,6 +89,7 @@ class _LinearTokenLogprob(torch.autograd.Function):
             temperatures,
             options.softcap,
             options.budget_bytes,
+            logprob,
             lse,
             *coefficients,
             group is not None,

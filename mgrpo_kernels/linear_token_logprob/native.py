@@ -1,4 +1,4 @@
-"""Launches of the compiled CPU kernels: tensors to addresses."""
+"""Launches of the compiled CPU kernels: tensors to addresses. On a GPU, products around the row kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mgrpo_kernels._native import address, as_fp32, code, native
 from mgrpo_kernels._rows import RowGrads
+from mgrpo_kernels.linear_token_logprob import products
 from mgrpo_kernels.linear_token_logprob.tiles import gradients_by_tiles, tile_columns
 
 _BUDGET_BYTES = 64 * 2**20
@@ -54,6 +55,8 @@ class Head:
 
 def linear_token_logprob_fwd(*args: Any) -> tuple[Tensor, ...]:
     """See ops.py."""
+    if args[0].is_cuda:
+        return products.linear_token_logprob_fwd(*args, row_sums=products.cuda_row_sums)
     head, self_certainty = Head(*args[:8]), args[8]
     outputs = tuple(torch.zeros(args[0].shape[0]) for _ in range(6))
     top, exp, exp_x, finite_x, num_finite, z_target = (address(output) for output in outputs)
@@ -64,6 +67,8 @@ def linear_token_logprob_fwd(*args: Any) -> tuple[Tensor, ...]:
 
 def linear_token_logprob_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See ops.py."""
+    if args[0].is_cuda:
+        return products.linear_token_logprob_bwd(*args, backend="cuda")
     # The portable forward may round every product: only the same products again agree with its log-sum-exp.
     is_fused = args[0].dtype == torch.bfloat16 or native(args[0]).library.isa() == "portable"
     return _by_kernel(*args) if is_fused else _by_products(*args)
@@ -78,6 +83,7 @@ def _by_products(
     temperatures: Tensor | None,
     softcap: float,
     budget_bytes: int | None,
+    _logprob: Tensor,
     lse: Tensor,
     constant: Tensor,
     onehot: Tensor | None,
@@ -109,7 +115,7 @@ def _by_products(
 
 def _by_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """In bf16 the products are fused with what they multiply."""
-    head, coefficients, (fp32_dhidden, *needed) = Head(*args[:8]), args[8:13], args[13:]
+    head, coefficients, (fp32_dhidden, *needed) = Head(*args[:8]), args[9:14], args[14:]
     hidden, weight, bias = args[:3]
     dhidden = torch.empty(hidden.shape if needed[0] else (0, 0), dtype=torch.float32 if fp32_dhidden else hidden.dtype)
     dweight = torch.empty(weight.shape if needed[1] else (0, 0), dtype=weight.dtype)

@@ -16,15 +16,17 @@ from torch import Tensor
 
 import mgrpo_kernels
 from mgrpo_kernels import token_logprob
+from mgrpo_kernels._rows import RowSums, row_outputs
+from mgrpo_kernels.linear_token_logprob import products
 from mgrpo_kernels.linear_token_logprob.tiles import tile_columns
-from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget, poison_masked
+from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget, exponent_length, poison_masked
 
 ROWS, HIDDEN, VOCABULARY = 11, 16, 53
 TEMPERATURE = torch.linspace(0.6, 1.5, ROWS)
 NAMES = ("logprob", "entropy", "lse", "self_certainty")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def linear_token_logprob(request):
     return partial(mgrpo_kernels.linear_token_logprob, backend=request.param)
 
@@ -247,9 +249,9 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, to: torch.dtype) -> t
     return gradients_of(op, hidden, weight, targets)
 
 
-def assert_matches_whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> None:
+def assert_matches_whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend="cpu", **options) -> None:
     """The compiled kernel against whole logits in fp64; the budget is that of whole logits in fp32."""
-    native = partial(mgrpo_kernels.linear_token_logprob, backend="cpu", **options)
+    native = partial(mgrpo_kernels.linear_token_logprob, backend=backend, **options)
     actual = gradients_of(native, hidden, weight, targets)
     exact = plain(hidden.double(), weight.double(), targets, torch.float64)
     rounded = plain(hidden, weight, targets, torch.float32)
@@ -281,6 +283,20 @@ def test_any_shape_stride_and_dtype(tokens, hidden_size, vocabulary, padding, dt
         storage = torch.full((tensor.shape[0], tensor.shape[1] + extra), torch.nan, dtype=dtype)
         strided.append(storage[:, : tensor.shape[1]].copy_(tensor))
     assert_matches_whole_logits(*strided, targets, budget_bytes=budget)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    tokens=st.integers(1, 6),
+    hidden_size=st.integers(1, 20),
+    vocabulary=st.integers(1, 60),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    budget=st.sampled_from([None, 1, 2000]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_on_triton(tokens, hidden_size, vocabulary, dtype, budget, seed):
+    inputs = drawn(tokens, hidden_size, vocabulary, dtype, seed)
+    assert_matches_whole_logits(*inputs, budget_bytes=budget, backend="triton")
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 1), (3, 32, 32256), (2, 16, 151936), (600, 48, 700), (33, 130, 4097)])
@@ -372,7 +388,7 @@ def test_opcheck_and_meta():
     head = (hidden, weight, bias, targets, 1.0, temperatures, 6.0, None)
     for self_certainty in (False, True):
         torch.library.opcheck(torch.ops.mgrpo_kernels.linear_token_logprob_fwd, (*head, self_certainty, "cpu"))
-    rows = [torch.rand(5) for _ in range(5)]
+    rows = [torch.rand(5) for _ in range(6)]
     for needed in ((True, True, True), (True, False, False), (False, True, False)):
         inputs = (*head, *rows, False, *needed, "cpu")
         torch.library.opcheck(torch.ops.mgrpo_kernels.linear_token_logprob_bwd, inputs)
@@ -452,3 +468,24 @@ X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64
 def test_wrong_arguments_are_refused(linear_token_logprob, message, arguments):
     with pytest.raises(ValueError, match=f"^linear_token_logprob: .*{message}"):
         linear_token_logprob(**({"hidden": X, "weight": W, "targets": Y} | arguments))
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_sums_of_the_cuda_path_are_those_of_the_reference(budget, softcap):
+    """With the row kernel of the CPU in the place of the GPU's."""
+    hidden, weight, bias, targets, _ = make_inputs()
+    hidden = hidden.nan_to_num()
+    bias[:3] = -torch.inf  # a tile of one column without any finite logit
+    head = (hidden, weight, bias, targets, 1.0, TEMPERATURE, softcap or 0.0, budget, True)
+    *sums, z_target = products.linear_token_logprob_fwd(*head, row_sums=products.cuda_row_sums)
+    found = row_outputs(RowSums(*sums), z_target, torch.ones(ROWS, dtype=torch.bool))
+    rest = {"temperature": TEMPERATURE, "softcap": softcap, "self_certainty": True, "backend": "reference"}
+    oracle, rounded = (
+        mgrpo_kernels.linear_token_logprob(hidden.to(to), weight.to(to), targets, bias=bias.to(to), **rest)
+        for to in (torch.float64, torch.float32)
+    )
+    logits = hidden @ weight.T
+    length = VOCABULARY * HIDDEN + exponent_length(logits, float(TEMPERATURE.min()))
+    for name, actual, exact, near in zip(NAMES, found, oracle, rounded, strict=True):
+        assert_within_budget(actual, exact, near, reduction_length=length, what=name)

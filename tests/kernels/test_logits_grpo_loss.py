@@ -41,7 +41,7 @@ def logits_grpo_loss(backend):
     return partial(mgrpo_kernels.logits_grpo_loss, backend=backend)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def linear_grpo_loss(request):
     return partial(mgrpo_kernels.linear_grpo_loss, backend=request.param)
 
@@ -170,7 +170,7 @@ def test_any_stride_offset_dtype_and_option_in_triton(**drawn):
     check_anything("triton", **drawn)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_compositions_equal_their_parts(backend, entropy_coef, ratio):

@@ -427,7 +427,8 @@ def test_a_backend_that_is_not_there_is_refused_before_anything_starts(launch, c
     monkeypatch.setenv("MGRPO_BACKEND", "turbo")
     for dry in ([], ["--dry-run"]):
         assert launch({}, *dry) == 2
-        assert "config: MGRPO_BACKEND must be one of ['auto', 'reference', 'cpu'], got 'turbo'" in said(capsys)
+        refusal = said(capsys)
+        assert "config: MGRPO_BACKEND must be one of ['auto', 'reference', 'cpu'" in refusal and "'turbo'" in refusal
 
 
 def test_a_run_says_which_kernels_it_takes(launch, capsys):
