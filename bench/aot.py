@@ -39,8 +39,8 @@ _COLUMNS = {
 
 
 def operations() -> list[str]:
-    """Folders with a Triton module."""
-    return sorted(path.parent.name for path in PACKAGE.glob("*/triton.py"))
+    """Folders with Triton kernels; a module may also call those of another."""
+    return sorted(path.parent.name for path in PACKAGE.glob("*/triton.py") if "@triton.jit" in path.read_text())
 
 
 def _text(value: Any) -> str:

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from mgrpo_kernels._triton import Variant
 from mgrpo_kernels.linear_token_logprob import products
 from mgrpo_kernels.token_logprob.triton import row_sums
 
 linear_token_logprob_fwd = partial(products.linear_token_logprob_fwd, row_sums=row_sums)
 linear_token_logprob_bwd = partial(products.linear_token_logprob_bwd, backend="triton")
-
-
-def variants() -> list[Variant]:
-    """None beside those of token_logprob."""
-    return []
