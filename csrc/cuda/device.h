@@ -117,19 +117,16 @@ __device__ __forceinline__ float from_bf16(uint16_t half) { return float_of(uint
 // Element types: what they are stored as, and what their bits mean.
 struct F32 {
   using Bits = uint32_t;
-  static constexpr Dtype kDtype = Dtype::f32;
   static __device__ __forceinline__ float from(Bits bits) { return float_of(bits); }
   static __device__ __forceinline__ Bits to(float value) { return bits_of(value); }
 };
 struct Bf16 {
   using Bits = uint16_t;
-  static constexpr Dtype kDtype = Dtype::bf16;
   static __device__ __forceinline__ float from(Bits bits) { return from_bf16(bits); }
   static __device__ __forceinline__ Bits to(float value) { return to_bf16(value); }
 };
 struct F16 {
   using Bits = uint16_t;
-  static constexpr Dtype kDtype = Dtype::f16;
   static __device__ __forceinline__ float from(Bits bits) { return from_f16(bits); }
   static __device__ __forceinline__ Bits to(float value) { return to_f16(value); }
 };

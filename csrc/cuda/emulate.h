@@ -19,7 +19,6 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __shared__ static
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
@@ -138,7 +137,6 @@ T shuffle_xor(T value, int mask) {
 #define blockDim emulated::block_dim
 #define gridDim emulated::grid_dim
 inline void __syncthreads() { emulated::wait_for(emulated::Wait::block); }
-inline void __syncwarp() { emulated::wait_for(emulated::Wait::warp); }
 template <typename T>
 T atomicAdd(T* at, T value) {
   const T old = *at;

@@ -20,7 +20,7 @@ _LOWEST = torch.finfo(torch.float32).min
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A b in fp32: half operands go through the tensor cores of a GPU, and are upcast elsewhere."""
+    """Matrix product in fp32: half operands go through the tensor cores of a GPU, and are upcast elsewhere."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
