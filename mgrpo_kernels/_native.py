@@ -31,6 +31,14 @@ _LIBRARIES = {"cpu": _load("_C", "a C++ compiler"), "cuda": _load("_C_cuda", "nv
 _library = _LIBRARIES["cpu"][0]
 CPU = (True, f"compiled, instruction set {_library.isa()}") if _library else (False, _LIBRARIES["cpu"][1])
 CUDA = (_LIBRARIES["cuda"][0] is not None, _LIBRARIES["cuda"][1])
+
+
+def sources() -> dict[str, str]:
+    """Hashes of the CUDA sources that were compiled, by file name; empty without the library."""
+    library = _LIBRARIES["cuda"][0]
+    return {} if library is None else library.sources()
+
+
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPES = tuple(_CODES)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mgrpo_kernels import _native
+from mgrpo_kernels import _native, verified
 from mgrpo_kernels._triton import interprets
 
 
@@ -36,7 +36,8 @@ _SUPPORT = {
 }
 # Backends that run an operation by its schema in ops.py.
 COMPILED = ("cpu", "cuda")
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+# Of a CPU and of what is no GPU; on a GPU `verified` chooses.
+_ORDER = {"cpu": ("cpu", "reference")}
 _ANY_DEVICE = ("reference",)
 _logger = logging.getLogger("mgrpo_kernels")
 _announced: set[tuple[str, str, str]] = set()
@@ -49,7 +50,7 @@ _KNOWN = {
     "triton": Availability(find_spec("triton") is not None, "the package triton is not installed"),
     "cuda": Availability(*_native.CUDA),
 }
-_GPU_ONLY = ("triton", "cuda")
+_GPU_ONLY = ("cuda", "triton")
 
 
 def _state(name: str) -> Availability:
@@ -84,8 +85,9 @@ def resolve(
     if backend == "auto":
         source, backend = "MGRPO_BACKEND", os.environ.get("MGRPO_BACKEND", "auto")
     if backend == "auto":
-        order = _ORDER.get(device.type, _ANY_DEVICE)
-        backend = next(name for name in order if name in among and _state(name).available and _takes(name, dtypes))
+        order = _GPU_ONLY if device.type == "cuda" else _ORDER.get(device.type, _ANY_DEVICE)
+        able = tuple(name for name in order if name in among and _state(name).available and _takes(name, dtypes))
+        backend = verified.choose(op, device.index, dtypes, able) if device.type == "cuda" else able[0]
     else:
         _check_choice(op, device, source, backend, dtypes, tuple(among))
     _announce(op, device.type, backend)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -15,3 +17,15 @@ if not torch.cuda.is_available():
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("fuzz", derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--verify-record", metavar="DIR", help="write which operations passed, for bench/verified.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--verify-record")
+    if folder:
+        from verification import Recorder
+
+        config.pluginmanager.register(Recorder(Path(str(folder))))

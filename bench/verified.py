@@ -1,0 +1,92 @@
+"""What auto may take on a GPU, and the README's table of support, from records: `python -m bench.verified`.
+
+Reads records/*/verification.json, which `pytest -m gpu --verify-record DIR` writes, and the times beside them; writes
+mgrpo_kernels/verified.json and the part of README.md between its marks. `--records DIR` adds a folder of records, as
+`make gpu` does with its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mgrpo_kernels.verified import FILE, FOLDERS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+MARKS = ("<!-- support: python -m bench.verified -->\n", "<!-- support ends -->\n")
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "int64"}
+
+
+def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Every verification found below the folders, each result with its machine; the newest last."""
+    paths = sorted(path for folder in folders for path in folder.rglob("verification.json"))
+    found = []
+    for path in paths:
+        record = json.loads(path.read_text())
+        found += [result | {"machine": record["machine"], "folder": path.parent} for result in record["results"]]
+    return sorted(found, key=lambda result: result["machine"]["date"])
+
+
+def _ms(result: dict[str, Any]) -> float:
+    """The least time recorded beside a verification for its operation and backend; inf where none is."""
+    path = result["folder"] / f"{result['op'].rstrip('_')}.json"
+    cases = json.loads(path.read_text()).get("cases", []) if path.is_file() else []
+    times = [
+        row["ms"] for case in cases for row in case["rows"] if row.get("backend") == result["backend"] and row["ms"]
+    ]
+    return min(times, default=float("inf"))
+
+
+def verified_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Entries of verified.json: what passed whole on a GPU, the fastest backend of an operation first."""
+    passed = [result for result in results if result["machine"]["capability"] and not result["failed"]]
+    order = list(FOLDERS)
+    passed.sort(key=lambda result: (order.index(result["op"]), _ms(result)))
+    return [
+        {"op": result["op"], "backend": result["backend"], "dtype": dtype}
+        | {name: result[name] for name in ("sources",)}
+        | {name: result["machine"][name] for name in ("capability", "device", "torch", "triton")}
+        for result in passed
+        for dtype in result["dtypes"]
+    ]
+
+
+def _cell(results: Sequence[dict[str, Any]], op: str, backend: str) -> str:
+    """Dtypes that passed, and where; of the newest record."""
+    found = [result for result in results if result["op"] == op and result["backend"] == backend]
+    if not found:
+        return "no GPU run"
+    newest = found[-1]
+    if newest["failed"]:
+        return f"fails on {newest['machine']['device']}"
+    dtypes = ", ".join(_SHORT[name] for name in _SHORT if name in newest["dtypes"])
+    return dtypes if backend == "cpu" else f"{dtypes}: {newest['machine']['device']}"
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The README's table."""
+    lines = ["| operation | `cpu` | `cuda` | `triton` |", "|---|---|---|---|"]
+    for op in FOLDERS:
+        cells = (_cell(results, op, backend) for backend in ("cpu", "cuda", "triton"))
+        lines.append(f"| `{op}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, action="append", default=[], help="another folder of records")
+    results = read([ROOT / "bench" / "records", *parser.parse_args().records])
+    runs = verified_runs(results)
+    FILE.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    before, rest = README.read_text().split(MARKS[0])
+    README.write_text(before + MARKS[0] + table(results) + MARKS[1] + rest.split(MARKS[1])[1])
+    print(f"{FILE.name}: {len(runs)} verified; README.md: table of support")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Which backends have passed their tests on a GPU: read from verified.json, which bench/verified.py makes of records.
+
+A run counts for the source that it ran: a change of any line but a comment ends it, until the tests pass again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mgrpo_kernels._native import sources
+from mgrpo_kernels._sources import hash_python
+
+FILE = Path(__file__).with_name("verified.json")
+# The folders whose kernels run an operation, by its public name.
+FOLDERS = {
+    "token_logprob": ("token_logprob",),
+    "linear_token_logprob": ("linear_token_logprob", "token_logprob"),
+    "trajectory_entropy": ("trajectory_entropy",),
+    "ema_update_": ("ema_update",),
+    "group_advantage": ("group_advantage",),
+    "majority_vote": ("majority_vote",),
+    "iqr_filter": ("iqr_filter",),
+    "grpo_loss": ("grpo_loss",),
+    "logits_grpo_loss": ("grpo_loss", "token_logprob"),
+    "linear_grpo_loss": ("grpo_loss", "linear_token_logprob", "token_logprob"),
+}
+_MODULES = {"triton": "triton", "cuda": "native"}
+_logger = logging.getLogger("mgrpo_kernels")
+
+
+class Run(NamedTuple):
+    """One operation that passed on one card."""
+
+    op: str
+    backend: str
+    dtype: str  # "float32"; "int64" for majority_vote
+    capability: str  # of the card, such as "9.0"
+    sources: str  # hash of the implementation
+    device: str
+    torch: str
+    triton: str
+
+
+def source_hash(op: str, backend: str) -> str:
+    """Hash of what runs an operation on a GPU backend, comments apart; "" where its CUDA library is not here."""
+    folders = FOLDERS[op]
+    files = [f"{folder}/{name}.py" for folder in folders for name in ("autograd", _MODULES[backend])]
+    python = hash_python(*files)
+    if backend == "triton":
+        return python
+    compiled = sources()
+    parts = [compiled[folder] for folder in folders if folder in compiled]
+    return "-".join([python, *parts]) if parts else ""
+
+
+@cache
+def runs(path: Path = FILE) -> tuple[Run, ...]:
+    """All that passed, the fastest backend of an operation and dtype first."""
+    return tuple(Run(**entry) for entry in json.loads(path.read_text())["runs"])
+
+
+def triton_version() -> str:
+    """Of the installed package; "" where there is none."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
+
+
+def find(op: str, dtypes: tuple[torch.dtype, ...], capability: tuple[int, int]) -> list[Run]:
+    """A run for each backend that is verified for every dtype on cards of this major architecture, fastest first."""
+    names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+    by_backend: dict[str, list[Run]] = {}
+    for run in runs():
+        same_card = run.capability.partition(".")[0] == str(capability[0])
+        if run.op == op and same_card and run.sources == source_hash(op, run.backend):
+            by_backend.setdefault(run.backend, []).append(run)
+    return [found[0] for found in by_backend.values() if names <= {run.dtype for run in found}]
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, index: int | None, dtypes: tuple[torch.dtype, ...], among: tuple[str, ...]) -> str:
+    """The fastest verified backend of those in `among`, or "reference"; a line in the log says why, once."""
+    capability = _capability(index)
+    return _choose(op, capability, dtypes, among) if among and capability else "reference"
+
+
+def _capability(index: int | None) -> tuple[int, int] | None:
+    """Of a card; None where there is no GPU, which tensors without data may still name."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+@cache
+def _choose(op: str, capability: tuple[int, int], dtypes: tuple[torch.dtype, ...], among: tuple[str, ...]) -> str:
+    """Cached: the hashes read files."""
+    here = f"{capability[0]}.{capability[1]}"
+    for run in find(op, dtypes, capability):
+        if run.backend not in among:
+            continue
+        measured, current = (run.capability, run.torch, run.triton), (here, torch.__version__, triton_version())
+        if measured != current:
+            _logger.info(
+                "%s: %s passed its tests on a %s (capability %s, torch %s, Triton %s); here are %s, %s, %s",
+                *(op, run.backend, run.device, *measured, *current),
+            )
+        return run.backend
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "any dtype"
+    _logger.warning(
+        "%s runs on plain PyTorch: no kernel of this source has passed its tests on a card of capability %s for %s. "
+        "MGRPO_BACKEND=%s forces one; `make gpu` tests them.",
+        *(op, here, names, "|".join(among)),
+    )
+    return "reference"
