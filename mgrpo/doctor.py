@@ -31,6 +31,7 @@ from mgrpo.policy import load_model, pick_device, quiet_transformers
 from mgrpo.rollout.engine import Sampling
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_model
+from mgrpo_kernels.backends import resolve
 
 PACKAGES = ("mgrpo", "torch", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "matplotlib")
 EXTRAS = {
@@ -45,6 +46,8 @@ T, D, V, B, G = 256, 64, 65536, 128, 16
 HEAD_V = 16384
 EMA_SIZE = 2**24
 ROOF_BYTES = 64 * 2**20
+# A GPU moves the same in no time, and much of it from its cache.
+GPU_FACTOR = 8
 # fp32 results must keep half of fp32's digits against fp64.
 MAX_ERROR = torch.finfo(torch.float32).eps ** 0.5
 
@@ -66,6 +69,11 @@ class Op(NamedTuple):
     call: Callable[[Inputs, str], Sequence[torch.Tensor]]
     is_memory_bound: bool = True
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Those of the inputs that hold fractions."""
+        return tuple({tensor.dtype for tensor in self.inputs.values() if tensor.is_floating_point()})
+
 
 class KernelResult(NamedTuple):
     """One op on one backend."""
@@ -85,16 +93,18 @@ def make_ops(device: torch.device) -> dict[str, Op]:
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(*shape, generator=generator)).to(device)
 
-    logits = normal(T, V)
+    factor = GPU_FACTOR if device.type == "cuda" else 1
+    num_tokens, ema_size = T * factor, EMA_SIZE * factor
+    logits = normal(num_tokens, V)
     logits[:, ::1001] += 9
-    targets = torch.randint(HEAD_V, (T,), generator=generator).to(device)
+    targets = torch.randint(HEAD_V, (num_tokens,), generator=generator).to(device)
     rewards = torch.randint(2, (B, G), generator=generator).float().to(device)
     answers = torch.randint(-1, 4, (B, G), generator=generator).to(device)
-    cu_seqlens = torch.arange(0, T + 1, 16, dtype=torch.int32, device=device)
-    token = {"logprob": -normal(T).abs(), "mask": torch.ones(T, dtype=torch.bool, device=device)}
-    token |= {"old_logprob": token["logprob"] + normal(T, scale=0.1)}
-    scored = {"targets": targets, "advantage": normal(T), **{k: token[k] for k in ("mask", "old_logprob")}}
-    head = {"hidden": normal(T, D), "weight": normal(HEAD_V, D, scale=0.2)}
+    cu_seqlens = torch.arange(0, num_tokens + 1, 16, dtype=torch.int32, device=device)
+    token = {"logprob": -normal(num_tokens).abs(), "mask": torch.ones(num_tokens, dtype=torch.bool, device=device)}
+    token |= {"old_logprob": token["logprob"] + normal(num_tokens, scale=0.1)}
+    scored = {"targets": targets, "advantage": normal(num_tokens), **{k: token[k] for k in ("mask", "old_logprob")}}
+    head = {"hidden": normal(num_tokens, D), "weight": normal(HEAD_V, D, scale=0.2)}
 
     def ema_update(x: Inputs, backend: str) -> Sequence[torch.Tensor]:
         K.ema_update_([x["momentum"]], [x["policy"]], 0.99, backend=backend)
@@ -108,15 +118,15 @@ def make_ops(device: torch.device) -> dict[str, Op]:
             head | {"targets": targets}, lambda x, b: K.linear_token_logprob(**x, backend=b)[:3], is_memory_bound=False
         ),
         "trajectory_entropy": Op(
-            {"token_entropy": normal(T).abs(), "cu_seqlens": cu_seqlens},
+            {"token_entropy": normal(num_tokens).abs(), "cu_seqlens": cu_seqlens},
             lambda x, b: [K.trajectory_entropy(**x, backend=b)],
         ),
-        "ema_update_": Op({"momentum": normal(EMA_SIZE), "policy": normal(EMA_SIZE)}, ema_update),
+        "ema_update_": Op({"momentum": normal(ema_size), "policy": normal(ema_size)}, ema_update),
         "group_advantage": Op({"rewards": rewards}, lambda x, b: [K.group_advantage(**x, backend=b)]),
         "majority_vote": Op({"answer_ids": answers}, lambda x, b: K.majority_vote(**x, backend=b)),
         "iqr_filter": Op({"entropy": normal(B, G).abs()}, lambda x, b: K.iqr_filter(**x, backend=b)),
         "grpo_loss": Op(
-            token | {"advantage": normal(T), "ref_logprob": token["logprob"] + normal(T, scale=0.1)},
+            token | {"advantage": normal(num_tokens), "ref_logprob": token["logprob"] + normal(num_tokens, scale=0.1)},
             lambda x, b: [K.grpo_loss(**x, cu_seqlens=cu_seqlens, kl_coef=0.01, backend=b).loss],
         ),
         "logits_grpo_loss": Op(
@@ -172,12 +182,22 @@ def measure_times(call: Callable[[], object], device: torch.device) -> list[floa
 
 def measure_roof(device: torch.device) -> float:
     """Memory bandwidth in GB/s: the fastest copy or sum in place, bytes read plus bytes written."""
-    source = torch.ones(ROOF_BYTES // 4, device=device)
+    num_bytes = ROOF_BYTES * (GPU_FACTOR if device.type == "cuda" else 1)
+    source = torch.ones(num_bytes // 4, device=device)
     target = torch.zeros_like(source)
     # A copy makes some CPUs read the target too, which a sum in place does not pay on top.
     copy_s = min(measure_times(lambda: target.copy_(source), device))
     sum_s = min(measure_times(lambda: target.add_(source), device))
-    return max(2 * ROOF_BYTES / copy_s, 3 * ROOF_BYTES / sum_s) / 1e9
+    return max(2 * num_bytes / copy_s, 3 * num_bytes / sum_s) / 1e9
+
+
+def runs_on(name: str, op: Op, backend: str, device: torch.device) -> bool:
+    """Whether a backend takes an op on a device."""
+    try:
+        resolve(name, device, backend, op.dtypes)
+    except ValueError:
+        return False
+    return True
 
 
 def check_needed() -> list[Check]:
@@ -240,11 +260,11 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], ca
     return table
 
 
-def _kernel_row(result: KernelResult) -> list[str]:
-    """One line of the table of kernels."""
+def _kernel_row(result: KernelResult, taken: str) -> list[str]:
+    """One line of the table of kernels; `taken` is the backend of auto."""
     numbers = ((result.error, ".1e"), (result.time_ms, ".3f"), (result.roof_share, ".0%"))
     cells = ["" if number is None else format(number, spec) for number, spec in numbers]
-    return [result.op, result.backend, *cells, result.problem or "ok"]
+    return [result.op, result.backend, "yes" if result.backend == taken else "", *cells, result.problem or "ok"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,19 +295,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [(name, "available" if state.available else "unavailable", state.reason) for name, state in known.items()]
     console.print(_table("Kernel backends", ("backend", "state", "reason"), rows))
     gb_per_s = measure_roof(device)
+    ops = make_ops(device)
+    taken = {name: resolve(name, device, "auto", op.dtypes) for name, op in ops.items()}
     results = [
         check_kernel(name, op, backend, gb_per_s)
-        for name, op in make_ops(device).items()
-        for backend, state in known.items()
-        if state.available
+        for name, op in ops.items()
+        for backend in known
+        if runs_on(name, op, backend, device)
     ]
     caption = (
         "error: against the reference in fp64, relative to the largest value (at least 1). time: forward, median of 5."
         "\nroof: bytes of inputs and outputs, each moved once, a second, as a share of the fastest copy or sum in "
-        f"place of {ROOF_BYTES >> 20} MiB now: {gb_per_s:.1f} GB/s. Empty where arithmetic is the limit."
+        f"place now: {gb_per_s:.1f} GB/s. Empty where arithmetic is the limit. auto: the backend that it takes here."
     )
-    columns = ("op", "backend", "error", "time, ms", "of the roof", "state")
-    console.print(_table(f"Kernels on {device}", columns, [_kernel_row(result) for result in results], caption))
+    columns = ("op", "backend", "auto", "error", "time, ms", "of the roof", "state")
+    rows = [_kernel_row(result, taken[result.op]) for result in results]
+    console.print(_table(f"Kernels on {device}", columns, rows, caption))
     healthy = all(check.works for check in needed) and not any(result.problem for result in results)
     console.print("Everything that training needs works." if healthy else "Something that training needs fails.")
     return 0 if healthy else 1
