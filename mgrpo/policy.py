@@ -81,11 +81,14 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_backend(backend: str, device: torch.device) -> str:
-    """Resolves --kernels.backend for a device, with MGRPO_BACKEND in place of `auto`."""
+    """Resolves --kernels.backend for a device, with MGRPO_BACKEND in place of `auto`, by token_logprob."""
     try:
-        return resolve("config", device, backend)
+        return resolve("token_logprob", device, backend, (torch.float32,))
     except ValueError as error:
-        raise ConfigError([str(error).replace("backend must", "--kernels.backend must", 1)]) from error
+        problem = (
+            str(error).replace("token_logprob: ", "config: ", 1).replace("backend must", "--kernels.backend must", 1)
+        )
+        raise ConfigError([problem]) from error
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
