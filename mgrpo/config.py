@@ -79,8 +79,8 @@ class AnswerConfig:
 class RolloutConfig:
     """Sampling of responses."""
 
-    engine: Literal["transformers"] = "transformers"
-    """Rollout engine."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`transformers` decodes with the trainer's own model; `vllm` with an engine beside it (pip install vllm)."""
     prompts: int = 16
     """B, prompts a step."""
     policy: int = 12
@@ -96,7 +96,13 @@ class RolloutConfig:
     truncated: Literal["train", "mask"] = "train"
     """Whether a rollout cut at the length limit trains, or only votes."""
     batch_size: int = 256
-    """Most sequences decoded together; bounds the KV cache."""
+    """Most sequences decoded together; bounds the KV cache. vLLM decides this itself."""
+    gpu_memory: float = 0.4
+    """Share of a GPU's memory for vLLM, its weights included."""
+    kv_cache_gib: float | None = None
+    """KV cache of vLLM in GiB; None is what `gpu-memory` leaves, and 1 GiB on a CPU."""
+    parity_every: int = 50
+    """Steps between comparisons of vLLM's log-probs with the trainer's, which the first two steps make anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +353,9 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "rollout.top_p": (0, 1, False, True),
     "rollout.max_new_tokens": (1, math.inf, True, False),
     "rollout.batch_size": (1, math.inf, True, False),
+    "rollout.gpu_memory": (0, 1, False, True),
+    "rollout.kv_cache_gib": (0, math.inf, False, False),
+    "rollout.parity_every": (0, math.inf, True, False),
     "momentum.decay": (0, 1, True, True),
     "momentum.final_decay": (0, 1, True, True),
     "momentum.every": (1, math.inf, True, False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def find_problems(config: Config) -> list[str]:
     device = attempt(lambda: pick_device(config.model.device))
     if device:
         attempt(lambda: pick_backend(config.kernels.backend, device))
+    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
+        problems.append("config: --rollout.engine vllm needs the package vllm, it is not installed. pip install vllm.")
     tokenizer = attempt(lambda: load_tokenizer(config.model))
     if tokenizer:
         data = attempt(lambda: load_prompts(config, tokenizer, config.data.train))

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,16 @@ from mgrpo.policy import LoadedModel, borrowed_weights, load_model, load_weights
 from mgrpo.prompts import load_prompts, require_answers
 from mgrpo.reward import Evidence, reward
 from mgrpo.rollout.engine import Engine, Rollouts, Sampling, Source
+from mgrpo.rollout.parity import check_parity
 from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.rollout.vllm import VllmEngine
 from mgrpo.scoring import Scorer, TokenScores
 from mgrpo.trajectories import Trajectories, join
 from mgrpo.voting import filter_trajectories, first_of_class, vote
+
+# After the first loads an engine is compared with the trainer at every step; later now and then.
+PARITY_STEPS = 2
+PARITY_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +78,7 @@ class Trainer:
             kernels=config.kernels,
             micro_batch_tokens=config.optim.micro_batch_tokens,
         )
-        self.engine = (make_engine or embedded_engine)(self.loaded, config)
+        self.engine = (make_engine or partial(start_engine, max_length=self._longest()))(self.loaded, config)
         self.momentum = Momentum(self.model, config.momentum, seed=config.seed, kernels=config.kernels)
         self.learner = Learner(config, self.loaded, self.momentum, self.scorer)
         self.initial = self._copy_initial() if needs_initial(config) else None
@@ -97,6 +104,7 @@ class Trainer:
             trajectories = self.roll_out(prompts, timer)
         with timer("score"):
             scores = self.score(trajectories)
+            parity = self.check_parity(trajectories, scores)
         with timer("vote"):
             outcome = self.judge(prompts, trajectories, scores)
         with timer("update"):
@@ -111,6 +119,7 @@ class Trainer:
         metrics: Metrics = dict.fromkeys(KEYS) | {"step": self.step, **outcome_metrics(outcome), **update_metrics}
         metrics["kl"] = metrics["kl"] if scores.ref_logprob is not None else None
         metrics["kl_initial"] = scores.kl_initial
+        metrics |= parity
         metrics["logprob_gap"] = mean(
             (scores.old_logprob - trajectories.rollout_logprob).abs()[self._by_policy(trajectories)]
         )
@@ -164,6 +173,31 @@ class Trainer:
             judged_entropy=self._per_trajectory(judged, trajectories, reduce=c.filter.entropy),
             self_certainty=None if certainty is None else self._per_trajectory(certainty, trajectories),
         )
+
+    @torch.no_grad()
+    def check_parity(self, trajectories: Trajectories, scores: Scores) -> Metrics:
+        """Compares a few log-probs of vLLM under both weights with the trainer's, where due: {} where not.
+
+        StaleWeightsError stops the run where they are too far apart.
+        """
+        c = self.config.rollout
+        due = self.step <= PARITY_STEPS or (c.parity_every > 0 and self.step % c.parity_every == 0)
+        # Nucleus sampling divides by a mass that the trainer does not know.
+        if c.engine == "transformers" or c.top_p < 1 or not due:
+            return {}
+        metrics: Metrics = {}
+        from_momentum = trajectories.is_momentum.flatten()
+        compare = partial(check_parity, dtype=self.loaded.dtype, version=self.version)
+        rows = (~from_momentum).nonzero().flatten()
+        pair = (trajectories.rollout_logprob[rows], scores.old_logprob[rows], trajectories.mask[rows])
+        metrics["parity_policy"] = compare(*pair, source="policy")
+        if c.momentum:
+            rows = from_momentum.nonzero().flatten()[:PARITY_ROWS]
+            with borrowed_weights(self.model, self.momentum.state_dict()):
+                expected = self._score(trajectories, rows=rows).logprob[rows]
+            pair = (trajectories.rollout_logprob[rows], expected, trajectories.mask[rows])
+            metrics["parity_momentum"] = compare(*pair, source="momentum")
+        return metrics
 
     def judge(self, prompts: Sequence[Prompt], trajectories: Trajectories, scores: Scores) -> Outcome:
         """Filters, votes, rewards and compares within groups. True answers reach metrics and reward `labels` alone."""
@@ -302,9 +336,16 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         checkpoint.set_rng_state(state["rng"])
 
+    def _longest(self) -> int:
+        """Tokens of the longest prompt with a whole response."""
+        datasets = [self.data, *([self.probe] if self.probe else [])]
+        return max(len(prompt.ids) for data in datasets for prompt in data.prompts) + self.config.rollout.max_new_tokens
+
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Ends the worker processes and frees the engine."""
         self.checker.close()
+        if isinstance(self.engine, VllmEngine):
+            self.engine.close()
 
     def _generate(self, ids: list[tuple[int, ...]], n: int, source: Source, timer: Timer) -> Rollouts:
         """Samples n rollouts a prompt from one source."""
@@ -375,15 +416,17 @@ class Trainer:
         ]
 
 
-def embedded_engine(loaded: LoadedModel, config: Config) -> Engine:
-    """The transformers engine in this process."""
-    return TransformersEngine(
-        loaded.model,
-        eos_ids=loaded.eos_ids,
-        pad_id=loaded.pad_id,
-        dtype=loaded.dtype,
-        batch_size=config.rollout.batch_size,
-    )
+def start_engine(loaded: LoadedModel, config: Config, *, max_length: int) -> Engine:
+    """The engine of --rollout.engine, in this process; `max_length` is the longest prompt and response together."""
+    c = config.rollout
+    model = {"eos_ids": loaded.eos_ids, "pad_id": loaded.pad_id, "dtype": loaded.dtype}
+    if c.engine == "transformers":
+        return TransformersEngine(loaded.model, **model, batch_size=c.batch_size)
+    on_gpu = next(loaded.model.parameters()).device.type == "cuda"
+    options: dict[str, Any] = {"gpu_memory_utilization": c.gpu_memory} if on_gpu else {"enforce_eager": True}
+    if c.kv_cache_gib or not on_gpu:
+        options["kv_cache_memory_bytes"] = int((c.kv_cache_gib or 1.0) * 2**30)
+    return VllmEngine(loaded.model, **model, max_length=max_length, options=options)
 
 
 def needs_initial(config: Config) -> bool:

@@ -81,8 +81,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(seed: int = 0) -> Qwen3ForCausalLM:
-    """Builds the randomly initialised base: a Qwen3 of 2 layers and width 96, a quarter of a million parameters."""
+def make_model(seed: int = 0, head_dim: int = 24) -> Qwen3ForCausalLM:
+    """Builds the randomly initialised base: a Qwen3 of 2 layers and width 96, a quarter of a million parameters.
+
+    Some engines have no attention for heads of 24; `builtin:arithmetic32` has heads of 32.
+    """
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=2 + len(CHARACTERS),
@@ -91,7 +94,7 @@ def make_model(seed: int = 0) -> Qwen3ForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=24,
+        head_dim=head_dim,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -120,13 +123,15 @@ class BaseArgs:
     """Demonstrations a step."""
     lr: float = 3e-3
     """Peak AdamW learning rate; linear warm-up over 100 steps, then cosine to zero."""
+    head_dim: int = 24
+    """Width of an attention head; the shipped models have 24 and 32."""
     seed: int = 0
     """Seed of weights and demonstrations."""
 
 
 def make_base(args: BaseArgs) -> None:
     """Trains and saves the base model described by `args`."""
-    tokenizer, model = make_tokenizer(), make_model(args.seed)
+    tokenizer, model = make_tokenizer(), make_model(args.seed, args.head_dim)
     rng = random.Random(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99))
     warmup = 100

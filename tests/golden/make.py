@@ -28,7 +28,7 @@ from mgrpo.config import (
 from mgrpo.policy import resolve_path
 from mgrpo.presets import make_preset
 from mgrpo.rollout.engine import Engine, Rollouts
-from mgrpo.trainer import Trainer, embedded_engine
+from mgrpo.trainer import Trainer, start_engine
 
 ROLLOUTS = Path(__file__).with_name("rollouts.safetensors")
 METRICS = Path(__file__).with_name("metrics.json")
@@ -136,7 +136,7 @@ def record() -> None:
     recorders = []
 
     def recording(loaded, config):
-        recorders.append(Recorder(embedded_engine(loaded, config)))
+        recorders.append(Recorder(start_engine(loaded, config, max_length=0)))
         return recorders[0]
 
     torch.set_num_threads(1)

@@ -1,0 +1,257 @@
+"""The vLLM engine against a fake that records its calls; tests/vllm has the real one."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mgrpo.rollout import EngineError, Sampling, StaleWeightsError
+from mgrpo.rollout.parity import BOUNDS, check_parity
+from mgrpo.rollout.publish import LoadPublisher, ReloadPublisher, make_publisher
+from mgrpo.rollout.vllm import VllmEngine, start
+from mgrpo.tasks.arithmetic import make_model
+
+PROMPTS = [[2, 3, 4], [5, 6]]
+
+
+class FakeWorker:
+    def __init__(self, calls, reloads: bool):
+        self.model_runner = SimpleNamespace(
+            model=SimpleNamespace(load_weights=lambda w: calls.append(("load", dict(w))))
+        )
+        if reloads:
+            self.reload_weights = self.model_runner.reload_weights = lambda weights_iterator=None: None
+
+
+class FakeLLM:
+    """Answers each request with its prompt's length in tokens, all of log-prob -0.5."""
+
+    def __init__(self, *, reloads: bool = True, versions: bool = True, **arguments):
+        self.calls, self.arguments = [], arguments
+        worker = FakeWorker(self.calls, reloads)
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+        self.weight_version, self.emptied = "default", True
+        self.logprobs = iter(())
+        if versions:
+            self.update_weight_version = self._update_weight_version
+
+    def collective_rpc(self, method, kwargs):
+        self.calls.append((method, dict(kwargs["weights_iterator"])))
+
+    def _update_weight_version(self, version):
+        self.calls.append(("version", version))
+        self.weight_version = version
+
+    def reset_prefix_cache(self):
+        self.calls.append(("reset",))
+        return self.emptied
+
+    def generate(self, requests, params, use_tqdm):
+        self.calls.append(("generate", len(requests)))
+        self.params = params
+        return [self._answer(request["prompt_token_ids"], p) for request, p in zip(requests, params, strict=True)]
+
+    def _answer(self, ids, params):
+        def sample():
+            tokens = [7] * len(ids)
+            found = [{7: SimpleNamespace(logprob=next(self.logprobs, -0.5))} for _ in tokens]
+            spans = [SimpleNamespace(version=self.weight_version)]
+            return SimpleNamespace(token_ids=tokens, logprobs=found, finish_reason="length", weight_versions=spans)
+
+        return SimpleNamespace(outputs=[sample() for _ in range(params.n)])
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def engine(model, monkeypatch) -> VllmEngine:
+    real = importlib.import_module
+    fake = SimpleNamespace(SamplingParams=SimpleNamespace)
+    monkeypatch.setattr(importlib, "import_module", lambda name, *a: fake if name == "vllm" else real(name, *a))
+    return VllmEngine(
+        model, eos_ids=(1,), pad_id=0, dtype=torch.float32, max_length=40, options={"seed": 0}, make_llm=FakeLLM
+    )
+
+
+def test_a_step_loads_resets_and_generates_in_this_order(engine, model):
+    for source in ("momentum", "policy"):
+        engine.load(model.state_dict(), source=source, version=3)
+        engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4), source=source, version=3)
+    names = [call[0] if call[0] != "version" else call[1] for call in engine._llm.calls]
+    once = ["reload_weights", "momentum@3", "reset", "generate"]
+    assert names == once + [name.replace("momentum", "policy") for name in once]
+
+
+def test_every_name_is_published_tied_ones_twice(engine, model):
+    engine.load(model.state_dict(), source="policy", version=0)
+    _, published = engine._llm.calls[0]
+    assert published.keys() == model.state_dict().keys()
+    assert "lm_head.weight" in published and "model.embed_tokens.weight" in published
+    assert all(torch.equal(published[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_starts_from_the_configuration_without_weights_or_tokenizer(engine):
+    arguments = engine._llm.arguments
+    assert arguments["load_format"] == "dummy" and arguments["skip_tokenizer_init"]
+    assert arguments["logprobs_mode"] == "processed_logprobs"
+    assert arguments["max_model_len"] == 40 and arguments["dtype"] == "float32" and arguments["seed"] == 0
+
+
+def test_sampling_parameters(engine, model):
+    engine.load(model.state_dict(), source="policy", version=0)
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=4, seed=2**31 - 3)
+    engine.generate(PROMPTS, 2, sampling, source="policy", version=0)
+    first, second = engine._llm.params
+    assert (first.n, first.temperature, first.top_p, first.max_tokens) == (2, 0.7, 0.9, 4)
+    assert first.stop_token_ids == [1] and first.logprobs == 0
+    # vLLM gives rollout i seed + i: no two rollouts of a call may meet.
+    assert second.seed == (first.seed + 2) % 2**31
+
+
+def test_rollouts_are_padded_and_tell_their_source(engine, model):
+    engine.load(model.state_dict(), source="momentum", version=5)
+    found = engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4), source="momentum", version=5)
+    assert found.tokens.tolist() == [[7, 7, 7], [7, 7, 7], [7, 7, 0], [7, 7, 0]]
+    assert found.logprobs.tolist() == [[-0.5] * 3] * 2 + [[-0.5, -0.5, 0]] * 2
+    assert found.lengths.tolist() == [3, 3, 2, 2] and found.truncated.all()
+    assert (found.source, found.version, found.num_per_prompt) == ("momentum", 5, 2)
+
+
+def test_greedy_decodes_once_and_repeats(engine, model):
+    engine.load(model.state_dict(), source="policy", version=0)
+    found = engine.generate(PROMPTS, 3, Sampling(temperature=0.0), source="policy", version=0)
+    assert [p.n for p in engine._llm.params] == [1, 1] and found.tokens.shape[0] == 6
+
+
+@pytest.mark.parametrize(("source", "version"), [("momentum", 1), ("policy", 2)])
+def test_other_weights_than_the_loaded_are_refused(engine, model, source, version):
+    with pytest.raises(StaleWeightsError, match=r"got None\. Load them first"):
+        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=1)
+    engine.load(model.state_dict(), source="policy", version=1)
+    with pytest.raises(StaleWeightsError, match=rf"weights must be {source} version {version}, got \('policy', 1\)"):
+        engine.generate(PROMPTS, 1, Sampling(), source=source, version=version)
+
+
+def test_a_version_that_vllm_contradicts_is_refused(engine, model):
+    engine.load(model.state_dict(), source="policy", version=1)
+    engine._llm.weight_version = "policy@0"
+    with pytest.raises(StaleWeightsError, match="must write with policy@1, it wrote with policy@0"):
+        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=1)
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "cache", "raise"])
+def test_a_load_that_fails_leaves_nothing_loaded(engine, model, fault):
+    weights = dict(model.state_dict())
+    engine.load(weights, source="policy", version=0)
+    if fault == "missing":
+        del weights["lm_head.weight"]
+    elif fault == "shape":
+        weights["model.norm.weight"] = torch.zeros(3)
+    elif fault == "cache":
+        engine._llm.emptied = False
+    else:
+        engine._llm.collective_rpc = lambda *a, **k: 1 / 0
+    message = {
+        "missing": "lm_head.weight is missing",
+        "shape": r"model.norm.weight must have shape \(96,\), got \(3,\)",
+        "cache": "must empty its prefix cache, it refused",
+        "raise": "load: vLLM failed with ZeroDivisionError: division by zero",
+    }[fault]
+    with pytest.raises(EngineError, match=message):
+        engine.load(weights, source="policy", version=1)
+    with pytest.raises(StaleWeightsError):
+        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+
+
+def test_an_impossible_rollout_is_drawn_again_then_refused(engine, model):
+    engine.load(model.state_dict(), source="policy", version=0)
+    engine._llm.logprobs = iter([-float("inf")])
+    found = engine.generate(PROMPTS, 2, Sampling(), source="policy", version=0)
+    assert engine.redrawn == 1 and torch.isfinite(found.logprobs).all()
+    assert [call for call in engine._llm.calls if call[0] == "generate"] == [("generate", 2), ("generate", 1)]
+    engine._llm.logprobs = iter([float("nan")] * 1000)
+    with pytest.raises(EngineError, match="prompt 0 got 3 tokens after 2 more draws"):
+        engine.generate(PROMPTS, 2, Sampling(), source="policy", version=0)
+
+
+def test_what_vllm_raises_is_an_engine_error(engine, model):
+    engine.load(model.state_dict(), source="policy", version=0)
+    engine._llm.generate = lambda *a, **k: {}["dead"]
+    with pytest.raises(EngineError, match="generate: vLLM failed with KeyError: 'dead'"):
+        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+    engine._llm.generate = lambda *a, **k: []
+    with pytest.raises(EngineError, match="must return 2 rollouts, got 0"):
+        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+
+
+def test_older_ways_to_publish_are_found_by_looking():
+    assert isinstance(make_publisher(FakeLLM()), ReloadPublisher)
+    old = FakeLLM(reloads=False, versions=False)
+    publisher = make_publisher(old)
+    assert isinstance(publisher, LoadPublisher)
+    publisher.publish([("a", torch.ones(1))], "policy@1")
+    assert old.calls == [("load", {"a": torch.ones(1)})]
+    ReloadPublisher(FakeLLM(versions=False)).publish([], "policy@1")
+    with pytest.raises(EngineError, match="it offers neither"):
+        make_publisher(SimpleNamespace())
+
+
+def test_the_process_keeps_its_seeds_and_threads(model):
+    def seeding(**arguments):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads = print
+        return FakeLLM()
+
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), torch.get_num_threads())
+    set_num_threads = torch.set_num_threads
+    options = {"eos_ids": (1,), "pad_id": 0, "dtype": torch.float32, "max_length": 40, "options": {}}
+    VllmEngine(model, **options, make_llm=seeding)
+    assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2]) and torch.get_num_threads() == before[3]
+    assert torch.set_num_threads is set_num_threads and torch.get_default_dtype() == torch.float32
+
+
+def test_without_vllm_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"vllm must be installed for --rollout\.engine vllm\. pip install vllm"):
+        start(model="x")
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_parity_stops_at_the_bound_and_names_the_weights(dtype):
+    mask = torch.tensor([[True, True], [True, False]])
+    trainer = torch.full((2, 2), -1.0)
+    engine = trainer.clone()
+    engine[1, 1] = torch.nan  # padding
+    engine[0, 0] += 2 * BOUNDS[dtype]
+    gap = check_parity(engine, trainer, mask, dtype=dtype, source="momentum", version=7)
+    assert gap == pytest.approx(2 / 3 * BOUNDS[dtype], rel=1e-2)
+    for broken in (2 * BOUNDS[dtype], torch.nan):
+        engine[0, 1] = -1 - broken
+        with pytest.raises(StaleWeightsError, match="weights of momentum version 7"):
+            check_parity(engine, trainer, mask, dtype=dtype, source="momentum", version=7)
+
+
+def test_dry_run_misses_vllm(monkeypatch):
+    from mgrpo.plan import find_problems
+    from mgrpo.presets import PRESETS
+
+    config = PRESETS["arithmetic"]()
+    config = replace(config, rollout=replace(config.rollout, engine="vllm"))
+    monkeypatch.setattr("mgrpo.plan.find_spec", lambda name: None)
+    assert any("needs the package vllm, it is not installed" in problem for problem in find_problems(config))
+    monkeypatch.setattr("mgrpo.plan.find_spec", lambda name: object())
+    assert not find_problems(config)
