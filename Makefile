@@ -5,13 +5,23 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := CMakeLists.txt setup.py mgrpo_kernels/_sources.py $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: train test lint format bench bench-peers fuzz emulate old-cpus sanitize study clean
+.PHONY: train test test-vllm lint format bench bench-peers fuzz emulate old-cpus sanitize study clean
 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
 
 test: $(VENV)/.built
 	$(BIN)/python -m pytest $(ARGS)
+
+# Real vLLM on the CPU, in an environment of its own, with the library that the other one has built.
+VLLM := .venv-vllm
+test-vllm: $(VENV)/.built $(VLLM)/.made
+	PYTHONPATH=. VLLM_LOGGING_LEVEL=ERROR $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
+
+$(VLLM)/.made: requirements-vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
+	@touch $@
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -87,4 +97,4 @@ $(VENV)/.made: requirements.txt pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info mgrpo_kernels/*.so
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info mgrpo_kernels/*.so

@@ -7,6 +7,7 @@ weight passes over a disk. Letters: B prompts, n rollouts a prompt, L longest re
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import importlib.util
 import os
@@ -49,7 +50,8 @@ class VllmEngine:
         self.loaded: tuple[Source, int] | None = None
         self.redrawn = 0
         self._folder = TemporaryDirectory(prefix="mgrpo-vllm-")
-        config: Any = model.config
+        config: Any = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]  # a model that was never saved does not say
         config.save_pretrained(self._folder.name)
         arguments = {
             "model": self._folder.name,

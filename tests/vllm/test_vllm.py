@@ -1,0 +1,170 @@
+"""Real vLLM on a CPU: `make test-vllm`. R rollouts of L tokens."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from mgrpo.config import Config
+from mgrpo.presets import make_preset
+from mgrpo.rollout import EngineError, Rollouts, Sampling, StaleWeightsError
+from mgrpo.rollout.parity import BOUNDS, check_parity
+from mgrpo.rollout.vllm import VllmEngine
+from mgrpo.tasks.arithmetic import make_model
+from mgrpo.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
+]
+BASE = "builtin:arithmetic32"
+OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20, "block_size": 32}
+# Longer than two blocks of the prefix cache.
+PROMPTS = [[2 + (i * j + j * j) % 15 for j in range(70 + i)] for i in range(6)]
+SAMPLING = Sampling(max_new_tokens=24, seed=3)
+
+
+def make_policy(seed: int) -> torch.nn.Module:
+    """Random weights, far enough from uniform that other weights are seen."""
+    model = make_model(seed, head_dim=32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, torch.nn.Module]:
+    return {"policy": make_policy(0), "momentum": make_policy(1)}
+
+
+@pytest.fixture(scope="module")
+def engine(models):
+    engine = VllmEngine(
+        models["policy"], eos_ids=(1,), pad_id=0, dtype=torch.float32, max_length=128, options=OPTIONS
+    )
+    yield engine
+    engine.close()
+
+
+@torch.no_grad()
+def trainer_logprobs(model: torch.nn.Module, rollouts: Rollouts) -> torch.Tensor:
+    """[R, L] by transformers."""
+    found = torch.zeros_like(rollouts.logprobs)
+    for row in range(len(rollouts.tokens)):
+        prompt, response = PROMPTS[row // rollouts.num_per_prompt], rollouts.response(row)
+        logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        found[row, : len(response)] = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+    return found
+
+
+def compare(models, rollouts: Rollouts) -> float:
+    """The guard that a run has."""
+    pair = (rollouts.logprobs, trainer_logprobs(models[rollouts.source], rollouts), rollouts.mask)
+    return check_parity(*pair, dtype=torch.float32, source=rollouts.source, version=rollouts.version)
+
+
+def roll_out(engine, models, source, version: int) -> Rollouts:
+    engine.load(models[source].state_dict(), source=source, version=version)
+    return engine.generate(PROMPTS, 4, SAMPLING, source=source, version=version)
+
+
+def test_logprobs_agree_after_every_publish(engine, models):
+    for version in range(3):
+        for source in ("momentum", "policy"):
+            gap = compare(models, roll_out(engine, models, source, version))
+            assert gap < BOUNDS[torch.float32] / 10
+
+
+def test_the_same_seed_gives_the_same_tokens_in_any_batch(engine, models):
+    first, again = (roll_out(engine, models, "policy", version) for version in (0, 1))
+    assert torch.equal(first.tokens, again.tokens) and torch.equal(first.lengths, again.lengths)
+    alone = engine.generate(PROMPTS[:1], 4, SAMPLING, source="policy", version=1)
+    assert [alone.response(row) for row in range(4)] == [first.response(row) for row in range(4)]
+    other = engine.generate(PROMPTS, 4, replace(SAMPLING, seed=4), source="policy", version=1)
+    assert not torch.equal(other.tokens[:, :4], first.tokens[:, :4])
+    assert len({tuple(first.response(row)) for row in range(4)}) > 1
+
+
+def test_rollouts_end_at_eos_or_at_the_limit(engine, models):
+    found = roll_out(engine, models, "policy", 0)
+    ended = [found.response(row)[-1] == 1 for row in range(len(found.tokens))]
+    assert found.truncated.tolist() == [not end for end in ended] and any(ended) and not all(ended)
+    assert not any(1 in found.response(row)[:-1] for row in range(len(found.tokens)))
+    assert found.lengths[found.truncated].eq(24).all()
+
+
+def test_temperature_is_in_the_logprobs(engine, models):
+    engine.load(models["policy"].state_dict(), source="policy", version=0)
+    cold = engine.generate(PROMPTS, 4, replace(SAMPLING, temperature=0.5), source="policy", version=0)
+    model = copy.deepcopy(models["policy"])
+    with torch.no_grad():  # the norm ahead of the head scales the logits as a temperature does
+        model.model.norm.weight.mul_(2)
+    assert compare({"policy": model}, cold) < 1e-4
+
+
+def test_greedy_is_the_argmax(engine, models):
+    engine.load(models["policy"].state_dict(), source="policy", version=0)
+    found = engine.generate(PROMPTS[:2], 2, Sampling(temperature=0.0, max_new_tokens=1), source="policy", version=0)
+    with torch.no_grad():
+        expected = [int(models["policy"](input_ids=torch.tensor([p])).logits[0, -1].argmax()) for p in PROMPTS[:2]]
+    assert found.tokens[:, 0].tolist() == [expected[0]] * 2 + [expected[1]] * 2
+
+
+@pytest.mark.parametrize("fault", ["skipped load", "swapped models", "missing tied head", "prefix cache not reset"])
+def test_parity_catches_every_planted_fault(engine, models, monkeypatch, fault):
+    roll_out(engine, models, "policy", 0)
+    weights = models["momentum"].state_dict()
+    if fault == "skipped load":
+        monkeypatch.setattr(engine._publisher, "publish", lambda weights, version: None)
+    elif fault == "swapped models":
+        weights = models["policy"].state_dict()
+    elif fault == "missing tied head":
+        publish = engine._publisher.publish
+        partial = [(name, tensor) for name, tensor in weights.items() if name != "lm_head.weight"]
+        monkeypatch.setattr(engine._publisher, "publish", lambda weights, version: publish(partial, version))
+    else:
+        monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
+    engine.load(weights, source="momentum", version=0)
+    monkeypatch.setattr(engine, "_check_version", lambda output: None)
+    rollouts = engine.generate(PROMPTS, 4, SAMPLING, source="momentum", version=0)
+    with pytest.raises(StaleWeightsError, match="did not write with the weights of momentum version 0"):
+        compare(models, rollouts)
+    monkeypatch.undo()
+    compare(models, roll_out(engine, models, "momentum", 1))
+
+
+def test_vllm_itself_contradicts_a_skipped_load(engine, models, monkeypatch):
+    roll_out(engine, models, "policy", 0)
+    monkeypatch.setattr(engine._publisher, "publish", lambda weights, version: None)
+    with pytest.raises(StaleWeightsError, match="must write with momentum@0, it wrote with policy@0"):
+        roll_out(engine, models, "momentum", 0)
+
+
+def test_a_bad_request_is_an_engine_error_and_the_next_works(engine, models):
+    roll_out(engine, models, "policy", 0)
+    with pytest.raises(EngineError, match="generate: vLLM failed with"):
+        engine.generate([[2] * 200], 1, SAMPLING, source="policy", version=0)
+    compare(models, roll_out(engine, models, "policy", 1))
+
+
+def run_config(tmp_path, steps: int) -> Config:
+    config = make_preset("arithmetic")
+    rollout = replace(config.rollout, engine="vllm", prompts=8, policy=6, momentum=4, parity_every=1, kv_cache_gib=0.1)
+    return replace(config, steps=steps, rollout=rollout, model=replace(config.model, path=BASE, device="cpu"))
+
+
+def test_twenty_steps_of_the_arithmetic_preset(tmp_path):
+    trainer = Trainer(run_config(tmp_path, 20))
+    try:
+        rows = list(trainer.train(20))
+    finally:
+        trainer.close()
+    assert len(rows) == 20 and rows[-1]["vote_accuracy"] > 0.3
+    for row in rows:
+        assert row["parity_policy"] < BOUNDS[torch.float32] and row["parity_momentum"] < BOUNDS[torch.float32]
+        assert row["time_publish_s"] > 0 and row["time_rollout_momentum_s"] > 0
