@@ -1,9 +1,12 @@
 // What kernels use of a GPU. One source for nvcc and, with MGRPO_EMULATE, for a CPU (see emulate.h).
 #pragma once
 
+#include <array>
 #include <cfloat>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -31,12 +34,41 @@ void launch(void (*kernel)(Params...), int64_t grid, int size, Executor, const A
   if (grid > 0) emulated::launch(grid, size, [&] { kernel(args...); });
 }
 
+// The same in clusters of blocks, each with `bytes` of dynamic shared memory.
+template <typename... Params, typename... Args>
+void launch_clusters(void (*kernel)(Params...), int64_t clusters, int cluster, int size, size_t bytes, Executor,
+                     const Args&... args) {
+  if (clusters > 0) emulated::launch(clusters * cluster, size, [&] { kernel(args...); }, cluster, bytes);
+}
+
+// Few, so that each takes several rows.
+template <typename... Params>
+int resident_clusters(void (*)(Params...), int, int, size_t) {
+  return 3;
+}
+
 template <typename T>
 T shuffle_xor(T value, int mask) {
   return emulated::shuffle_xor(value, mask);
 }
 
-inline float exp2_approx(float x) { return exp2f(x); }
+inline char* dynamic_shared() { return emulated::shared_of(emulated::rank()); }
+inline unsigned cluster_rank() { return emulated::rank(); }
+inline unsigned cluster_size() { return emulated::cluster.num_blocks; }
+template <typename T>
+T* in_block(T* mine, unsigned rank) {
+  return reinterpret_cast<T*>(emulated::shared_of(rank) + (reinterpret_cast<char*>(mine) - dynamic_shared()));
+}
+inline void cluster_barrier() { emulated::wait_for(emulated::Wait::cluster); }
+inline void copy_async(void* to, const void* from) { emulated::copy(to, from); }
+inline void commit_copies() { emulated::commit(); }
+inline void wait_copies(int newer) { emulated::wait_copies(static_cast<size_t>(newer)); }
+
+// Flushes what is below the least normal number, as the device does.
+inline float exp2_approx(float x) {
+  const float out = exp2f(x);
+  return out < FLT_MIN ? 0.0f : out;
+}
 inline float float_of(uint32_t bits) {
   float out;
   std::memcpy(&out, &bits, sizeof out);
@@ -84,9 +116,106 @@ void launch(void (*kernel)(Params...), int64_t grid, int size, Executor executor
   check(cudaGetLastError());
 }
 
+inline cudaLaunchConfig_t cluster_config(int64_t clusters, int cluster, int size, size_t bytes, Executor executor,
+                                         cudaLaunchAttribute& attribute) {
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
+  config.blockDim = dim3(static_cast<unsigned>(size));
+  config.dynamicSmemBytes = bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(executor);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return config;
+}
+
+// The same in clusters of blocks, each with `bytes` of dynamic shared memory; resident_clusters comes first.
+template <typename... Params, typename... Args>
+void launch_clusters(void (*kernel)(Params...), int64_t clusters, int cluster, int size, size_t bytes,
+                     Executor executor, const Args&... args) {
+  if (clusters <= 0) return;
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = cluster_config(clusters, cluster, size, bytes, executor, attribute);
+  check(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// How many clusters the current device runs at a time; 0 where the kernel's code is not for clusters or does not fit.
+// Allows the kernel all the shared memory there is. Asked once for each device and size: the answer takes a while.
+template <typename... Params>
+int resident_clusters(void (*kernel)(Params...), int cluster, int size, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::array<int64_t, 4>, int> known;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device));
+  const std::array<int64_t, 4> key = {reinterpret_cast<intptr_t>(kernel), device, cluster, static_cast<int64_t>(bytes)};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  int clusters = 0;
+  if (attributes.ptxVersion >= 90 && bytes <= static_cast<size_t>(most)) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = cluster_config(1, cluster, size, bytes, 0, attribute);
+    check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  }
+  return known[key] = clusters;
+}
+
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// The start of a block's dynamic shared memory.
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ uint4 dynamic[];
+  return reinterpret_cast<char*>(dynamic);
+}
+
+// Of this block within its cluster.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ unsigned cluster_size() {
+  unsigned size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// The same place in the shared memory of another block of the cluster.
+template <typename T>
+__device__ __forceinline__ T* in_block(T* mine, unsigned rank) {
+  uint64_t theirs;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return reinterpret_cast<T*>(theirs);
+}
+// Waits for every thread of the cluster; what they wrote is there.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// 16 bytes from global to shared memory, past the registers and the first-level cache.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most `newer` (0 to 3) of this thread's latest commits are under way.
+__device__ __forceinline__ void wait_copies(int newer) {
+  switch (newer) {
+    case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
+    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+  }
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -138,6 +267,52 @@ struct alignas(16) Vector {
   typename T::Bits bits[kSize];
 };
 
+template <typename T>
+__device__ __forceinline__ void widen(const Vector<T>& vector, float (&out)[Vector<T>::kSize]) {
+#pragma unroll
+  for (int k = 0; k < Vector<T>::kSize; ++k) out[k] = T::from(vector.bits[k]);
+}
+// A word at a time: one instruction for either half.
+template <>
+__device__ __forceinline__ void widen<Bf16>(const Vector<Bf16>& vector, float (&out)[8]) {
+  uint32_t words[4];
+  memcpy(words, &vector, sizeof words);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    out[2 * k] = float_of(words[k] << 16);
+    out[2 * k + 1] = float_of(words[k] & 0xffff0000u);
+  }
+}
+
+// Rounds a vector's worth of values; 16-bit ones two at a time.
+template <typename T>
+__device__ __forceinline__ Vector<T> to_vector(const float (&values)[Vector<T>::kSize]) {
+  Vector<T> out;
+#pragma unroll
+  for (int k = 0; k < Vector<T>::kSize; ++k) out.bits[k] = T::to(values[k]);
+  return out;
+}
+#if !defined(MGRPO_EMULATE)
+template <>
+__device__ __forceinline__ Vector<Bf16> to_vector<Bf16>(const float (&values)[8]) {
+  __nv_bfloat162 pairs[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) pairs[k] = __floats2bfloat162_rn(values[2 * k], values[2 * k + 1]);
+  Vector<Bf16> out;
+  memcpy(&out, pairs, sizeof out);
+  return out;
+}
+template <>
+__device__ __forceinline__ Vector<F16> to_vector<F16>(const float (&values)[8]) {
+  __half2 pairs[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) pairs[k] = __floats2half2_rn(values[2 * k], values[2 * k + 1]);
+  Vector<F16> out;
+  memcpy(&out, pairs, sizeof out);
+  return out;
+}
+#endif
+
 // Memory that is read or written once: past the first-level cache.
 template <typename T>
 __device__ __forceinline__ Vector<T> load_vector(const typename T::Bits* from) {
@@ -171,10 +346,9 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// Sum over a block of kThreads, in one fixed order; every thread gets it.
+// Sum over a block of kThreads, in one fixed order; every thread gets it. `sums` [kThreads / kWarp] is shared memory.
 template <int kThreads, typename T>
-__device__ T block_sum(T value) {
-  __shared__ T sums[kThreads / kWarp];
+__device__ T block_sum(T value, T* sums) {
   value = warp_sum(value);
   __syncthreads();  // of the readers of an earlier call
   if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
@@ -182,6 +356,12 @@ __device__ T block_sum(T value) {
   T total = sums[0];
   for (int i = 1; i < kThreads / kWarp; ++i) total += sums[i];
   return total;
+}
+
+template <int kThreads, typename T>
+__device__ T block_sum(T value) {
+  __shared__ T sums[kThreads / kWarp];
+  return block_sum<kThreads>(value, sums);
 }
 
 }  // namespace mgrpo

@@ -1,8 +1,11 @@
 // Moving average of a list of weights, in place. A block for each run of elements of one tensor.
 //
 // Fused: widening, mix, rounding to nearest, stochastic or compensated, and the copy for the rollout engine: each list
-// is read once and each written once, from 6 bytes a parameter (bf16, stochastic) to 14 (fp32 with a bf16 copy). The
-// descriptors travel as the kernel's argument: no table on the device to fill, and a captured graph holds them.
+// is read once and each written once, from 6 bytes a parameter (bf16, stochastic) to 14 (fp32 with a bf16 copy).
+//
+// One launch, for the descriptors of hundreds of tensors travel as the kernel's argument. A table on the device would
+// need memory that outlives the launch (every replay of a captured graph), filled by a copy that does not wait. The
+// argument is copied with the launch, and a graph holds its own.
 #include "ema_update.h"
 
 #include <algorithm>
@@ -22,33 +25,47 @@ struct Entry {
   const void* policy;
   void* compensation;
   void* publish;
-  int64_t count;
-  uint32_t first_block;  // of this launch
-  uint32_t index;        // in the whole list
-  uint8_t momentum_dtype, policy_dtype, publish_dtype, vectors;  // vectors: every address is a multiple of 16
+  uint32_t first_block;  // of this launch; the next entry's ends the tensor's blocks
+  uint16_t last_run;     // elements of its last block, less 1
+  uint8_t momentum_dtype : 2, policy_dtype : 2, publish_dtype : 2, vectors : 1;  // all addresses multiples of 16
 };
+static_assert(sizeof(Entry) == 40 && kRun <= 65536, "as many entries as fit");
 
-// The arguments of a kernel may take 4 KiB on every driver.
-constexpr int kMostEntries = 64;
+// An argument of 32,764 bytes needs CUDA 12.1 and a driver that knows it (530). Short lists take 4 KiB, whose copy is
+// shorter too. Emulated launches are short, so that tests run several.
+#if defined(MGRPO_EMULATE)
+constexpr int kFewEntries = 3, kMostEntries = 5;
+#elif CUDART_VERSION >= 12010
+constexpr int kFewEntries = 100, kMostEntries = 816;
+#else
+constexpr int kFewEntries = 100, kMostEntries = 100;
+#endif
 
-struct Launch {
-  Entry entries[kMostEntries];
-  int num_entries;
+struct Common {
   double weight;
   const double* decay;
-  bool stochastic;
   uint64_t seed;
-  uint32_t step;
   const int64_t* step_at;
+  uint32_t step;
+  uint32_t first_index;  // of entries[0] in the whole list: random bits belong to a tensor's place there
+  uint32_t num_blocks;
+  int32_t num_entries;
+  bool stochastic;
 };
-static_assert(sizeof(Launch) <= 4096, "the arguments of a kernel");
+
+template <int kEntries>
+struct Launch {
+  Common common;
+  Entry entries[kEntries];
+};
+static_assert(sizeof(Launch<kFewEntries>) <= 4096 && sizeof(Launch<kMostEntries>) <= 32764, "the kernel's argument");
 
 struct Blend {
   bool keeps, copies, from_old;
   float coefficient;
 };
 
-__device__ Blend blend_of(const Launch& args) {
+__device__ Blend blend_of(const Common& args) {
   double weight = args.weight;
   if (args.decay) weight = *args.decay >= 0 && *args.decay <= 1 ? 1 - *args.decay : static_cast<double>(NAN);
   const float share = static_cast<float>(weight);
@@ -157,26 +174,31 @@ __device__ __forceinline__ void narrow(const float (&values)[kWidth], Dtype dtyp
   for (int k = 0; k < kWidth; ++k) halves[k] = dtype == Dtype::bf16 ? to_bf16(values[k]) : to_f16(values[k]);
 }
 
-__global__ void __launch_bounds__(kThreads) ema_update_kernel(const Launch args) {
+template <int kEntries>
+__global__ void __launch_bounds__(kThreads) ema_update_kernel(const __grid_constant__ Launch<kEntries> list) {
+  const Common& args = list.common;
+  // The last entry that starts at or before this block; an empty tensor starts where the next one does.
   int low = 0, high = args.num_entries;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (args.entries[middle].first_block <= blockIdx.x)
+    if (list.entries[middle].first_block <= blockIdx.x)
       low = middle;
     else
       high = middle;
   }
-  const Entry entry = args.entries[low];
+  const Entry entry = list.entries[low];
+  const uint32_t end_block = low + 1 < args.num_entries ? list.entries[low + 1].first_block : args.num_blocks;
   const Dtype momentum_dtype = static_cast<Dtype>(entry.momentum_dtype);
   const Dtype policy_dtype = static_cast<Dtype>(entry.policy_dtype);
   const Blend blend = blend_of(args);
   const bool stochastic = args.stochastic && momentum_dtype == Dtype::bf16;
   const uint32_t step = args.step_at ? static_cast<uint32_t>(*args.step_at) : args.step;
   const int64_t start = static_cast<int64_t>(blockIdx.x - entry.first_block) * kRun;
+  const int64_t end = start + (blockIdx.x + 1 == end_block ? entry.last_run + 1 : kRun);
   for (int trip = 0; trip < kTrips; ++trip) {
     const int64_t i = start + (static_cast<int64_t>(trip) * kThreads + threadIdx.x) * kWidth;
-    if (i >= entry.count) return;
-    const int count = entry.count - i < kWidth ? static_cast<int>(entry.count - i) : kWidth;
+    if (i >= end) return;
+    const int count = end - i < kWidth ? static_cast<int>(end - i) : kWidth;
     const Raw raw_old = load_raw(entry.momentum, momentum_dtype, i, entry.vectors, count);
     float old[kWidth], latest[kWidth], mixed[kWidth];
     uint16_t halves[kWidth];
@@ -199,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) ema_update_kernel(const Launch args)
 #pragma unroll
         for (int half = 0; half < kWidth / 4; ++half) {
           uint32_t words[4];
-          philox(static_cast<uint64_t>(i) / 4 + half, step, entry.index, args.seed, words);
+          philox(static_cast<uint64_t>(i) / 4 + half, step, args.first_index + low, args.seed, words);
 #pragma unroll
           for (int k = 0; k < 4; ++k) halves[4 * half + k] = round_stochastically(mixed[4 * half + k], words[k]);
         }
@@ -228,30 +250,46 @@ __global__ void __launch_bounds__(kThreads) ema_update_kernel(const Launch args)
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Launches for the tensors from `first` on as many as fit; returns the first that is left.
+template <int kEntries>
+int64_t launch_some(const EmaUpdate& args, int64_t first) {
+  Launch<kEntries> here = {};
+  here.common = {args.weight, args.decay, args.seed, args.step_at, args.step, static_cast<uint32_t>(first), 0, 0,
+                 args.stochastic};
+  int64_t num_blocks = 0, i = first;
+  for (; i < args.num_tensors && i - first < kEntries; ++i) {
+    const EmaTensor& tensor = args.tensors[i];
+    const int64_t blocks = (tensor.count + kRun - 1) / kRun;
+    if (num_blocks + blocks > INT32_MAX) {
+      if (i == first) throw std::runtime_error("mgrpo_kernels: a tensor of more than 2^44 elements");
+      break;
+    }
+    Entry& entry = here.entries[i - first];
+    entry.momentum = tensor.momentum;
+    entry.policy = tensor.policy;
+    entry.compensation = tensor.compensation;
+    entry.publish = tensor.publish;
+    entry.first_block = static_cast<uint32_t>(num_blocks);
+    entry.last_run = static_cast<uint16_t>((tensor.count + kRun - 1) % kRun);
+    entry.momentum_dtype = static_cast<uint8_t>(tensor.momentum_dtype) & 3;
+    entry.policy_dtype = static_cast<uint8_t>(tensor.policy_dtype) & 3;
+    entry.publish_dtype = static_cast<uint8_t>(tensor.publish_dtype) & 3;
+    entry.vectors = aligned(tensor.momentum) && aligned(tensor.policy) && aligned(tensor.compensation) &&
+                    aligned(tensor.publish);
+    num_blocks += blocks;
+  }
+  here.common.num_blocks = static_cast<uint32_t>(num_blocks);
+  here.common.num_entries = static_cast<int32_t>(i - first);
+  launch(ema_update_kernel<kEntries>, num_blocks, kThreads, args.executor, here);
+  return i;
+}
+
 }  // namespace
 
 void launch_ema_update(const EmaUpdate& args) {
-  Launch here = {{}, 0, args.weight, args.decay, args.stochastic, args.seed, args.step, args.step_at};
-  int64_t num_blocks = 0;
-  const auto flush = [&] {
-    launch(ema_update_kernel, num_blocks, kThreads, args.executor, here);
-    here.num_entries = 0;
-    num_blocks = 0;
-  };
-  for (int64_t i = 0; i < args.num_tensors; ++i) {
-    const EmaTensor& tensor = args.tensors[i];
-    if (tensor.count == 0) continue;
-    const int64_t blocks = (tensor.count + kRun - 1) / kRun;
-    if (here.num_entries == kMostEntries || num_blocks + blocks > INT32_MAX) flush();
-    const bool vectors = aligned(tensor.momentum) && aligned(tensor.policy) && aligned(tensor.compensation) &&
-                         aligned(tensor.publish);
-    here.entries[here.num_entries++] = {
-        tensor.momentum, tensor.policy, tensor.compensation, tensor.publish, tensor.count,
-        static_cast<uint32_t>(num_blocks), static_cast<uint32_t>(i), static_cast<uint8_t>(tensor.momentum_dtype),
-        static_cast<uint8_t>(tensor.policy_dtype), static_cast<uint8_t>(tensor.publish_dtype), vectors};
-    num_blocks += blocks;
-  }
-  flush();
+  for (int64_t next = 0; next < args.num_tensors;)
+    next = args.num_tensors - next <= kFewEntries ? launch_some<kFewEntries>(args, next)
+                                                  : launch_some<kMostEntries>(args, next);
 }
 
 }  // namespace mgrpo

@@ -3,103 +3,20 @@
 // Fused: temperature, softcap, both sums of the softmax and the gather, in one read of the logits [T, V] with one
 // exponential a logit; backward of all four outputs in one read and one write, over the logits themselves if asked.
 // A thread keeps sums of its own and moves them to a larger maximum once in kUnroll vectors; threads meet after the
-// loop. The order of the sums depends on V alone, so a row's bits depend on nothing but the row.
+// loop. Logits come through a ring in shared memory, so that a multiprocessor has 100 KB on its way. The order of the
+// sums depends on V alone, so a row's bits depend on nothing but the row.
 #include "token_logprob.h"
 
 #include "device.h"
+#include "token_row.h"
 
 namespace mgrpo {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // vectors in flight: 64 bytes a thread, 64 KiB of a multiprocessor at half occupancy
-constexpr int64_t kIgnoredTarget = -100;
-// 2^x below this is taken as 0, which it is beside the 1 of the largest element.
-constexpr float kLeastExponent = -126.0f;
-constexpr float kLeastGap = -1000.0f;
-
-__device__ __forceinline__ bool is_active(const LogitRows& rows, int64_t t) {
-  return rows.targets[t] != kIgnoredTarget && (!rows.mask || rows.mask[t]);
-}
-
-__device__ __forceinline__ float temperature_of(const LogitRows& rows, int64_t t) {
-  return rows.temperatures ? rows.temperatures[t] : rows.temperature;
-}
-
-__device__ __forceinline__ bool is_valid(const LogitRows& rows, int64_t t, float temperature) {
-  return rows.targets[t] >= 0 && rows.targets[t] < rows.vocabulary && temperature > 0 && temperature < INFINITY;
-}
-
-template <bool kCapped>
-__device__ __forceinline__ float capped(float z, float softcap) {
-  return kCapped ? softcap * tanhf(z / softcap) : z;
-}
-
-// The vector `v` of a row; beyond its end, and of a row that is not aligned, element by element.
-template <typename T>
-__device__ __forceinline__ Vector<T> load_at(const typename T::Bits* row, int64_t v, int64_t vocabulary, bool aligned) {
-  constexpr int kSize = Vector<T>::kSize;
-  if (aligned && (v + 1) * kSize <= vocabulary) return load_vector<T>(row + v * kSize);
-  Vector<T> out;
-#pragma unroll
-  for (int k = 0; k < kSize; ++k) {
-    const int64_t i = v * kSize + k;
-    out.bits[k] = i < vocabulary ? row[i] : T::to(-INFINITY);
-  }
-  return out;
-}
-
-template <typename T>
-__device__ __forceinline__ void store_at(typename T::Bits* row, int64_t v, int64_t vocabulary, bool aligned,
-                                         const Vector<T>& vector) {
-  constexpr int kSize = Vector<T>::kSize;
-  if (aligned && (v + 1) * kSize <= vocabulary) return store_vector<T>(row + v * kSize, vector);
-#pragma unroll
-  for (int k = 0; k < kSize; ++k) {
-    const int64_t i = v * kSize + k;
-    if (i < vocabulary) row[i] = vector.bits[k];
-  }
-}
-
-// Sums over some of a row about its largest logit, in powers of 2: x = (z - top) scale, scale = log2(e) / temperature.
-template <bool kCertainty>
-struct Sums {
-  float top = -FLT_MAX;
-  float exp = 0;         // of 2^x
-  float exp_x = 0;       // of 2^x x
-  float finite_x = 0;    // of x over the finite logits
-  float num_finite = 0;
-
-  __device__ __forceinline__ void move(float to, float scale) {
-    const float gap = (top - to) * scale, near = max_nan(gap, kLeastGap), weight = exp2_approx(near);
-    exp_x = weight * (exp_x + exp * near);
-    exp *= weight;
-    if (kCertainty && num_finite > 0) finite_x += num_finite * gap;
-    top = to;
-  }
-
-  __device__ __forceinline__ void add(float z, float scale) {
-    const float x = (z - top) * scale, near = max_nan(x, kLeastExponent);
-    const float e = x < kLeastExponent ? 0.0f : exp2_approx(near);
-    exp += e;
-    exp_x = fmaf(e, near, exp_x);
-    if (kCertainty && z > -INFINITY) {
-      finite_x += x;
-      num_finite += 1;
-    }
-  }
-
-  __device__ __forceinline__ void merge(Sums other, float scale) {
-    const float to = max_nan(top, other.top);
-    move(to, scale);
-    other.move(to, scale);
-    exp += other.exp;
-    exp_x += other.exp_x;
-    finite_x += other.finite_x;
-    num_finite += other.num_finite;
-  }
-};
-
+constexpr int kUnroll = 4;  // vectors of a thread between moves of its sums
+constexpr int kDepth = 2;   // batches ahead: 128 bytes a thread, 128 KiB of a multiprocessor at four blocks
+constexpr int kBackwardUnroll = 2, kBackwardDepth = 3;
 template <bool kCertainty>
 __device__ Sums<kCertainty> block_merge(Sums<kCertainty> own, float scale) {
   __shared__ Sums<kCertainty> shared[kThreads / kWarp];
@@ -143,21 +60,40 @@ __global__ void __launch_bounds__(kThreads) token_logprob_fwd_kernel(TokenLogpro
   const float scale = kLog2e / temperature;
   const int64_t num_vectors = (rows.vocabulary + kSize - 1) / kSize;
   Sums<kCertainty> sums;
-  for (int64_t first = threadIdx.x; first < num_vectors; first += kThreads * kUnroll) {
-    Vector<T> vectors[kUnroll];
+  const auto add = [&](const Vector<T>(&vectors)[kUnroll], int64_t first) {
+    float z[kUnroll][kSize], highest = -INFINITY;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) vectors[u] = load_at<T>(row, first + u * kThreads, rows.vocabulary, aligned);
-    float z[kUnroll * kSize], highest = -INFINITY;
+    for (int u = 0; u < kUnroll; ++u) {
+      widen<T>(vectors[u], z[u]);
 #pragma unroll
-    for (int k = 0; k < kUnroll * kSize; ++k) {
-      z[k] = capped<kCapped>(T::from(vectors[k / kSize].bits[k % kSize]), rows.softcap);
-      // What fills up the last vectors must not be lifted to minus the cap.
-      if (kCapped && (first + k / kSize * kThreads) * kSize + k % kSize >= rows.vocabulary) z[k] = -INFINITY;
-      highest = max_nan(highest, z[k]);
+      for (int k = 0; k < kSize; ++k) {
+        z[u][k] = capped<kCapped>(z[u][k], rows.softcap);
+        // What fills up the last vectors must not be lifted to minus the cap.
+        if (kCapped && (first + u * kThreads) * kSize + k >= rows.vocabulary) z[u][k] = -INFINITY;
+        highest = max_nan(highest, z[u][k]);
+      }
     }
     sums.move(max_nan(sums.top, highest), scale);
 #pragma unroll
-    for (int k = 0; k < kUnroll * kSize; ++k) sums.add(z[k], scale);
+    for (int k = 0; k < kUnroll * kSize; ++k) sums.add(z[k / kSize][k % kSize], scale);
+  };
+  using Ring = RowRing<T, kThreads, kUnroll, kDepth>;
+  __shared__ typename Ring::Slots slots;
+  const Ring ring(slots, row, rows.vocabulary, aligned);
+#pragma unroll 1
+  for (int batch = 0; batch < ring.num_batches; ++batch) {
+    Vector<T> vectors[kUnroll];
+    ring.take(batch, batch % kDepth, vectors);
+    add(vectors, int64_t{batch} * Ring::kBatchSize + threadIdx.x);
+  }
+  // The rest, and a row that is not aligned, in the same order.
+#pragma unroll 1
+  for (int64_t first = int64_t{ring.num_batches} * Ring::kBatchSize + threadIdx.x; first < num_vectors;
+       first += Ring::kBatchSize) {
+    Vector<T> vectors[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) vectors[u] = load_at<T>(row, first + u * kThreads, rows.vocabulary, aligned);
+    add(vectors, first);
   }
   sums = block_merge(sums, scale);
   if (threadIdx.x != 0) return;
@@ -242,13 +178,28 @@ __global__ void __launch_bounds__(kThreads) token_logprob_bwd_kernel(TokenLogpro
                                       grad.slope * kLn2 * inverse,
                                       grad.uniform * inverse,
                                       rows.softcap};
-  for (int64_t v = threadIdx.x; v < num_vectors; v += kThreads) {
-    Vector<T> vector = load_at<T>(row, v, vocabulary, aligned);
+  const auto gradients = [&](const Vector<T>& vector) {
+    float z[kSize];
+    widen<T>(vector, z);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k)
-      vector.bits[k] = T::to(gradient(capped<kCapped>(T::from(vector.bits[k]), rows.softcap)));
-    store_at<T>(out, v, vocabulary, aligned, vector);
+    for (int k = 0; k < kSize; ++k) z[k] = gradient(capped<kCapped>(z[k], rows.softcap));
+    return to_vector<T>(z);
+  };
+  // What is on its way has been read before anything is written, for a thread writes what it alone has read.
+  using Ring = RowRing<T, kThreads, kBackwardUnroll, kBackwardDepth>;
+  __shared__ typename Ring::Slots slots;
+  const Ring ring(slots, row, vocabulary, aligned);
+#pragma unroll 1
+  for (int batch = 0; batch < ring.num_batches; ++batch) {
+    Vector<T> vectors[kBackwardUnroll];
+    ring.take(batch, batch % kBackwardDepth, vectors);
+    auto* const to = out + (int64_t{batch} * Ring::kBatchSize + threadIdx.x) * kSize;
+#pragma unroll
+    for (int u = 0; u < kBackwardUnroll; ++u) store_vector<T>(to + u * kThreads * kSize, gradients(vectors[u]));
   }
+#pragma unroll 1
+  for (int64_t v = int64_t{ring.num_batches} * Ring::kBatchSize + threadIdx.x; v < num_vectors; v += kThreads)
+    store_at<T>(out, v, vocabulary, aligned, gradients(load_at<T>(row, v, vocabulary, aligned)));
   __syncthreads();
   if (threadIdx.x != 0) return;
   // The target again, with 1 - p free of the rounding of p.
