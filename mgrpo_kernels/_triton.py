@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +14,29 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def round_as_a_gpu() -> None:
+    """Make the interpreter round fp32 to bf16 to nearest, as a GPU does; by itself it truncates."""
+    if not interprets():
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder: Any = interpreter.InterpreterBuilder
+    cast = builder.cast_impl
+
+    def rounding(self: Any, source: Any, dtype: Any) -> Any:
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, dtype)
+        bits = source.data.view(np.uint32)
+        nearest = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
+        bits = np.where(np.isnan(source.data), (bits >> 16) | 0x40, nearest)
+        return interpreter.TensorHandle(bits.astype(np.uint16), tl.bfloat16)
+
+    builder.cast_impl = rounding
+
+
 class Variant(NamedTuple):
     """A kernel as a launcher starts it, for the compiler ahead of time; a module lists its own in `variants()`."""
 
@@ -20,6 +44,26 @@ class Variant(NamedTuple):
     signature: Mapping[str, str]  # of every argument in order: "*bf16", "i64", "fp32", "constexpr"
     constants: Mapping[str, Any]
     num_warps: int
-    aligned: tuple[str, ...] = ()  # arguments that are multiples of 16, as Triton finds of a launch's
-    memory_bound: bool = False  # the time is that of its bytes: it must load 16 bytes at a time
-    options: Mapping[str, Any] = MappingProxyType({})  # others of the launch, such as num_stages
+    aligned: tuple[str, ...]  # arguments that are multiples of 16, as Triton finds of a launch's
+    reads: int  # bytes that a thread asks for at once, 16 in each load; 0 where the time is not that of the bytes
+    writes: int  # bytes of a block that a thread writes, 16 in each store
+    options: Mapping[str, Any]  # others of the launch, such as num_stages
+
+
+def variant(
+    kernel: Any,
+    types: Mapping[str, str | None],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    *,
+    aligned: tuple[str, ...] = (),
+    reads: int = 0,
+    writes: int = 0,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Variant:
+    """With the types of the arguments that are no constants, None for an absent one; pointers are aligned."""
+    given = {name: types[name] for name in kernel.arg_names if name not in constants}
+    absent = {name: None for name, kind in given.items() if kind is None}
+    pointers = tuple(name for name, kind in given.items() if kind and kind[0] == "*")
+    signature = {name: given.get(name) or "constexpr" for name in kernel.arg_names}
+    return Variant(kernel, signature, absent | dict(constants), num_warps, pointers + aligned, reads, writes, options)

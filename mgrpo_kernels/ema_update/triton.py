@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgrpo_kernels._triton import Variant
+from mgrpo_kernels._triton import Variant, variant
 
 # 16 elements a thread: 2 or 4 loads of 16 bytes of each list are in flight.
 _BLOCK, _NUM_WARPS = 2048, 4
@@ -306,16 +306,17 @@ def variants() -> list[Variant]:
         (((h, h, none, none),), False),
         (((b, f, none, b), (f, f, none, b)), True),
     ]
-    pointers = {"p_decay": "*fp32", "p_step": "*i64"}
-    scalars = {name: "i32" for name in ("num_tensors", "span", "end_of_range", "seed_low", "seed_high", "step_low")}
-    constants = ("KINDS", "STOCHASTIC", "BLOCK")
+    scalars = ("num_tensors", "span", "end_of_range", "seed_low", "seed_high", "step_low")
+    absent: dict[str, str | None] = {"p_table": "*i64", "share": "fp32", "p_decay": None, "p_step": None}
+    absent |= dict.fromkeys(scalars, "i32")
+    given = absent | {"p_decay": "*fp32", "p_step": "*i64"}
     found = []
-    for given in (True, False):
-        types = {"p_table": "*i64", "share": "fp32"} | scalars | dict.fromkeys(constants, "constexpr")
-        types |= pointers if given else dict.fromkeys(pointers, "constexpr")
-        signature = {name: types[name] for name in ema_update_kernel.arg_names}
-        absent = {} if given else dict.fromkeys(pointers)
-        for kinds, stochastic in modes[:1] if given else modes:
-            values = absent | dict(zip(constants, (kinds, stochastic, _BLOCK), strict=True))
-            found.append(Variant(ema_update_kernel, signature, values, _NUM_WARPS, ("p_table",), memory_bound=True))
+    for types, kinds, stochastic in [(given, *modes[0]), *((absent, *mode) for mode in modes)]:
+        constants = {"KINDS": kinds, "STOCHASTIC": stochastic, "BLOCK": _BLOCK}
+        momentum, policy, compensation, publish = (
+            sum(kind.primitive_bitwidth // 8 for kind in kinds if kind != none) for kinds in zip(*kinds, strict=True)
+        )
+        each = _BLOCK // (32 * _NUM_WARPS)
+        reads, writes = each * (momentum + policy + compensation), each * (momentum + compensation + publish)
+        found.append(variant(ema_update_kernel, types, constants, _NUM_WARPS, reads=reads, writes=writes))
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mgrpo_kernels._checks import invalid
 from mgrpo_kernels._native import contiguous
-from mgrpo_kernels._triton import Variant
+from mgrpo_kernels._triton import Variant, variant
 
 _EPS = tl.constexpr(1e-6)
 # A group is one tile of a program: 32 numbers a thread at 8 warps; 64 spill.
@@ -107,6 +107,6 @@ def variants() -> list[Variant]:
         block_prompts, block_group, num_warps = _sizes(group)
         pointers = {"p_rewards": dtype, "p_keep": "*i1", "p_advantage": "*fp32"}
         constants = {"MODE": mode, "BB": block_prompts, "BG": block_group}
-        signature = pointers | {"num_prompts": "i32", "group": "i32"} | dict.fromkeys(constants, "constexpr")
-        found.append(Variant(group_advantage_kernel, signature, constants, num_warps, tuple(pointers)))
+        types = pointers | {"num_prompts": "i32", "group": "i32"}
+        found.append(variant(group_advantage_kernel, types, constants, num_warps))
     return found

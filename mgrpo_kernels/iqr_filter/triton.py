@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mgrpo_kernels._checks import invalid
 from mgrpo_kernels._native import contiguous
-from mgrpo_kernels._triton import Variant
+from mgrpo_kernels._triton import Variant, variant
 
 # One program reads them 34 times; and up to here 3/4 of a count is exact in fp32.
 _MOST_ENTRIES = 2**20
@@ -179,12 +179,8 @@ def variants() -> list[Variant]:
     found = []
     for size, keep in ((32, None), (32, "*i1"), (1024, "*i1"), (4096, None), (65536, "*i1")):
         tile, num_warps = _sizes(size)
-        pointers = {"p_entropy": "*fp32", "p_keep": keep or "constexpr", "p_kept": "*i1", "p_q1": "*fp32"}
-        pointers |= {"p_q3": "*fp32"}
+        types = {"p_entropy": "*fp32", "p_keep": keep, "p_kept": "*i1", "p_q1": "*fp32", "p_q3": "*fp32"}
+        types |= {"size": "i32", "k": "fp32"}
         constants = {"TWO_SIDED": keep is not None, "TILE": tile}
-        signature = pointers | {"size": "i32", "k": "fp32"} | dict.fromkeys(constants, "constexpr")
-        if keep is None:
-            constants["p_keep"] = None
-        aligned = tuple(name for name in pointers if name not in constants)
-        found.append(Variant(iqr_filter_kernel, signature, constants, num_warps, aligned, options=_OPTIONS))
+        found.append(variant(iqr_filter_kernel, types, constants, num_warps, options=_OPTIONS))
     return found

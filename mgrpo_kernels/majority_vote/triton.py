@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mgrpo_kernels._checks import checks_values, invalid
 from mgrpo_kernels._native import contiguous
-from mgrpo_kernels._triton import Variant
+from mgrpo_kernels._triton import Variant, variant
 
 # G^2 pairs a program: 16 M of them at 4096, some 1 ms on a multiprocessor; the reference takes their memory.
 _MOST_GROUP = 4096
@@ -154,13 +154,9 @@ def variants() -> list[Variant]:
     found = []
     for group, weights, lowest in ((32, None, False), (32, "*i32", False), (64, "*i64", True), (4096, "*i64", True)):
         block_group, block_others, num_warps = _sizes(group)
-        pointers = {"p_ids": "*i64", "p_keep": "*i1", "p_weights": weights or "constexpr", "p_tie_break": "*i1"}
-        pointers |= {"p_label": "*i64", "p_share": "*fp32", "p_margin": "*fp32", "p_tie": "*i1"}
-        pointers |= {"p_class_share": "*fp32", "p_lowest": "*i64"}
+        types = {"p_ids": "*i64", "p_keep": "*i1", "p_weights": weights, "p_tie_break": "*i1"}
+        types |= {"p_label": "*i64", "p_share": "*fp32", "p_margin": "*fp32", "p_tie": "*i1"}
+        types |= {"p_class_share": "*fp32", "p_lowest": "*i64", "num_prompts": "i32", "group": "i32"}
         constants = {"LOWEST": lowest, "BG": block_group, "BO": block_others}
-        signature = pointers | {"num_prompts": "i32", "group": "i32"} | dict.fromkeys(constants, "constexpr")
-        if weights is None:
-            constants["p_weights"] = None
-        aligned = tuple(name for name in pointers if name not in constants)
-        found.append(Variant(majority_vote_kernel, signature, constants, num_warps, aligned))
+        found.append(variant(majority_vote_kernel, types, constants, num_warps))
     return found

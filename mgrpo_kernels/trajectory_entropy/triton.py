@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgrpo_kernels._triton import Variant, interprets
+from mgrpo_kernels._triton import Variant, round_as_a_gpu, variant
 
-# Sixteen tokens a thread: a response of 16 k tokens takes four turns, each of them a wait for memory.
-_BLOCK, _NUM_WARPS = 4096, 8
+round_as_a_gpu()
+
+# Eight tokens a thread, for sixteen may spill: a response of 16 k tokens takes four turns, each a wait for memory.
+_BLOCK, _NUM_WARPS = 4096, 16
 _GATHER_BLOCK, _GATHER_WARPS = 1024, 4
 
 
@@ -60,11 +62,12 @@ def trajectory_entropy_fwd_kernel(
         m_t = o_t < end
         if p_mask is not None:
             m_t = m_t & (tl.load(p_mask + o_t, mask=m_t, other=0) != 0)
+            b_count += m_t.to(tl.int32)
         b_sum += tl.load(p_tokens + o_t, mask=m_t, other=0.0).to(tl.float32)
-        b_count += m_t.to(tl.int32)
     entropy = tl.sum(b_sum.to(tl.float64))
     if MEAN:
-        entropy = entropy / tl.maximum(tl.sum(b_count), 1).to(tl.float64)
+        count = end - begin if p_mask is None else tl.sum(b_count)
+        entropy = entropy / tl.maximum(count, 1).to(tl.float64)
     tl.store(p_entropy + i_sequence, tl.where(valid, entropy, float("nan")).to(tl.float32))
 
 
@@ -158,10 +161,9 @@ def trajectory_entropy_bwd(
     dtype: torch.dtype,
 ) -> Tensor:
     """See ops.py."""
-    # Triton's interpreter truncates what a GPU rounds to bf16.
-    dtokens = dentropy.new_empty(shape, dtype=torch.float32 if interprets() else dtype)
+    dtokens = dentropy.new_empty(shape, dtype=dtype)
     if not dtokens.numel():
-        return dtokens.to(dtype)
+        return dtokens
     dentropy = dentropy.contiguous()
     if cu_seqlens is None:
         kernel: Any = trajectory_entropy_padded_bwd_kernel
@@ -180,40 +182,20 @@ def trajectory_entropy_bwd(
             BT=_GATHER_BLOCK,
             num_warps=_GATHER_WARPS,
         )
-    return dtokens.to(dtype)
+    return dtokens
 
 
 def variants() -> list[Variant]:
     """The kernels as the launchers start them."""
-    return [make(kind) for kind in ("fp32", "bf16") for make in (_packed_fwd, _padded_fwd, _packed_bwd, _padded_bwd)]
-
-
-def _packed_fwd(kind: str) -> Variant:
-    signature = {"p_tokens": f"*{kind}", "p_cu_seqlens": "*i32", "p_mask": "constexpr", "p_entropy": "*fp32"}
-    signature |= {"num_tokens": "i32", "MEAN": "constexpr", "BT": "constexpr"}
-    constants = {"p_mask": None, "MEAN": True, "BT": _BLOCK}
-    aligned = ("p_tokens", "p_cu_seqlens", "p_entropy")
-    return Variant(trajectory_entropy_fwd_kernel, signature, constants, _NUM_WARPS, aligned)
-
-
-def _padded_fwd(kind: str) -> Variant:
-    signature = {"p_tokens": f"*{kind}", "p_cu_seqlens": "constexpr", "p_mask": "*u8", "p_entropy": "*fp32"}
-    signature |= {"num_tokens": "i32", "MEAN": "constexpr", "BT": "constexpr"}
-    constants = {"p_cu_seqlens": None, "MEAN": True, "BT": _BLOCK}
-    return Variant(trajectory_entropy_fwd_kernel, signature, constants, _NUM_WARPS, ("p_tokens", "p_mask", "p_entropy"))
-
-
-def _packed_bwd(kind: str) -> Variant:
-    signature = {"p_dentropy": "*fp32", "p_cu_seqlens": "*i32", "p_dtokens": f"*{kind}", "num_tokens": "i32"}
-    signature |= {"num_sequences": "i32", "search_steps": "i32", "MEAN": "constexpr", "BT": "constexpr"}
-    constants = {"MEAN": True, "BT": _GATHER_BLOCK}
-    aligned = ("p_dentropy", "p_cu_seqlens", "p_dtokens", "num_tokens")
-    return Variant(trajectory_entropy_packed_bwd_kernel, signature, constants, _GATHER_WARPS, aligned)
-
-
-def _padded_bwd(kind: str) -> Variant:
-    signature = {"p_dentropy": "*fp32", "p_mask": "*u8", "p_dtokens": f"*{kind}", "length": "i32"}
-    signature |= {"MEAN": "constexpr", "BT": "constexpr"}
-    constants = {"MEAN": True, "BT": _BLOCK}
-    aligned = ("p_dentropy", "p_mask", "p_dtokens")
-    return Variant(trajectory_entropy_padded_bwd_kernel, signature, constants, _NUM_WARPS, aligned)
+    found = []
+    for kind in ("fp32", "bf16", "fp16"):
+        types = {"p_tokens": f"*{kind}", "p_dtokens": f"*{kind}", "p_entropy": "*fp32", "p_dentropy": "*fp32"}
+        types |= dict.fromkeys(("num_tokens", "length", "num_sequences", "search_steps"), "i32")
+        packed, padded = {"p_cu_seqlens": "*i32", "p_mask": None}, {"p_cu_seqlens": None, "p_mask": "*u8"}
+        constants, gather = {"MEAN": True, "BT": _BLOCK}, {"MEAN": True, "BT": _GATHER_BLOCK}
+        for given in (packed, padded):
+            found.append(variant(trajectory_entropy_fwd_kernel, types | given, constants, _NUM_WARPS))
+        found.append(variant(trajectory_entropy_padded_bwd_kernel, types | padded, constants, _NUM_WARPS))
+        kernel = trajectory_entropy_packed_bwd_kernel
+        found.append(variant(kernel, types | packed, gather, _GATHER_WARPS, aligned=("num_tokens",)))
+    return found

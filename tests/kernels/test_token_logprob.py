@@ -392,6 +392,20 @@ def test_sums_and_coefficients_of_triton_are_those_of_the_formulas(vocabulary, s
     )
 
 
+@pytest.mark.parametrize("vocabulary", [50, 4100])
+def test_the_gradient_that_triton_stores_in_bf16_is_that_in_fp32_rounded_to_nearest(vocabulary):
+    logits, targets = batch_of_one_shape(4, vocabulary, torch.float32, seed=8)
+    logits[0, 3], targets[1] = -torch.inf, vocabulary + 5
+    coefficients = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    stored = [torch.full_like(logits, torch.nan, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for dlogits in stored:
+        given = (targets, 0.9, None, 0.0, (logits / 0.9).logsumexp(1), _rows.RowGrads(*coefficients))
+        triton.row_gradient(logits, dlogits, *given)
+    assert torch.equal(stored[1], stored[0].bfloat16())
+    truncated = (stored[0].view(torch.int32) & -(2**16)).view(torch.float32)
+    assert not torch.equal(stored[1].float(), truncated)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_is_nan_and_no_other(token_logprob, value):
     logits, targets = batch_of_one_shape(3, 40, torch.float32, seed=4)

@@ -225,6 +225,23 @@ def test_opcheck_and_meta():
         assert (out.device.type, out.shape, out.dtype) == ("meta", (5,), torch.float32)
 
 
+# Between two neighbours in bf16: ties, what lies beside them, the ends of the range, and a subnormal.
+BETWEEN = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF818000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x00018000]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_gradients_are_rounded_to_nearest(dtype, packed, backend):
+    upstream = torch.tensor(BETWEEN).to(torch.int32).view(torch.float32)
+    shape, mask = ((9,), None) if packed else ((9, 1), torch.ones(9, 1, dtype=torch.bool))
+    sequences = (torch.arange(10, dtype=torch.int32) if packed else None, mask, False)
+    operation = torch.ops.mgrpo_kernels.trajectory_entropy_bwd
+    gradient = operation(upstream, *sequences, shape, dtype, backend).flatten()
+    torch.testing.assert_close(gradient, upstream.to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(gradient[:3].float(), upstream[:3]), "nothing was rounded"
+
+
 def test_compiles_whole(trajectory_entropy):
     values, mask = padded(make_tokens())
 
