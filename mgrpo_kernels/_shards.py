@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Sharded
 
+from mgrpo_kernels._checks import invalid
 from mgrpo_kernels._rows import RowSums
 
 
@@ -17,6 +20,43 @@ class Shard(NamedTuple):
     start: int
     vocabulary: int
     group: dist.ProcessGroup | None
+
+
+class LocalHead(NamedTuple):
+    """What this process holds of a head; `shard` is None where no placement tells of it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    shard: Shard | None
+
+
+def local_head(where: str, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> LocalHead:
+    """The local part of a weight that is a DTensor, and of its bias; their gradients are again DTensors."""
+    if not isinstance(weight, DTensor):
+        return LocalHead(weight, bias, None)
+    if group is not None:
+        remedy = "The placement of the weight names its group."
+        raise invalid(where, "group", "None where weight is a DTensor", type(group).__name__, remedy)
+    placements = weight.placements
+    dims = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    # A subclass may split the rows in another order.
+    if len(dims) > 1 or any(type(placements[dim]) is not Sharded or not placements[dim].is_shard(0) for dim in dims):
+        remedy = "Redistribute it."
+        raise invalid(where, "weight", "replicated or sharded once, on dim 0", list(placements), remedy)
+    if bias is not None and (not isinstance(bias, DTensor) or bias.placements != placements):
+        raise invalid(where, "bias", "a DTensor placed as weight", type(bias).__name__, "Distribute it as weight.")
+    local_bias = bias.to_local() if isinstance(bias, DTensor) else None
+    vocabulary, local = weight.shape[0], weight.to_local()
+    if not dims:
+        return LocalHead(local, local_bias, Shard(0, vocabulary, None))
+    group = weight.device_mesh.get_group(dims[0])
+    size = -(-vocabulary // dist.get_world_size(group))
+    start = min(size * dist.get_rank(group), vocabulary)
+    expected = min(start + size, vocabulary) - start
+    if local.shape[0] != expected:
+        remedy = "Shard it by distribute_tensor."
+        raise invalid(where, "weight", f"split as by torch.chunk, {expected} rows here", local.shape[0], remedy)
+    return LocalHead(local, local_bias, Shard(start, vocabulary, group))
 
 
 def find_shard(columns: int, group: dist.ProcessGroup | None, device: torch.device) -> Shard:
@@ -30,9 +70,11 @@ def find_shard(columns: int, group: dist.ProcessGroup | None, device: torch.devi
 
 
 def merge_over_group(sums: RowSums, z_target: Tensor, group: dist.ProcessGroup) -> tuple[RowSums, Tensor]:
-    """Sums and target logits over every shard of the vocabulary."""
-    top = sums.top.clone()
-    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    totals = torch.stack([*sums.shift(top)[1:], z_target])
-    dist.all_reduce(totals, dist.ReduceOp.SUM, group=group)
-    return RowSums(top, *totals[:4]), totals[4]
+    """Sums and target logits over every shard of the vocabulary, by one collective, the same bits on every rank."""
+    mine = torch.stack([*sums, z_target])
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    whole, z_whole = RowSums(*parts[0][:5]), parts[0][5]
+    for part in parts[1:]:
+        whole, z_whole = whole.merge(RowSums(*part[:5])), z_whole + part[5]
+    return whole, z_whole

@@ -157,18 +157,24 @@ _HEAD = (
 
 @_define(
     "linear_token_logprob",
-    f"linear_token_logprob_fwd({_HEAD}, bool self_certainty, str backend) "
-    "-> (Tensor top, Tensor exp, Tensor exp_x, Tensor finite_x, Tensor num_finite, Tensor z_target)",
+    # Logits of the first tiles of the vocabulary are kept for the backward, each [T, kept_columns[i]]: fp32, or where
+    # halved fp16 differences to anchors [T].
+    f"linear_token_logprob_fwd({_HEAD}, bool self_certainty, SymInt[] kept_columns, bool halved, str backend) "
+    "-> (Tensor top, Tensor exp, Tensor exp_x, Tensor finite_x, Tensor num_finite, Tensor z_target, Tensor[] kept, "
+    "Tensor[] anchors)",
 )
-def _(hidden: Tensor, *args: object) -> tuple[Tensor, ...]:
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(6))
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor | list[Tensor], ...]:
+    rows, (columns, halved, _) = hidden.shape[0], args[-3:]
+    kept = [hidden.new_empty((rows, width), dtype=torch.float16 if halved else torch.float32) for width in columns]
+    anchors = [hidden.new_empty(rows, dtype=torch.float32) for _ in columns] if halved else []
+    return *(hidden.new_empty(rows, dtype=torch.float32) for _ in range(6)), kept, anchors
 
 
 @_define(
     "linear_token_logprob",
     f"linear_token_logprob_bwd({_HEAD}, Tensor logprob, Tensor lse, Tensor constant, "
-    "Tensor? onehot, Tensor? slope, Tensor? uniform, bool fp32_dhidden, bool needs_hidden, bool needs_weight, "
-    "bool needs_bias, str backend) "
+    "Tensor? onehot, Tensor? slope, Tensor? uniform, Tensor[] kept, Tensor[] anchors, bool fp32_dhidden, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias, str backend) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
 )
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:

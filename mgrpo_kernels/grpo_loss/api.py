@@ -22,10 +22,11 @@ from mgrpo_kernels._checks import (
     checks_values,
     invalid,
 )
-from mgrpo_kernels._shards import find_shard
+from mgrpo_kernels._shards import find_shard, local_head
 from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.grpo_loss import autograd, reference
 from mgrpo_kernels.grpo_loss.reference import LossOptions
+from mgrpo_kernels.linear_token_logprob.active import mask_on_device
 from mgrpo_kernels.results import GrpoLoss
 
 _BACKENDS = (*COMPILED, "triton")
@@ -229,10 +230,12 @@ def linear_grpo_loss(
 
     Args:
         hidden: [T, D] fp32, bf16, fp16 or fp64, packed.
-        weight: [V, D], dtype of hidden; with `group`, the rows of this rank.
+        weight: [V, D], dtype of hidden; with `group`, the rows of this rank; or a DTensor, as in
+            `linear_token_logprob`.
         targets: [T] int64 in [0, V) of the whole vocabulary; a row of -100 is masked.
         advantage: [N] float, or [T].
-        mask: [T] bool, the tokens that train; the other rows may hold anything and get gradient 0.
+        mask: [T] bool, the tokens that train; the other rows may hold anything and get gradient 0. On the CPU for
+            hidden on a GPU it spares their products, as in `linear_token_logprob`.
         temperature: > 0; one number, or [T] float.
         budget_bytes, group: as in `linear_token_logprob`.
         cu_seqlens: [N+1] int32 or int64, boundaries of the sequences; required.
@@ -257,18 +260,21 @@ def linear_grpo_loss(
         clip_low, clip_high, dual_clip, kl_coef, kl, entropy_coef, tis_cap, ratio, reduce, max_length, normalizer
     )
     tokens = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
+    weight, _, placed = local_head(where, weight, None, group)
     check_head(where, hidden, weight, None, budget_bytes)
-    shard = find_shard(weight.shape[0], group, hidden.device)
+    shard = placed or find_shard(weight.shape[0], group, hidden.device)
     boundaries = _required(where, cu_seqlens)
-    _check_tokens(where, (hidden.shape[0],), hidden.device, advantage, mask, boundaries, tokens)
-    check_token_rows(where, targets, temperature, mask, None, hidden.shape[0], shard.vocabulary, hidden.device)
+    on_device = mask_on_device(where, mask, hidden)
+    _check_tokens(where, (hidden.shape[0],), hidden.device, advantage, on_device, boundaries, tokens)
+    check_token_rows(where, targets, temperature, on_device, None, hidden.shape[0], shard.vocabulary, hidden.device)
     _check_options(where, options, hidden.device, ref_logprob)
-    return _LINEAR_GRPO_LOSS[resolve(where, hidden.device, backend, (hidden.dtype,), _LINEAR_GRPO_LOSS)](
+    name = resolve(where, hidden.device, backend, (hidden.dtype,), _LINEAR_GRPO_LOSS)
+    return _LINEAR_GRPO_LOSS[name](
         hidden,
         weight,
         targets,
         advantage,
-        mask,
+        on_device if name == "reference" else mask,
         temperature=temperature,
         budget_bytes=budget_bytes,
         shard=shard,

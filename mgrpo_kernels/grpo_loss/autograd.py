@@ -15,6 +15,7 @@ from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._checks import IGNORED_TARGET
 from mgrpo_kernels._shards import Shard
 from mgrpo_kernels.grpo_loss.reference import LossOptions
+from mgrpo_kernels.linear_token_logprob.active import mask_on_device
 from mgrpo_kernels.linear_token_logprob.autograd import linear_token_logprob
 from mgrpo_kernels.results import GrpoLoss, TokenLogprob
 from mgrpo_kernels.token_logprob.autograd import token_logprob
@@ -245,7 +246,8 @@ def linear_grpo_loss(
         backend=backend,
     )
     logprobs = (old_logprob, ref_logprob, rollout_logprob)
-    return _from_rows(rows, targets, advantage, mask, logprobs, cu_seqlens, options, backend)
+    on_device = mask_on_device("linear_grpo_loss", mask, hidden)
+    return _from_rows(rows, targets, advantage, on_device, logprobs, cu_seqlens, options, backend)
 
 
 def _from_rows(

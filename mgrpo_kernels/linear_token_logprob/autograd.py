@@ -13,6 +13,7 @@ from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._rows import RowGrads, RowOutputs, RowSums, row_grads, row_outputs, valid_rows
 from mgrpo_kernels._shards import Shard, merge_over_group
 from mgrpo_kernels.linear_token_logprob.active import on_active_rows
+from mgrpo_kernels.linear_token_logprob.tiles import Tiles, memory_budget, plan_tiles
 from mgrpo_kernels.results import TokenLogprob
 
 
@@ -24,6 +25,7 @@ class _Options(NamedTuple):
     budget_bytes: int | None
     shard: Shard
     backend: str
+    keep: bool  # the logits, as far as the budget goes
 
 
 def _live_rows(grads: RowGrads) -> Tensor | None:
@@ -38,7 +40,7 @@ def _live_rows(grads: RowGrads) -> Tensor | None:
 
 
 class _LinearTokenLogprob(torch.autograd.Function):
-    """Saves the inputs and one number a row and output; the logits are computed again."""
+    """Saves the inputs, one number a row and output, and logits; those that are not kept are computed again."""
 
     @staticmethod
     def forward(
@@ -53,16 +55,22 @@ class _LinearTokenLogprob(torch.autograd.Function):
         shard = options.shard
         local = targets - shard.start
         scale = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+        tiles = Tiles(0, [], False)
+        if options.keep:
+            # The free memory is asked for once: the backward's would not know of what is kept.
+            budget = memory_budget(hidden.device, options.budget_bytes)
+            options = options._replace(budget_bytes=budget)
+            tiles = plan_tiles(hidden, weight.shape[0], budget, keep=True, softcap=options.softcap)
         head = (hidden, weight, bias, local, *scale, options.softcap, options.budget_bytes)
-        *sums, z_target = torch.ops.mgrpo_kernels.linear_token_logprob_fwd(
-            *head, options.self_certainty, options.backend
+        *sums, z_target, kept, anchors = torch.ops.mgrpo_kernels.linear_token_logprob_fwd(
+            *head, options.self_certainty, tiles.kept, tiles.halved, options.backend
         )
         sums = RowSums(*sums)
         if shard.group is not None:
             sums, z_target = merge_over_group(sums, z_target, shard.group)
         outputs = row_outputs(sums, z_target, valid_rows(targets, temperature, shard.vocabulary))
-        ctx.save_for_backward(hidden, weight, bias, local, scale[1], sums.num_finite, *outputs[:3])
-        ctx.temperature, ctx.options = scale[0], options
+        ctx.save_for_backward(hidden, weight, bias, local, scale[1], sums.num_finite, *outputs[:3], *kept, *anchors)
+        ctx.temperature, ctx.options, ctx.num_kept = scale[0], options, len(kept)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -71,10 +79,11 @@ class _LinearTokenLogprob(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, local, temperatures, num_finite, logprob, entropy, lse = ctx.saved_tensors
+        hidden, weight, bias, local, temperatures, num_finite, logprob, entropy, lse, *rest = ctx.saved_tensors
+        kept, anchors = rest[: ctx.num_kept], rest[ctx.num_kept :]
         options, needed = ctx.options, ctx.needs_input_grad[:3]
         coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
-        num_rows, rows = hidden.shape[0], _live_rows(coefficients)
+        num_rows, rows = hidden.shape[0], None if kept else _live_rows(coefficients)
         if rows is not None:
             hidden, local, coefficients = hidden[rows], local[rows], coefficients.take(rows)
             logprob, lse = logprob[rows], lse[rows]
@@ -92,6 +101,8 @@ class _LinearTokenLogprob(torch.autograd.Function):
             logprob,
             lse,
             *coefficients,
+            kept,
+            anchors,
             group is not None,
             *needed,
             options.backend,
@@ -126,7 +137,11 @@ def linear_token_logprob(
     backend: str,
 ) -> TokenLogprob:
     """See the public function."""
-    options = _Options(softcap or 0.0, self_certainty, budget_bytes, shard, backend)
+    needs_grad = any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
+    # The library of the CPU keeps none. A compiler would take the free memory that it sees for that of every call.
+    keep = backend != "cpu" and torch.is_grad_enabled() and needs_grad
+    keep = keep and not (budget_bytes is None and torch.compiler.is_compiling())
+    options = _Options(softcap or 0.0, self_certainty, budget_bytes, shard, backend, keep)
 
     def node(hidden: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, ...]:
         return _LinearTokenLogprob.apply(hidden, weight, bias, targets, temperature, options)

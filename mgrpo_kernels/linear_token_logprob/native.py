@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,16 +54,17 @@ class Head:
         )
 
 
-def linear_token_logprob_fwd(*args: Any) -> tuple[Tensor, ...]:
+def linear_token_logprob_fwd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
     """See ops.py."""
     if args[0].is_cuda:
-        return products.linear_token_logprob_fwd(*args, row_sums=products.cuda_row_sums)
+        row_sums = partial(products.cuda_row_sums, is_exact=args[0].dtype != torch.bfloat16)
+        return products.linear_token_logprob_fwd(*args, row_sums=row_sums)
     head, self_certainty = Head(*args[:8]), args[8]
     outputs = tuple(torch.zeros(args[0].shape[0]) for _ in range(6))
     top, exp, exp_x, finite_x, num_finite, z_target = (address(output) for output in outputs)
     extra = (finite_x, num_finite) if self_certainty else (0, 0)
     head.library.linear_token_logprob_fwd(head.pointers, top, exp, exp_x, *extra, z_target)
-    return outputs
+    return *outputs, [], []
 
 
 def linear_token_logprob_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,6 +91,8 @@ def _by_products(
     onehot: Tensor | None,
     slope: Tensor | None,
     uniform: Tensor | None,
+    _kept: list[Tensor],
+    _anchors: list[Tensor],
     fp32_dhidden: bool,
     *needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +119,7 @@ def _by_products(
 
 def _by_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """In bf16 the products are fused with what they multiply."""
-    head, coefficients, (fp32_dhidden, *needed) = Head(*args[:8]), args[9:14], args[14:]
+    head, coefficients, (fp32_dhidden, *needed) = Head(*args[:8]), args[9:14], args[16:]
     hidden, weight, bias = args[:3]
     dhidden = torch.empty(hidden.shape if needed[0] else (0, 0), dtype=torch.float32 if fp32_dhidden else hidden.dtype)
     dweight = torch.empty(weight.shape if needed[1] else (0, 0), dtype=weight.dtype)

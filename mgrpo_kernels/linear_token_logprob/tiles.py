@@ -1,6 +1,9 @@
-"""Gradients of hidden states, weight and bias by tiles of the vocabulary, with torch's own products."""
+"""Tiles of the vocabulary, and gradients of hidden states, weight and bias by them, with torch's own products."""
 
 from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +14,71 @@ from mgrpo_kernels._segments import accumulation_dtype
 _CPU_BUDGET_BYTES = 64 * 2**20
 
 
+# What torch's libraries of products give one multiprocessor at a time.
+_BLOCK_ROWS, _BLOCK_COLUMNS = 128, 256
+
+
+class Tiles(NamedTuple):
+    """How products walk a vocabulary."""
+
+    columns: int  # of a tile; the last may have fewer
+    kept: list[int]  # columns of the first tiles, whose logits the forward keeps for the backward
+    halved: bool  # whether it keeps them in 16 bits
+
+
+def memory_budget(device: torch.device, budget_bytes: int | None) -> int:
+    """Bytes for temporaries; by default 64 MiB, on a GPU a quarter of what is free or unused in torch's cache."""
+    if budget_bytes is not None:
+        return budget_bytes
+    if device.type != "cuda":
+        return _CPU_BUDGET_BYTES
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + cached) // 4
+
+
 def tile_columns(hidden: Tensor, columns: int, budget_bytes: int | None) -> int:
     """Columns a tile: four blocks [T, tile] and two [tile, D] in the accumulation dtype stay within the budget."""
-    if budget_bytes is None:
-        on_cuda = hidden.device.type == "cuda"
-        budget_bytes = torch.cuda.mem_get_info(hidden.device)[0] // 4 if on_cuda else _CPU_BUDGET_BYTES
     bytes_a_column = accumulation_dtype(hidden).itemsize * (4 * hidden.shape[0] + 2 * hidden.shape[1])
-    return min(columns, max(1, budget_bytes // bytes_a_column))
+    return min(columns, max(1, memory_budget(hidden.device, budget_bytes) // bytes_a_column))
+
+
+def whole_waves(columns: int, num_rows: int, num_processors: int) -> int:
+    """At most `columns`, at least 1, as many as fill a GPU a whole number of times with blocks of [T, columns].
+
+    A last wave that is not full costs as much as a full one. Where not even one wave fits, whole blocks.
+    """
+    block_rows = max(1, -(-num_rows // _BLOCK_ROWS))
+    step = _BLOCK_COLUMNS * num_processors // gcd(block_rows, num_processors)
+    if step > columns:
+        step = min(columns, _BLOCK_COLUMNS)
+    return columns // step * step
+
+
+def _fit(hidden: Tensor, columns: int, budget_bytes: int, kept_bytes: int, num_processors: int) -> tuple[int, int]:
+    """Columns of a tile, and columns that can be kept beside it at `kept_bytes` a logit."""
+    # At work on a tile are two blocks [T, tile] and two [tile, D] of fp32.
+    column_bytes, work_bytes = kept_bytes * max(1, len(hidden)), 8 * max(1, sum(hidden.shape))
+    # A tile of some waves is as fast as a larger one: it gets what keeping all leaves, but for a quarter at least.
+    share = max(budget_bytes - column_bytes * columns, budget_bytes // 4) if kept_bytes else budget_bytes
+    tile = max(1, share // work_bytes)
+    tile = columns if tile >= columns else whole_waves(tile, len(hidden), num_processors)
+    room = max(0, budget_bytes - tile * work_bytes) // column_bytes if kept_bytes else 0
+    return tile, columns if room >= columns else room // tile * tile
+
+
+def plan_tiles(hidden: Tensor, columns: int, budget_bytes: int, *, keep: bool, softcap: float = 0.0) -> Tiles:
+    """Tiles for products around row kernels, and with `keep` which of them to keep, all within the budget.
+
+    A kept tile spares the backward a third of its products. In fp32 a kept logit costs no pass of its own; where those
+    of bf16 operands do not all fit they are kept in 16 bits, as products.py tells, which a softcap's logits are not.
+    """
+    on_cuda = hidden.device.type == "cuda"
+    num_processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if on_cuda else 1
+    tile, kept = _fit(hidden, columns, budget_bytes, 4 if keep else 0, num_processors)
+    halved = keep and kept < columns and hidden.dtype == torch.bfloat16 and not softcap
+    if halved:
+        tile, kept = _fit(hidden, columns, budget_bytes, 2, num_processors)
+    return Tiles(tile, [min(tile, kept - start) for start in range(0, kept, tile)], halved)
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -3,8 +3,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -13,16 +16,21 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import mgrpo_kernels
-from mgrpo_kernels import token_logprob
+from mgrpo_kernels import ops, token_logprob
 from mgrpo_kernels._rows import RowSums, row_outputs
 from mgrpo_kernels.linear_token_logprob import products
-from mgrpo_kernels.linear_token_logprob.tiles import tile_columns
+from mgrpo_kernels.linear_token_logprob import triton as launchers
+from mgrpo_kernels.linear_token_logprob.tiles import memory_budget, plan_tiles, tile_columns, whole_waves
 from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget, exponent_length, poison_masked
 
 ROWS, HIDDEN, VOCABULARY = 11, 16, 53
 TEMPERATURE = torch.linspace(0.6, 1.5, ROWS)
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 NAMES = ("logprob", "entropy", "lse", "self_certainty")
 
 
@@ -183,7 +191,7 @@ def test_frozen_weight_minus_infinite_bias_and_no_rows(linear_token_logprob):
     hidden = hidden.nan_to_num().requires_grad_()
     bias[40:] = -torch.inf  # padding of the vocabulary, several whole tiles
     targets = targets.clamp_max(39)
-    out = linear_token_logprob(hidden, weight, targets, bias=bias, self_certainty=True, budget_bytes=1200)
+    out = linear_token_logprob(hidden, weight, targets, bias=bias, self_certainty=True, budget_bytes=2400)
     cut = token_logprob(hidden.detach() @ weight[:40].T + bias[:40], targets, self_certainty=True)
     for one, other in zip(out, cut, strict=True):
         torch.testing.assert_close(one, other)
@@ -387,10 +395,12 @@ def test_opcheck_and_meta():
     bias, temperatures = torch.randn(40), torch.linspace(0.5, 1.5, 5)
     head = (hidden, weight, bias, targets, 1.0, temperatures, 6.0, None)
     for self_certainty in (False, True):
-        torch.library.opcheck(torch.ops.mgrpo_kernels.linear_token_logprob_fwd, (*head, self_certainty, "cpu"))
+        torch.library.opcheck(
+            torch.ops.mgrpo_kernels.linear_token_logprob_fwd, (*head, self_certainty, [], False, "cpu")
+        )
     rows = [torch.rand(5) for _ in range(6)]
     for needed in ((True, True, True), (True, False, False), (False, True, False)):
-        inputs = (*head, *rows, False, *needed, "cpu")
+        inputs = (*head, *rows, [], [], False, *needed, "cpu")
         torch.library.opcheck(torch.ops.mgrpo_kernels.linear_token_logprob_bwd, inputs)
     out = mgrpo_kernels.linear_token_logprob(*(tensor.to("meta") for tensor in (hidden, weight, targets)))
     assert [output.shape for output in out[:3]] == [(5,)] * 3 and out.lse.device.type == "meta"
@@ -408,40 +418,78 @@ def test_compiles_whole(linear_token_logprob):
     torch.testing.assert_close(traced, eager)
 
 
-def _sharded(rank: int, path: str, sizes: tuple[int, ...], backend: str) -> None:
-    linear_token_logprob = partial(mgrpo_kernels.linear_token_logprob, backend=backend)
+def _sharded(rank: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
-        hidden, weight, bias, targets, mask = make_inputs()
-        bias[: sizes[0]] = -torch.inf if sizes[0] < 5 else bias[: sizes[0]]
-        targets = targets.clamp_min(5)
-        start = sum(sizes[:rank])
-        mine = slice(start, start + sizes[rank])
-        options = {"temperature": TEMPERATURE, "mask": mask, "self_certainty": True, "budget_bytes": 1200}
-
-        def whole(hidden: Tensor, weight: Tensor, bias: Tensor):
-            return linear_token_logprob(hidden, weight, targets, bias=bias, **options)
-
-        def shard(hidden: Tensor, weight: Tensor, bias: Tensor):
-            return linear_token_logprob(hidden, weight, targets, bias=bias, group=dist.group.WORLD, **options)
-
-        expected, (dhidden, dweight, dbias) = results(whole, hidden, weight, bias)
-        actual, gradients = results(shard, hidden, weight[mine], bias[mine])
-        for one, other in zip(actual, expected, strict=True):
-            torch.testing.assert_close(one, other)
-        for one, other in zip(gradients, (dhidden, dweight[mine], dbias[mine]), strict=True):
-            torch.testing.assert_close(one, other)
-        with pytest.raises(ValueError, match=r"targets must be in \[0, 53\)"):
-            linear_token_logprob(hidden, weight[mine], torch.full_like(targets, 53), mask=mask, group=dist.group.WORLD)
+        mesh = init_device_mesh("cpu", (2,))
+        for backend, sizes in (("reference", (20, 33)), ("cpu", (3, 50)), ("triton", (27, 26))):
+            _assert_sharded_matches_whole(rank, backend, sizes, None)
+        for backend in ("cpu", "triton"):
+            _assert_sharded_matches_whole(rank, backend, (27, 26), mesh)
+        _assert_wrong_placements_are_refused(mesh)
     finally:
         dist.destroy_process_group()
 
 
+def _assert_sharded_matches_whole(rank: int, backend: str, sizes: tuple[int, int], mesh) -> None:
+    """By a group, or with a mesh by DTensors, whose sizes must be those of torch.chunk."""
+    linear_token_logprob = partial(mgrpo_kernels.linear_token_logprob, backend=backend)
+    hidden, weight, bias, targets, mask = make_inputs()
+    bias[: sizes[0]] = -torch.inf if sizes[0] < 5 else bias[: sizes[0]]
+    targets = targets.clamp_min(5)
+    start = sum(sizes[:rank])
+    mine = slice(start, start + sizes[rank])
+    options = {"temperature": TEMPERATURE, "mask": mask, "self_certainty": True, "budget_bytes": 4000}
+    group = dist.group.WORLD if mesh is None else None
+    head = (weight[mine], bias[mine])
+    if mesh is not None:
+        head = tuple(DTensor.from_local(part, mesh, [Shard(0)], shape=w.shape, stride=w.stride())
+                     for part, w in zip(head, (weight, bias), strict=True))  # fmt: skip
+
+    def whole(hidden: Tensor, weight: Tensor, bias: Tensor):
+        return linear_token_logprob(hidden, weight, targets, bias=bias, **options)
+
+    def shard(hidden: Tensor, weight: Tensor, bias: Tensor):
+        return linear_token_logprob(hidden, weight, targets, bias=bias, group=group, **options)
+
+    expected, (dhidden, dweight, dbias) = results(whole, hidden, weight, bias)
+    actual, gradients = results(shard, hidden, *head)
+    if mesh is not None:
+        assert all(gradient.placements == (Shard(0),) for gradient in gradients[1:])
+        assert gradients[1].shape == weight.shape
+        gradients = [gradients[0], *(gradient.to_local() for gradient in gradients[1:])]
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(gradients, (dhidden, dweight[mine], dbias[mine]), strict=True):
+        torch.testing.assert_close(one, other)
+    with patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers, patch.object(dist, "all_reduce") as sums:
+        shard(hidden, *head)
+    # The sizes of a group's shards, which a placement tells, and everything else at once.
+    assert gathers.call_count == (2 if mesh is None else 1) and not sums.called
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 53\)"):
+        linear_token_logprob(hidden, head[0], torch.full_like(targets, 53), mask=mask, group=group)
+
+
+def _assert_wrong_placements_are_refused(mesh) -> None:
+    hidden, weight, bias, targets, mask = make_inputs()
+    run = partial(mgrpo_kernels.linear_token_logprob, hidden, targets=targets, mask=mask)
+    for placement in (Shard(1), Partial()):
+        with pytest.raises(ValueError, match=r"weight must be replicated or sharded once, on dim 0, got \["):
+            run(DTensor.from_local(weight, mesh, [placement], run_check=False))
+    uneven = weight[:20] if mesh.get_rank() == 0 else weight[20:]
+    with pytest.raises(ValueError, match=r"weight must be split as by torch.chunk, 2[67] rows here, got (20|33)\."):
+        run(DTensor.from_local(uneven, mesh, [Shard(0)], shape=weight.shape, stride=weight.stride()))
+    whole = DTensor.from_local(weight, mesh, [Replicate()], run_check=False)
+    with pytest.raises(ValueError, match="group must be None where weight is a DTensor"):
+        run(whole, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="bias must be a DTensor placed as weight"):
+        run(whole, bias=bias)
+    assert torch.equal(run(whole).logprob, run(weight).logprob)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("sizes", [(20, 33), (3, 50)])
-def test_sharded_vocabulary_matches_the_whole(tmp_path, sizes, backend):
-    mp.spawn(_sharded, args=(str(tmp_path / "store"), sizes, backend), nprocs=2)
+def test_sharded_vocabulary_matches_the_whole(tmp_path):
+    mp.spawn(_sharded, args=(str(tmp_path / "store"),), nprocs=2)
 
 
 X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
@@ -470,15 +518,18 @@ def test_wrong_arguments_are_refused(linear_token_logprob, message, arguments):
         linear_token_logprob(**({"hidden": X, "weight": W, "targets": Y} | arguments))
 
 
+@pytest.mark.parametrize("is_exact", [False, True])
 @pytest.mark.parametrize("budget", [None, 1])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_the_sums_of_the_cuda_path_are_those_of_the_reference(budget, softcap):
+def test_the_sums_of_the_cuda_path_are_those_of_the_reference(budget, softcap, is_exact):
     """With the row kernel of the CPU in the place of the GPU's."""
     hidden, weight, bias, targets, _ = make_inputs()
     hidden = hidden.nan_to_num()
     bias[:3] = -torch.inf  # a tile of one column without any finite logit
     head = (hidden, weight, bias, targets, 1.0, TEMPERATURE, softcap or 0.0, budget, True)
-    *sums, z_target = products.linear_token_logprob_fwd(*head, row_sums=products.cuda_row_sums)
+    *sums, z_target, _, _ = products.linear_token_logprob_fwd(
+        *head, [], False, row_sums=partial(products.cuda_row_sums, is_exact=is_exact)
+    )
     found = row_outputs(RowSums(*sums), z_target, torch.ones(ROWS, dtype=torch.bool))
     rest = {"temperature": TEMPERATURE, "softcap": softcap, "self_certainty": True, "backend": "reference"}
     oracle, rounded = (
@@ -489,3 +540,236 @@ def test_the_sums_of_the_cuda_path_are_those_of_the_reference(budget, softcap):
     length = VOCABULARY * HIDDEN + exponent_length(logits, float(TEMPERATURE.min()))
     for name, actual, exact, near in zip(NAMES, found, oracle, rounded, strict=True):
         assert_within_budget(actual, exact, near, reduction_length=length, what=name)
+
+
+@contextmanager
+def on_cuda_path():
+    """Backend "triton" runs what "cuda" does, with the row kernels of the CPU in the place of the GPU's."""
+
+    def forward(hidden: Tensor, *args):
+        row_sums = partial(products.cuda_row_sums, is_exact=hidden.dtype != BF16)
+        return products.linear_token_logprob_fwd(hidden, *args, row_sums=row_sums)
+
+    backward = partial(products.linear_token_logprob_bwd, backend="cpu")
+    with patch.multiple(launchers, linear_token_logprob_fwd=forward, linear_token_logprob_bwd=backward):
+        ops._launcher.cache_clear()
+        yield
+    ops._launcher.cache_clear()
+
+
+@pytest.fixture
+def cuda_path():
+    with on_cuda_path():
+        yield
+
+
+class Count:
+    """FLOP of the products since the last call."""
+
+    def __init__(self, monkeypatch):
+        self.flop, self.product = 0, products._product
+        monkeypatch.setattr(products, "_product", self)
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return self.product(a, b)
+
+    def take(self) -> int:
+        flop, self.flop = self.flop, 0
+        return flop
+
+
+def kept_bytes(run) -> int:
+    """Bytes of the blocks, in what `run` saves for its backward, that are as tall as hidden and no input."""
+    kept = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        inputs = run()
+    for tensor in inputs:
+        kept.pop(tensor.data_ptr(), None)
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values() if tensor.dim() == 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "budget", "bytes_kept"),
+    # All logits fit, or all in 16 bits, or a part, or none.
+    [
+        (FP32, 2000, 4 * 360),
+        (FP16, 2000, 4 * 360),
+        (BF16, 2000, 4 * 360),
+        (BF16, 1400, 2 * 360),
+        (FP32, 600, 4 * 6 * 18),
+        (BF16, 600, 2 * 6 * 38),
+        (BF16, 1, 0),
+    ],
+)
+def test_logits_that_fit_are_multiplied_once(monkeypatch, cuda_path, dtype, budget, bytes_kept):
+    hidden, weight, targets = drawn(6, 2, 60, dtype, seed=5)
+    leaves, count = (hidden.requires_grad_(), weight.requires_grad_()), Count(monkeypatch)
+    one, outputs = 2 * 6 * 2 * 60, []
+
+    def run() -> tuple[Tensor, ...]:
+        out = mgrpo_kernels.linear_token_logprob(*leaves, targets, budget_bytes=budget, backend="triton")
+        outputs.append(out.logprob.sum() + 0.3 * out.entropy.sum())
+        return leaves
+
+    assert kept_bytes(run) == bytes_kept <= budget
+    assert count.take() == one
+    gradients = torch.autograd.grad(outputs[0], leaves, retain_graph=True)
+    again = one - bytes_kept // (4 if dtype != BF16 or budget == 2000 else 2) * 2 * 2
+    assert count.take() == 2 * one + again
+    for first, second in zip(gradients, torch.autograd.grad(outputs[0], leaves), strict=True):
+        assert torch.equal(first, second)
+    count.take()
+    frozen = mgrpo_kernels.linear_token_logprob(
+        hidden, weight.detach(), targets, budget_bytes=budget, backend="triton"
+    ).logprob.sum()
+    frozen.backward()
+    assert count.take() == 2 * one + again
+    with torch.no_grad():
+        assert kept_bytes(run) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    hidden_size=st.integers(1, 70),
+    vocabulary=st.integers(1, 90),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    share=st.floats(0, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_any_budget_on_the_cuda_path(tokens, hidden_size, vocabulary, dtype, share, seed):
+    """From nothing kept to everything."""
+    budget = 1 + int(share * 4 * tokens * vocabulary)
+    with on_cuda_path():
+        inputs = drawn(tokens, hidden_size, vocabulary, dtype, seed)
+        assert_matches_whole_logits(*inputs, budget_bytes=budget, backend="triton")
+
+
+@pytest.mark.parametrize("budget", [2000, 1400])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_kept_logits_on_triton(dtype, budget):
+    assert_matches_whole_logits(*drawn(6, 2, 60, dtype, seed=6), budget_bytes=budget, backend="triton")
+
+
+@pytest.mark.parametrize("path", ["cuda", "triton"])
+def test_kept_halves_of_tiles_without_a_finite_logit(request, path):
+    """With a temperature of each row, whose anchors differ, and gradients of all outputs."""
+    if path == "cuda":
+        request.getfixturevalue("cuda_path")
+    hidden, weight, targets = drawn(6, 2, 60, BF16, seed=7)
+    bias = torch.zeros(60).masked_fill(torch.arange(60) < 21, -torch.inf)
+    targets = targets.clamp_min(30)
+    assert plan_tiles(hidden, 60, 1400, keep=True) == (10, [10] * 6, True)
+    found = []
+    for backend, to in (("triton", BF16), ("reference", torch.float64), ("reference", FP32)):
+        leaves = [tensor.to(to).requires_grad_() for tensor in (hidden.detach(), weight.detach())]
+        out = mgrpo_kernels.linear_token_logprob(
+            *leaves,
+            targets,
+            bias=bias.to(to),
+            temperature=TEMPERATURE[:6],
+            self_certainty=True,
+            budget_bytes=1400,
+            backend=backend,
+        )
+        upstream = [torch.linspace(-1, 2, 6).roll(shift).double() for shift in range(4)]
+        total = sum((output.double() * each).sum() for output, each in zip(out, upstream, strict=True))
+        found.append(torch.autograd.grad(total, leaves))
+    for actual, exact, near in zip(*found, strict=True):
+        # What the rounding of the gradients to bf16 alone does, of the logits and of the result.
+        rounded = near + exact.abs().max().float() * 2**-8
+        assert_within_budget(actual, exact, rounded, reduction_length=60 * 6, largest_term=10.0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    tokens=st.integers(0, 20_000),
+    hidden_size=st.integers(1, 8192),
+    vocabulary=st.integers(1, 300_000),
+    budget=st.integers(1, 2**36),
+    dtype=st.sampled_from([FP32, BF16]),
+    softcap=st.sampled_from([0.0, 30.0]),
+)
+def test_tiles_and_what_is_kept_stay_within_the_budget(tokens, hidden_size, vocabulary, budget, dtype, softcap):
+    hidden = torch.empty(tokens, hidden_size, dtype=dtype, device="meta")
+    tile, kept, halved = plan_tiles(hidden, vocabulary, budget, keep=True, softcap=softcap)
+    assert 1 <= tile <= vocabulary and sum(kept) <= vocabulary and all(0 < width <= tile for width in kept)
+    work = 8 * (tokens + hidden_size)
+    assert (tile == 1 and not kept) or (2 if halved else 4) * tokens * sum(kept) + work * tile <= budget
+    assert halved <= (dtype == BF16 and softcap == 0)
+    if 4 * max(1, tokens) * vocabulary <= budget * 3 // 4 and work <= budget // 4:
+        assert sum(kept) == vocabulary and not halved
+    assert plan_tiles(hidden, vocabulary, budget, keep=False).kept == []
+
+
+def test_waves_are_whole():
+    # 64 blocks of rows on 132 processors: 33 blocks of columns are 16 waves.
+    assert whole_waves(151_936, 8192, 132) == 17 * 8448 and 64 * 33 % 132 == 0
+    assert whole_waves(8448, 8100, 132) == 8448
+    # Of 12 blocks of rows 11 blocks of columns are one wave, of one block of rows 132.
+    assert whole_waves(5000, 1536, 132) == 2816
+    assert whole_waves(2**17, 1, 132) == 3 * 256 * 132
+    # No wave fits: whole blocks, and without one whatever there is.
+    assert whole_waves(5000, 1, 132) == 19 * 256
+    assert [whole_waves(columns, 8192, 132) for columns in (1, 255, 256)] == [1, 255, 256]
+
+
+def test_a_quarter_of_what_a_gpu_has_free_holds_the_logits_of_a_micro_batch():
+    """On an H200 in the middle of a training, by a tensor without data: torch's cache counts as free."""
+    free = {"mem_get_info": (10 * 2**30, 0), "memory_reserved": 100 * 2**30, "memory_allocated": 70 * 2**30}
+    processors = SimpleNamespace(multi_processor_count=132)
+    with patch.multiple(torch.cuda, **{name: Mock(return_value=value) for name, value in free.items()}):
+        budget = memory_budget(torch.device("cuda", 0), None)
+    assert budget == 10 * 2**30 and memory_budget(torch.device("cuda", 0), 7) == 7
+    with FakeTensorMode(), patch.object(torch.cuda, "get_device_properties", return_value=processors):
+        hidden = torch.empty(8192, 2560, dtype=BF16, device="cuda")
+        tile, kept, halved = plan_tiles(hidden, 151_936, budget, keep=True)
+        assert tile % 8448 == 0 and sum(kept) == 151_936 and not halved
+        hidden = torch.empty(16384, 2560, dtype=BF16, device="cuda")
+        tile, kept, halved = plan_tiles(hidden, 151_936, budget, keep=True)
+        assert tile % 8448 == 0 and sum(kept) == 151_936 and halved
+
+
+def test_opcheck_of_what_is_kept():
+    hidden, weight, targets = drawn(3, 4, 20, BF16, seed=8)
+    head = (hidden, weight, None, targets, 1.0, None, 0.0, 4000)
+    rows = [torch.rand(3) for _ in range(6)]
+    for halved in (False, True):
+        forward = torch.ops.mgrpo_kernels.linear_token_logprob_fwd
+        torch.library.opcheck(forward, (*head, False, [12, 8], halved, "triton"))
+        *_, kept, anchors = forward(*head, False, [12, 8], halved, "triton")
+        assert [block.shape for block in kept] == [(3, 12), (3, 8)] and len(anchors) == 2 * halved
+        inputs = (*head, *rows, kept, anchors, False, True, True, False, "triton")
+        torch.library.opcheck(torch.ops.mgrpo_kernels.linear_token_logprob_bwd, inputs)
+
+
+def test_rows_that_a_mask_on_the_cpu_removes_enter_no_product():
+    """With tensors without data in the place of a GPU's."""
+    hidden, weight, _, targets, mask = make_inputs()
+    hidden, weight, targets = (tensor.to("meta") for tensor in (hidden, weight, targets))
+    rows = []
+
+    class Rows(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "mgrpo_kernels":
+                rows.append(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    hidden.requires_grad_()
+    for where in (mask, mask.to("meta")):
+        with Rows():
+            run = partial(
+                mgrpo_kernels.linear_token_logprob, hidden, weight, targets, temperature=TEMPERATURE.to("meta")
+            )
+            out = run(mask=where, self_certainty=True, backend="triton")
+            sum(output.sum() for output in out).backward()
+        assert all(output.shape == (ROWS,) and output.is_meta for output in out)
+    assert rows == [int(mask.sum())] * 2 + [ROWS] * 2
+    with pytest.raises(ValueError, match=r"mask must be of shape \[T\] = \[11\]"):
+        run(mask=mask[1:])
