@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := CMakeLists.txt setup.py mgrpo_kernels/_sources.py $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: train test test-vllm lint format bench bench-peers fuzz emulate old-cpus sanitize study clean
+.PHONY: train test test-vllm lint format bench bench-peers fuzz emulate old-cpus sanitize gpu study clean
 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
@@ -82,6 +82,10 @@ emulate: $(VENV)/.built
 		-k "not triton and not reference and not instruction_set and not thread_count and not 2_31 and not large-" $(ARGS)
 EMULATED_TESTS := $(addprefix tests/kernels/test_, group_advantage.py trajectory_entropy.py iqr_filter.py \
 	majority_vote.py ema_update.py token_logprob.py grpo_loss.py grpo_loss_cpu.py logits_grpo_loss.py on_device.py)
+
+# Everything that only a GPU can tell, in under nine minutes and offline, with the machine's own Python; see bench/gpu.py.
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 study: $(VENV)/.built
 	$(BIN)/python -m bench.study $(ARGS)

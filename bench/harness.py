@@ -5,21 +5,23 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench import measure
+from bench import cuda, measure
+from bench.compare import Outputs, relative_error
 from mgrpo_kernels import backends
 from mgrpo_kernels.backends import resolve
 from mgrpo_kernels.testing import assert_within_budget
 
-Outputs = Mapping[str, Tensor]
+_BACKEND_ORDER = ("cuda", "triton", "cpu", "reference")
 
 # A candidate that takes longer stays out of the rounds; below the second limit it is called a second time.
 SLOW_SECONDS = 5.0
@@ -29,21 +31,6 @@ LONG_ROUND_SECONDS = 10.0
 MOST_ROUNDS = 60
 # Half the error of the twin "scaled_0.9" of mgrpo_kernels.testing: a peer further off computes something else.
 SAME_QUANTITY = 0.05
-PROTOCOL = (
-    "Every candidate first solves a small problem: ours must stay within the error budget of mgrpo_kernels.testing, "
-    "a peer's relative error (Euclidean, worst output, against fp64) must be under 0.05. Then each is called once "
-    "at the full shape, where its memory is read and its results are compared with ours, and all take turns for the "
-    "same number of rounds, a call at a time; ours is clocked by pytest-benchmark. A candidate slower than 5 s is "
-    "called once or twice instead. Cold cases read a buffer of twice the last-level cache (at most 1 GiB) ahead of "
-    "every call, again while that read takes over 1.25 times its least (8 times at most), for then the machine is "
-    "busy; warm cases do so ahead of every round, and call each candidate once more, unclocked, ahead of its "
-    "clocked call. ms: median (least). A ratio is the median over the rounds of peer / ours in the same round, "
-    "beside it least / least. "
-    "Roofs are the best of measurements before and after the case: copy_ of 512 MiB, whose stores read their lines "
-    "first, so that work in place can pass 100 %, or torch.mm of square matrices. peak: memory over what was "
-    "resident before the call, results included; temporary: the part of it given back by its end. The allocator is "
-    "that of the process: a candidate that allocates pays for fresh pages."
-)
 
 
 class NotInstalledError(Exception):
@@ -57,18 +44,28 @@ def load(module: str, attribute: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def cpu_backends(op: str) -> list[str]:
-    """Available backends that take `op` on a CPU, the reference only where there is no other."""
+def meter(device: str) -> ModuleType:
+    """The clock, roofs and memory of a device."""
+    return cuda if device == "cuda" else measure
+
+
+def inputs_on(device: str) -> AbstractContextManager[Any]:
+    """Where inputs are made; off when a candidate runs, for it costs every torch call some time."""
+    return torch.device(device) if device != "cpu" else nullcontext()
+
+
+def device_backends(op: str, device: str) -> list[str]:
+    """Available backends that take `op` on a device, the reference only where there is no other."""
     found = []
     for name, state in backends().items():
         if not state.available:
             continue
         try:
-            resolve(op, torch.device("cpu"), name)
+            resolve(op, torch.device(device), name)
         except ValueError:
             continue
         found.append(name)
-    return [name for name in found if name != "reference"] or found
+    return sorted((name for name in found if name != "reference"), key=_BACKEND_ORDER.index) or found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +120,10 @@ class Case:
     """Least operations, which its GFLOP/s count; dtype chooses the roof."""
     cold: bool = False
     """Whether the cache is swept ahead of every call."""
+    launch_bound: bool = False
+    """Whether a GPU finishes it before the host has said so: host times and graph replays are then taken too."""
+    derived: Callable[[Outputs], Outputs] | None = None
+    """Results that a peer has and ours do not, made of ours for the comparison at the full shape."""
 
 
 @dataclass(kw_only=True)
@@ -147,6 +148,7 @@ class Row:
     temporary_mib: float | None = None
     ratio: float | None = None
     ratio_least: float | None = None
+    host_ms: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -161,8 +163,8 @@ class Result:
     cold: bool
     unit: str | None
     roof: float | None = None
-    load: float = 0.0
-    """Processes that wanted a core, a minute's average, at the case's end; ours are among them."""
+    load: float | None = None
+    """Processes that wanted a core, a minute's average, at the case's end, ours among them; None on a GPU."""
     rows: list[Row] = field(default_factory=list)
 
 
@@ -172,6 +174,7 @@ class _Timed:
 
     row: Row
     run: Run
+    meter: ModuleType
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -183,12 +186,12 @@ class _Timed:
         if self.run.restore is not None:
             self.run.restore()
         if cold:
-            measure.evict()
+            self.meter.evict()
         else:
             self.run.call()
 
     def clock(self) -> None:
-        self.seconds.append(measure.seconds(self.run.call))
+        self.seconds.append(self.meter.seconds(self.run.call))
 
 
 def package_version(package: str) -> str | None:
@@ -197,25 +200,6 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def relative_error(actual: Outputs, expected: Outputs) -> float:
-    """Worst Euclidean error of the outputs that both have, relative to the expected; integers must be equal."""
-    worst = 0.0
-    shared = actual.keys() & expected.keys()
-    assert shared, f"no output in common: {sorted(actual)}, {sorted(expected)}"
-    for name in shared:
-        one, other = actual[name], expected[name]
-        assert one.shape == other.shape, f"{name}: shape {list(one.shape)}, expected {list(other.shape)}"
-        if not other.is_floating_point():
-            worst = max(worst, 0.0 if torch.equal(one.to(other.dtype), other) else torch.inf)
-            continue
-        dtype = torch.float64 if other.dtype == torch.float64 else torch.float32
-        difference = torch.linalg.vector_norm(one.to(dtype) - other.to(dtype))
-        size = torch.linalg.vector_norm(other.to(dtype))
-        error = float(difference / size) if size else float(difference)
-        worst = max(worst, torch.inf if error != error else error)
-    return worst
 
 
 def _check_ours(case: Case, candidate: Candidate, row: Row, inputs: Any, oracle: Outputs) -> None:
@@ -238,7 +222,7 @@ def _check_ours(case: Case, candidate: Candidate, row: Row, inputs: Any, oracle:
     row.error = relative_error(outputs, oracle)
 
 
-def _attempt(row: Row, step: Callable[[], Any]) -> Any:
+def _attempt(row: Row, used: ModuleType, step: Callable[[], Any]) -> Any:
     """A step of a peer; whatever it raises is foreign and is reported in its row."""
     try:
         return step()
@@ -247,6 +231,8 @@ def _attempt(row: Row, step: Callable[[], Any]) -> Any:
     except Exception as error:
         lines = str(error).strip().splitlines()
         row.status, row.detail = "failed", f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    # Past the exception, whose frames hold what was allocated.
+    used.free()
     return None
 
 
@@ -263,40 +249,65 @@ def _judge(row: Row, outputs: Outputs, expected: Outputs, against: str) -> float
     return error
 
 
-def _check_peer(candidate: Candidate, row: Row, inputs: Any, oracle: Outputs) -> None:
+def _check_peer(candidate: Candidate, row: Row, used: ModuleType, inputs: Any, oracle: Outputs) -> None:
     def step() -> None:
         run = candidate.prepare(inputs)
         row.error = _judge(row, run.outputs(run.call()), oracle, "fp64")
 
-    _attempt(row, step)
+    _attempt(row, used, step)
 
 
-def _first_call(candidate: Candidate, row: Row, inputs: Any, cold: bool) -> tuple[_Timed, Outputs]:
+def _first_call(candidate: Candidate, row: Row, used: ModuleType, inputs: Any, cold: bool) -> tuple[_Timed, Outputs]:
     """Binds a candidate to the full inputs and calls it once, for its memory and a first time."""
     run = candidate.prepare(inputs)
-    if not candidate.checked:
+    if used.WARMS_UP or not candidate.checked:
         run.call()
+        if run.restore is not None:
+            run.restore()
     if cold:
-        measure.evict()
+        used.evict()
     times: list[float] = []
 
     def timed() -> Any:
         results = []
-        times.append(measure.seconds(lambda: results.append(run.call())))
+        times.append(used.seconds(lambda: results.append(run.call())))
         return results[0]
 
-    result, memory = measure.with_memory(timed)
+    result, memory = used.with_memory(timed)
     if memory.peak is not None and memory.temporary is not None:
         row.peak_mib, row.temporary_mib = memory.peak / 2**20, memory.temporary / 2**20
-    return _Timed(row, run, times), run.outputs(result)
+    return _Timed(row, run, used, times), run.outputs(result)
 
 
-def _roof(case: Case) -> float | None:
+def _first_calls(
+    others: Sequence[Candidate], rows: Sequence[Row], used: ModuleType, inputs: Any, cold: bool, expected: Outputs
+) -> list[_Timed]:
+    """The other candidates that are green at the full shape too, where they are compared with ours."""
+    timed: list[_Timed] = []
+    for other, row in zip(others, rows, strict=True):
+        if row.status != "ok":
+            continue
+
+        def step(other: Candidate = other, row: Row = row) -> tuple[_Timed, float]:
+            called, outputs = _first_call(other, row, used, inputs, cold)
+            return called, _judge(row, outputs, expected, "ours")
+
+        found = _attempt(row, used, step)
+        if found is None:
+            continue
+        if not other.checked:
+            row.error, row.error_against = found[1], "ours"
+        if row.status == "ok":
+            timed.append(found[0])
+    return timed
+
+
+def _roof(case: Case, used: ModuleType) -> float | None:
     """The roof that the case's rate is held against, measured on a quiet machine."""
-    measure.evict()
+    used.evict()
     if case.flop is not None:
-        return measure.mm_gflop_per_s(torch.bfloat16 if case.dtype == "bfloat16" else torch.float32)
-    return measure.copy_gb_per_s() if case.bytes_moved is not None else None
+        return used.mm_flop_per_s(torch.bfloat16 if case.dtype == "bfloat16" else torch.float32) / used.FLOP_UNIT[1]
+    return used.copy_gb_per_s() if case.bytes_moved is not None else None
 
 
 def _take_turns(benchmark: Any, ours: _Timed, others: Sequence[_Timed], cold: bool, rounds: int) -> None:
@@ -306,7 +317,7 @@ def _take_turns(benchmark: Any, ours: _Timed, others: Sequence[_Timed], cold: bo
     def others_first() -> None:
         nonlocal turn
         if not cold:
-            measure.evict()
+            ours.meter.evict()
         for index in range(len(others)):
             timed = others[(index + turn) % len(others)]
             timed.clear(cold)
@@ -319,22 +330,36 @@ def _take_turns(benchmark: Any, ours: _Timed, others: Sequence[_Timed], cold: bo
 
     for timed in (ours, *others):
         timed.seconds.clear()
-    benchmark.pedantic(call, setup=others_first, rounds=rounds, iterations=1)
-    if benchmark.stats is not None:
+    has_own_clock = ours.meter is not measure
+    benchmark.pedantic(ours.clock if has_own_clock else call, setup=others_first, rounds=rounds, iterations=1)
+    if benchmark.stats is not None and not has_own_clock:
         ours.seconds.extend(benchmark.stats.stats.data)
 
 
-def _fill(case: Case, ours: _Timed, candidates: Iterable[_Timed], roof: float | None) -> None:
+def _replay(case: Case, own: _Timed, candidates: Iterable[_Timed]) -> list[_Timed]:
+    """Host times of all; and our candidates in CUDA graphs, as rows of their own."""
+    replayed = []
+    for timed in candidates:
+        timed.row.host_ms = cuda.host_seconds(timed.run.call) * 1e3
+        if timed is own or timed.row.candidate.startswith("ours, "):
+            row = Row(candidate=f"{timed.row.candidate}, graph replay")
+            times = _attempt(row, cuda, lambda timed=timed: cuda.replay_seconds(timed.run.call))
+            replayed.append(_Timed(row, timed.run, cuda, times or []))
+    return replayed
+
+
+def _fill(case: Case, used: ModuleType, ours: _Timed, candidates: Iterable[_Timed], roof: float | None) -> None:
     """Times, rates and ratios of every row."""
     work = case.flop if case.flop is not None else case.bytes_moved
+    scale = used.FLOP_UNIT[1] if case.flop is not None else 1e9
     for timed in candidates:
         row, times = timed.row, timed.seconds
         if not times:
             continue
         row.rounds, row.ms, row.ms_min = len(times), median(times) * 1e3, min(times) * 1e3
         if work is not None and roof is not None:
-            row.rate = work / median(times) / 1e9
-            row.roof_share = row.rate / roof
+            rate = work / median(times) / scale
+            row.rate, row.roof_share = rate, rate / roof
         row.ratio_least = min(times) / min(ours.seconds) if ours.seconds else None
         if len(times) == len(ours.seconds):
             row.ratio = median(theirs / own for theirs, own in zip(times, ours.seconds, strict=True))
@@ -342,11 +367,15 @@ def _fill(case: Case, ours: _Timed, candidates: Iterable[_Timed], roof: float | 
             row.ratio = median(times) / median(ours.seconds)
 
 
-def run_case(case: Case, backend: str, benchmark: Any, *, budget_seconds: float) -> Result:
-    """Checks, times and compares one case."""
+def run_case(
+    case: Case, backend: str, benchmark: Any, *, budget_seconds: float, device: str = "cpu", beside: Sequence[str] = ()
+) -> Result:
+    """Checks, times and compares one case; backends `beside` ours take turns like peers."""
+    used = meter(device)
+    cold = case.cold or used.ALWAYS_COLD
     ours = case.ours(backend)
-    others = ([case.ours("reference")] if backend != "reference" else []) + list(case.peers)
-    unit = "GFLOP/s" if case.flop is not None else "GB/s" if case.bytes_moved is not None else None
+    others = [case.ours(name) for name in beside] + list(case.peers)
+    unit = used.FLOP_UNIT[0] if case.flop is not None else "GB/s" if case.bytes_moved is not None else None
     rows = [Row(candidate=ours.name, backend=backend)]
     rows += [Row(candidate=other.name, package=other.package) for other in others]
     result = Result(
@@ -355,55 +384,51 @@ def run_case(case: Case, backend: str, benchmark: Any, *, budget_seconds: float)
         dtype=case.dtype,
         shape=case.shape,
         backend=backend,
-        cold=case.cold,
+        cold=cold,
         unit=unit,
         rows=rows,
     )
 
-    small = case.make_small()
+    with inputs_on(device):
+        small = case.make_small()
     oracle = case.oracle(small)
     try:
         _check_ours(case, ours, rows[0], small, oracle)
     except (ValueError, KeyError) as error:
         if backend == "reference" or not _refuses(error, case.op, backend):
             raise
-        return run_case(case, "reference", benchmark, budget_seconds=budget_seconds)
+        next_backend, *rest = [*(name for name in beside if name != "reference"), "reference"]
+        return run_case(case, next_backend, benchmark, budget_seconds=budget_seconds, device=device, beside=rest[:-1])
     for other, row in zip(others, rows[1:], strict=True):
         if other.checked:
-            _check_peer(other, row, small, oracle)
+            _check_peer(other, row, used, small, oracle)
     del small, oracle
 
-    inputs = case.make()
-    main, expected = _first_call(ours, rows[0], inputs, case.cold)
-    timed = []
-    for other, row in zip(others, rows[1:], strict=True):
-        if row.status != "ok":
-            continue
-        first = _attempt(row, lambda other=other, row=row: _first_call(other, row, inputs, case.cold))
-        if first is None:
-            continue
-        error = _judge(row, first[1], expected, "ours")
-        if not other.checked:
-            row.error, row.error_against = error, "ours"
-        if row.status == "ok":
-            timed.append(first[0])
-        del first
+    with inputs_on(device):
+        inputs = case.make()
+    main, expected = _first_call(ours, rows[0], used, inputs, cold)
+    if case.derived is not None:
+        expected = {**expected, **case.derived(expected)}
+    timed = _first_calls(others, rows[1:], used, inputs, cold, expected)
     del expected
 
     for candidate in timed:
         if candidate.slow and candidate.seconds[0] < TWICE_SECONDS:
-            candidate.clear(case.cold)
+            candidate.clear(cold)
             candidate.clock()
     once = [candidate for candidate in timed if candidate.slow]
     turns = [candidate for candidate in timed if not candidate.slow]
-    pass_seconds = sum(min(candidate.seconds) for candidate in (main, *turns)) * (1 if case.cold else 2)
+    pass_seconds = sum(min(candidate.seconds) for candidate in (main, *turns)) * (1 if cold else 2)
     least = 2 if pass_seconds > LONG_ROUND_SECONDS else 3
     rounds = min(MOST_ROUNDS, max(least, int(budget_seconds / pass_seconds)))
-    roof = _roof(case)
-    _take_turns(benchmark, main, turns, case.cold, rounds)
-    result.roof = None if roof is None else max(roof, _roof(case) or 0.0)
-    result.load = os.getloadavg()[0]
-    _fill(case, main, [main, *turns, *once], result.roof)
+    roof = _roof(case, used)
+    _take_turns(benchmark, main, turns, cold, rounds)
+    result.roof = None if roof is None else max(roof, _roof(case, used) or 0.0)
+    if device == "cpu":
+        result.load = os.getloadavg()[0]
+    replayed = _replay(case, main, [main, *turns]) if case.launch_bound and device == "cuda" else []
+    _fill(case, used, main, [main, *turns, *once, *replayed], result.roof)
+    rows.extend(timed.row for timed in replayed)
 
     benchmark.group = f"{case.op}, {case.mode}, {case.dtype}, {case.shape}"
     benchmark.extra_info |= {f"{row.candidate}, x ours": row.ratio or row.status for row in rows[1:]}

@@ -15,6 +15,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FLOP_UNIT = ("GFLOP/s", 1e9)
+# Cases say whether their cache is cold; what compiles for its first shapes is called once more.
+ALWAYS_COLD = False
+WARMS_UP = False
+PROTOCOL = (
+    "Every candidate first solves a small problem: ours must stay within the error budget of mgrpo_kernels.testing, "
+    "a peer's relative error (Euclidean, worst output, against fp64) must be under 0.05. Then each is called once "
+    "at the full shape, where its memory is read and its results are compared with ours, and all take turns for the "
+    "same number of rounds, a call at a time; ours is clocked by pytest-benchmark. A candidate slower than 5 s is "
+    "called once or twice instead. Cold cases read a buffer of twice the last-level cache (at most 1 GiB) ahead of "
+    "every call, again while that read takes over 1.25 times its least (8 times at most), for then the machine is "
+    "busy; warm cases do so ahead of every round, and call each candidate once more, unclocked, ahead of its "
+    "clocked call. ms: median (least). A ratio is the median over the rounds of peer / ours in the same round, "
+    "beside it least / least. "
+    "Roofs are the best of measurements before and after the case: copy_ of 512 MiB, whose stores read their lines "
+    "first, so that work in place can pass 100 %, or torch.mm of square matrices. peak: memory over what was "
+    "resident before the call, results included; temporary: the part of it given back by its end. The allocator is "
+    "that of the process: a candidate that allocates pays for fresh pages."
+)
 _MOST_SWEPT = 2**30
 _COPIED = 2**28
 _MOST_PROBES = 8
@@ -81,11 +100,11 @@ def _mm_operands(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.randn(side, side).to(dtype), torch.empty(side, side, dtype=dtype)
 
 
-def mm_gflop_per_s(dtype: torch.dtype) -> float:
+def mm_flop_per_s(dtype: torch.dtype) -> float:
     """torch.mm of square matrices, the best of 3."""
     operand, out = _mm_operands(dtype)
     fastest = min(seconds(lambda: torch.mm(operand, operand, out=out)) for _ in range(3))
-    return 2 * operand.shape[0] ** 3 / fastest / 1e9
+    return 2 * operand.shape[0] ** 3 / fastest
 
 
 class Memory(NamedTuple):
@@ -115,6 +134,15 @@ def with_memory(call: Callable[[], Any]) -> tuple[Any, Memory]:
     peak = _resident("VmHWM:")
     trim(0)
     return result, Memory(max(peak - before, 0), max(peak - max(_resident("VmRSS:"), before), 0))
+
+
+def free() -> None:
+    """Nothing: the allocator of the process keeps no account of its own."""
+
+
+def slug() -> str:
+    """Folder of a device's records."""
+    return "cpu"
 
 
 def describe() -> dict[str, Any]:

@@ -9,11 +9,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from bench import measure
-from bench.harness import PROTOCOL, Result, package_version
+from bench.harness import Result, meter, package_version
+from bench.measure import commit
 
 _HERE = Path(__file__).parent
-_RECORDS = _HERE / "records"
+RECORDS = _HERE / "records"
 _PAGE = _HERE / "RECORDS.md"
 
 
@@ -31,12 +31,12 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x" if value < 10 else f"{value:,.1f}x"
 
 
-def _cells(row: dict[str, Any], unit: str | None) -> list[str]:
+def _cells(row: dict[str, Any], unit: str | None, columns: Sequence[str]) -> list[str]:
     """One line of a table."""
     package = f" ({row['package']})" if row["package"] and row["package"] not in row["candidate"] else ""
     name = row["candidate"] + package
     if row["status"] != "ok":
-        return [name, f"{row['status']}: {row['detail']}", *["-"] * 6]
+        return [name, f"{row['status']}: {row['detail']}", *["-"] * (len(columns) - 2)]
     times = f"{_number(row['ms'])} ({_number(row['ms_min'])})"
     rate = f"{_number(row['rate'])} {unit}" if row["rate"] is not None else "-"
     share = f"{row['roof_share']:.0%}" if row["roof_share"] is not None else "-"
@@ -45,28 +45,35 @@ def _cells(row: dict[str, Any], unit: str | None) -> list[str]:
     ratio = "1" if row["backend"] else f"{_ratio(row['ratio'])} ({_ratio(row['ratio_least'])})"
     memory = [_number(row["peak_mib"], 0), _number(row["temporary_mib"], 0)]
     rounds = {1: ", once", 2: ", twice"}.get(row["rounds"], "")
-    return [name, times + rounds, rate, share, *memory, error, ratio]
+    host = [_number(row["host_ms"])] if "host ms" in columns else []
+    return [name, times + rounds, rate, share, *memory, error, ratio, *host]
 
 
 _HEADER = ["candidate", "ms", "rate", "of roof", "peak MiB", "temporary MiB", "error", "time / ours (least)"]
+
+
+def _columns(result: dict[str, Any]) -> list[str]:
+    """Headings of a case's table; host times were taken of some."""
+    return _HEADER + ["host ms"] * any(row.get("host_ms") is not None for row in result["rows"])
 
 
 def _title(result: dict[str, Any]) -> str:
     """What was run, in a line."""
     parts = [result["op"], result["mode"], result["dtype"], result["shape"], "cold" if result["cold"] else "warm"]
     if result["roof"] is not None:
-        kind = "mm" if result["unit"] == "GFLOP/s" else "copy"
+        kind = "mm" if result["unit"].endswith("FLOP/s") else "copy"
         parts.append(f"{kind} roof {_number(result['roof'])} {result['unit']}")
-    return ", ".join([*parts, f"load {result['load']:.1f}"])
+    return ", ".join(parts if result["load"] is None else [*parts, f"load {result['load']:.1f}"])
 
 
 def table(result: Result) -> str:
     """A case as aligned text."""
     data = asdict(result)
-    lines = [_HEADER, *(_cells(row, data["unit"]) for row in data["rows"])]
+    columns = _columns(data)
+    lines = [columns, *(_cells(row, data["unit"], columns) for row in data["rows"])]
     regular = [cells for cells in lines if not cells[1].startswith(("not installed", "failed", "differs"))]
     widths = [
-        max(len(cells[column]) for cells in (lines if column == 0 else regular)) for column in range(len(_HEADER))
+        max(len(cells[column]) for cells in (lines if column == 0 else regular)) for column in range(len(columns))
     ]
     text = [_title(data)]
     for cells in lines:
@@ -77,23 +84,24 @@ def table(result: Result) -> str:
     return "\n".join(text) + "\n"
 
 
-def write(results: Sequence[Result]) -> list[Path]:
-    """A record for every op of the run, in place of the former one; returns names relative to bench/."""
+def write(results: Sequence[Result], device: str = "cpu", folder: Path = RECORDS) -> list[Path]:
+    """A record for every op of the run, in place of the former one, in the device's folder; returns their paths."""
+    used = meter(device)
     packages = {row.package for result in results for row in result.rows if row.package}
     header = {
         "date": date.today().isoformat(),
-        **measure.commit(),
-        "device": measure.describe(),
+        **commit(),
+        "device": used.describe(),
         "packages": {name: package_version(name) for name in sorted(packages)},
-        "protocol": PROTOCOL,
+        "protocol": used.PROTOCOL,
     }
     written = []
     for op in dict.fromkeys(result.op for result in results):
         cases = [_rounded(asdict(result)) for result in results if result.op == op]
-        path = _RECORDS / "cpu" / f"{op.rstrip('_')}.json"
+        path = folder / used.slug() / f"{op.rstrip('_')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"op": op, **header, "cases": cases}, indent=1) + "\n")
-        written.append(path.relative_to(_HERE))
+        written.append(path.relative_to(_HERE) if path.is_relative_to(_HERE) else path)
     return written
 
 
@@ -106,37 +114,62 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
+def _machine(device: dict[str, Any]) -> str:
+    """A record's device in a line."""
+    if "capability" not in device:
+        return (
+            f"{device['model']}, {device['cores']} cores ({', '.join(device['isa'])}), {device['threads']} threads; "
+            f"torch {device['torch']}, Python {device['python']}"
+        )
+    clocks = ", ".join(f"{name} {value}" for name, value in device["clocks"].items())
+    return (
+        f"{device['model']}, {device['multiprocessors']} multiprocessors, {device['memory_gib']} GiB, "
+        f"L2 {device['l2_mib']} MiB, driver {device['driver'] or 'unknown'}{clocks and f', clocks: {clocks}'}; "
+        f"torch {device['torch']}, CUDA {device['cuda']}, Triton {device['triton']}, Python {device['python']}"
+    )
+
+
 def _section(record: dict[str, Any], name: str) -> list[str]:
     """Markdown of one op."""
-    device = record["device"]
     changed = " with changes" if record["modified"] else ""
     peers = ", ".join(f"{package} {found or 'not installed'}" for package, found in record["packages"].items())
     lines = [
         f"## {record['op']}",
         "",
-        f"{record['date']}, commit {(record['commit'] or 'unknown')[:12]}{changed}; {device['model']}, "
-        f"{device['cores']} cores ({', '.join(device['isa'])}), {device['threads']} threads; torch {device['torch']}, "
-        f"Python {device['python']}. Peers: {peers or 'torch'}. [Record]({name}).",
+        f"{record['date']}, commit {(record['commit'] or 'unknown')[:12]}{changed}; {_machine(record['device'])}. "
+        f"Peers: {peers or 'torch'}. [Record]({name}).",
         "",
     ]
     for case in record["cases"]:
-        lines += [f"### {_title(case)}", "", f"| {' | '.join(_HEADER)} |", "|---" * len(_HEADER) + "|"]
+        columns = _columns(case)
+        lines += [f"### {_title(case)}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [
-            f"| {' | '.join(cell.replace('|', '/') for cell in _cells(row, case['unit']))} |" for row in case["rows"]
+            f"| {' | '.join(cell.replace('|', '/') for cell in _cells(row, case['unit'], columns))} |"
+            for row in case["rows"]
         ]
         lines.append("")
     return lines
 
 
-def page() -> str:
-    """RECORDS.md from every record."""
+def load_records(folder: Path = RECORDS) -> dict[Path, dict[str, Any]]:
+    """Every record of a benchmark under a folder; what else lies there has no cases."""
+    found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))}
+    return {path: record for path, record in found.items() if isinstance(record, dict) and "cases" in record}
+
+
+def page(folder: Path = RECORDS) -> str:
+    """RECORDS.md from every record, a device at a time."""
     lines = ["# Records", "", "Made by `python -m bench.records` from the files in `records/`.", ""]
-    paths = sorted(_RECORDS.glob("*/*.json"))
-    protocols = dict.fromkeys(json.loads(path.read_text())["protocol"] for path in paths)
-    for protocol in protocols:
-        lines += [protocol, ""]
-    for path in paths:
-        lines += _section(json.loads(path.read_text()), path.relative_to(_HERE).as_posix())
+    by_device: dict[str, dict[Path, dict[str, Any]]] = {}
+    for path, record in load_records(folder).items():
+        by_device.setdefault(path.parent.name, {})[path] = record
+    for device, records in by_device.items():
+        if len(by_device) > 1:
+            lines += [f"# {device}", ""]
+        for protocol in dict.fromkeys(record["protocol"] for record in records.values()):
+            lines += [protocol, ""]
+        for path, record in records.items():
+            lines += _section(record, path.relative_to(folder.parent).as_posix())
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,10 +1,10 @@
-"""Exponential moving average of weights, 64 Mi elements in 64 tensors."""
+"""Exponential moving average of weights: 64 Mi elements in 64 tensors, on a GPU 4 G in 96 where they fit."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ from bench.harness import Candidate, Case, NotInstalledError, Outputs, Run, load
 from mgrpo_kernels import ema_update_
 
 OP = "ema_update_"
-NUM, SIZE = 64, 2**20
+# tensors, elements of each
+SHAPES = {"cpu": (64, 2**20), "cuda": (96, 40 * 2**20), "tiny": (4, 2**16)}
+# Of the free memory, for momentum, policy and the published copy; the candidates need the rest.
+MEMORY_SHARE = 3
+# On a GPU, what is compared of 4 G elements.
+COMPARED = 8
 SMALL = (3, 1_027)
 # Far from 1, so that the change is large enough for a peer's result to be judged; no candidate's time depends on it.
 DECAY = 0.9
@@ -42,31 +47,60 @@ class Mode:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where each candidate starts from: it keeps a momentum of its own."""
+    """Where each candidate starts from: it keeps a momentum of its own, on a GPU it takes over the one of all."""
 
     momentum: list[Tensor]
     policy: list[Tensor]
     mode: Mode
+    shared: list[Tensor] | None = None
+    shared_publish: list[Tensor] | None = None
 
     def start(self) -> list[Tensor]:
         """A fresh momentum."""
-        return [tensor.clone() for tensor in self.momentum]
+        if self.shared is None:
+            return [tensor.clone() for tensor in self.momentum]
+        for own, tensor in zip(self.shared, self.momentum, strict=True):
+            own.copy_(tensor)
+        return self.shared
 
     def publish(self) -> list[Tensor] | None:
         """Storage of the rollout engine."""
         dtype = self.mode.publish
-        return None if dtype is None else [torch.ones_like(tensor, dtype=dtype) for tensor in self.momentum]
+        if self.shared_publish is None:
+            return None if dtype is None else [torch.ones_like(tensor, dtype=dtype) for tensor in self.momentum]
+        for tensor in self.shared_publish:
+            tensor.fill_(1)
+        return self.shared_publish
+
+    def named(self, momentum: Sequence[Tensor], publish: Sequence[Tensor] | None) -> Outputs:
+        """What is compared: everything, or where all share their storage, a copy of a few tensors."""
+        step = 1 if self.shared is None else max(len(momentum) // COMPARED, 1)
+        named = {"momentum": torch.cat([tensor.detach() for tensor in momentum[::step]])}
+        return named if publish is None else {**named, "publish": torch.cat(list(publish[::step]))}
 
 
 def make(num: int, size: int, mode: Mode) -> Inputs:
     """Independent normal weights."""
     torch.manual_seed(0)
     momentum = [torch.randn(size).to(mode.momentum) for _ in range(num)]
-    return Inputs(momentum, [torch.randn(size).to(mode.policy) for _ in range(num)], mode)
+    inputs = Inputs(momentum, [torch.randn(size).to(mode.policy) for _ in range(num)], mode)
+    return replace(inputs, shared=inputs.start(), shared_publish=inputs.publish()) if momentum[0].is_cuda else inputs
 
 
-def run(update: Callable[[], Any], momentum: Sequence[Tensor], publish: Sequence[Tensor] | None) -> Run:
+def num_tensors(scale: str, mode: Mode, free_bytes: int) -> int:
+    """As many tensors as the shape has, on a GPU only those that fit."""
+    num, size = SHAPES[scale]
+    if scale != "cuda":
+        return num
+    published = mode.publish.itemsize if mode.publish is not None else 0
+    return min(
+        num, max(1, free_bytes // MEMORY_SHARE // (size * (mode.policy.itemsize + mode.momentum.itemsize + published)))
+    )
+
+
+def run(inputs: Inputs, update: Callable[[], Any], momentum: Sequence[Tensor]) -> Run:
     """The update, then the copy to the rollout engine where the mode has one."""
+    publish = inputs.publish()
 
     def with_publish() -> None:
         update()
@@ -74,15 +108,7 @@ def run(update: Callable[[], Any], momentum: Sequence[Tensor], publish: Sequence
             with torch.no_grad():
                 torch._foreach_copy_(list(publish), list(momentum))  # pyright: ignore[reportPrivateImportUsage]
 
-    def outputs(_: Any) -> Outputs:
-        return _named(momentum, publish)
-
-    return Run(call=with_publish, outputs=outputs)
-
-
-def _named(momentum: Sequence[Tensor], publish: Sequence[Tensor] | None) -> Outputs:
-    named = {"momentum": torch.cat([tensor.detach() for tensor in momentum])}
-    return named if publish is None else {**named, "publish": torch.cat(list(publish))}
+    return Run(call=with_publish, outputs=lambda _: inputs.named(momentum, publish))
 
 
 def ours(backend: str) -> Candidate:
@@ -94,7 +120,7 @@ def ours(backend: str) -> Candidate:
                 momentum, inputs.policy, DECAY, rounding=inputs.mode.rounding, publish=publish, seed=1, backend=backend
             )
 
-        return Run(call=update, outputs=lambda _: _named(momentum, publish))
+        return Run(call=update, outputs=lambda _: inputs.named(momentum, publish))
 
     return Candidate(name=f"ours, {backend}", prepare=prepare)
 
@@ -103,7 +129,7 @@ def oracle(inputs: Inputs) -> Outputs:
     """In fp64, unrounded."""
     momentum = [tensor.double() for tensor in inputs.momentum]
     ema_update_(momentum, [tensor.double() for tensor in inputs.policy], DECAY, backend="reference")
-    return _named(momentum, None if inputs.mode.publish is None else momentum)
+    return inputs.named(momentum, None if inputs.mode.publish is None else momentum)
 
 
 def foreach(inputs: Inputs) -> Run:
@@ -115,7 +141,7 @@ def foreach(inputs: Inputs) -> Run:
             policy = [tensor.to(inputs.mode.momentum) for tensor in policy]
         torch._foreach_lerp_(momentum, policy, 1 - DECAY)  # pyright: ignore[reportPrivateImportUsage]
 
-    return run(update, momentum, inputs.publish())
+    return run(inputs, update, momentum)
 
 
 def mul_add(inputs: Inputs) -> Run:
@@ -125,7 +151,7 @@ def mul_add(inputs: Inputs) -> Run:
         for old, new in zip(momentum, inputs.policy, strict=True):
             old.mul_(DECAY).add_(new, alpha=1 - DECAY)
 
-    return run(update, momentum, inputs.publish())
+    return run(inputs, update, momentum)
 
 
 def module(tensors: Sequence[Tensor]) -> nn.Module:
@@ -137,7 +163,7 @@ def averaged_model(inputs: Inputs) -> Run:
     policy = module(inputs.policy)
     model = AveragedModel(module(inputs.start()), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     model.n_averaged.fill_(1)
-    return run(lambda: model.update_parameters(policy), list(model.module.parameters()), inputs.publish())
+    return run(inputs, lambda: model.update_parameters(policy), list(model.module.parameters()))
 
 
 def diffusers(foreach: bool) -> Callable[[Inputs], Run]:
@@ -147,7 +173,7 @@ def diffusers(foreach: bool) -> Callable[[Inputs], Run]:
             list(module(inputs.momentum).parameters()), decay=DECAY, min_decay=DECAY, foreach=foreach
         )
         ema.optimization_step = 1
-        return run(lambda: ema.step(policy), ema.shadow_params, inputs.publish())
+        return run(inputs, lambda: ema.step(policy), ema.shadow_params)
 
     return prepare
 
@@ -166,7 +192,7 @@ def ema_pytorch(inputs: Inputs) -> Run:
     )
     ema.initted.fill_(True)
     ema.step.fill_(10)
-    return run(ema.update, list(ema.ema_model.parameters()), inputs.publish())
+    return run(inputs, ema.update, list(ema.ema_model.parameters()))
 
 
 def timm(inputs: Inputs) -> Run:
@@ -181,7 +207,7 @@ def timm(inputs: Inputs) -> Run:
     spec.loader.exec_module(loaded)
     policy = module(inputs.policy)
     ema = loaded.ModelEmaV3(module(inputs.start()), decay=DECAY, stochastic_rounding=inputs.mode.rounding != "nearest")
-    return run(lambda: ema.update(policy), list(ema.module.parameters()), inputs.publish())
+    return run(inputs, lambda: ema.update(policy), list(ema.module.parameters()))
 
 
 PACKAGES = [
@@ -207,22 +233,24 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ema_update(bench, mode, backend):
+def test_ema_update(bench, scale, mode, backend):
     """Policy to momentum; "publish" also writes the rollout engine's copy."""
     chosen, peers = MODES[mode]
+    size = SHAPES[scale][1]
+    num = num_tensors(scale, chosen, torch.cuda.mem_get_info()[0] if scale == "cuda" else 0)
     bench(
         Case(
             op=OP,
             mode=mode.replace("_", " "),
             dtype=str(chosen.momentum).removeprefix("torch."),
-            shape=f"{NUM} x {SIZE // 2**20} Mi elements",
-            make=lambda: make(NUM, SIZE, chosen),
+            shape=f"{num} x {size / 2**20:g} Mi elements",
+            make=lambda: make(num, size, chosen),
             make_small=lambda: make(*SMALL, chosen),
             ours=ours,
             oracle=oracle,
             peers=peers,
             reduction_length=1,
-            bytes_moved=NUM * SIZE * chosen.bytes_per_element,
+            bytes_moved=num * size * chosen.bytes_per_element,
             cold=True,
         ),
         backend,

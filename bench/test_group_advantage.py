@@ -31,7 +31,7 @@ def make(num: int, group: int) -> Inputs:
     """Rewards of 0 and 1."""
     torch.manual_seed(0)
     rewards = (torch.rand(num, group) < 0.4).float()
-    index = torch.arange(num).repeat_interleave(group).numpy()
+    index = torch.arange(num, device="cpu").repeat_interleave(group).numpy()
     return Inputs(rewards, rewards.reshape(-1, 1), torch.ones(num * group, 1), index)
 
 
@@ -87,6 +87,7 @@ def test_group_advantage(bench, backend):
             peers=PEERS,
             reduction_length=SMALL[1],
             bytes_moved=2 * 4 * B * G,
+            launch_bound=True,
         ),
         backend,
     )

@@ -215,6 +215,7 @@ def test_grpo_loss(bench, mode, backend):
             peers=peers,
             reduction_length=SMALL[0] * SMALL[1],
             bytes_moved=N * L * (4 * num_tensors + 1),
+            launch_bound=True,
         ),
         backend,
     )

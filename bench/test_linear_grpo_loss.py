@@ -14,7 +14,8 @@ from bench.harness import Candidate, Case, Outputs, Run, load
 from mgrpo_kernels import linear_grpo_loss
 
 OP = "linear_grpo_loss"
-N, T, D, V = 4, 256, 2_560, 32_768
+# N, T, D, V
+SHAPES = {"cpu": (4, 256, 2_560, 32_768), "cuda": (8, 8_192, 2_560, 151_936), "tiny": (4, 64, 64, 1_000)}
 SMALL = (3, 24, 128, 4_099)
 
 
@@ -110,14 +111,18 @@ def verl(inputs: Inputs) -> Run:
     return run((inputs.hidden, inputs.weight), loss)
 
 
-def liger(chunk_size: int) -> Callable[[Inputs], Run]:
-    """Its sequences are padded to [N, L]; it chunks them."""
+def liger(chunk_size: int | None) -> Callable[[Inputs], Run]:
+    """Its sequences are padded to [N, L]; it chunks them, and compiles on a GPU as it does by default."""
 
     def prepare(inputs: Inputs) -> Run:
-        module = load("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")(
-            beta=0.0, compiled=False, use_ref_model=False, chunk_size=chunk_size, loss_type="bnpo"
-        )
         num = inputs.cu_seqlens.shape[0] - 1
+        module = load("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")(
+            beta=0.0,
+            compiled=inputs.hidden.is_cuda,
+            use_ref_model=False,
+            chunk_size=chunk_size or num,
+            loss_type="bnpo",
+        )
 
         def loss(hidden: Tensor, weight: Tensor) -> Tensor:
             return module(
@@ -139,26 +144,30 @@ PEERS = [
     Candidate(name="trl ChunkedLogProbFunction, the eager loss", package="trl", prepare=trl),
     Candidate(name="verl FusedLinearForPPO, the eager loss", package="verl", prepare=verl),
     Candidate(name="liger LigerFusedLinearGRPOLoss", package="liger-kernel", prepare=liger(1)),
-    Candidate(name="liger LigerFusedLinearGRPOLoss, one chunk", package="liger-kernel", prepare=liger(N)),
+    Candidate(name="liger LigerFusedLinearGRPOLoss, one chunk", package="liger-kernel", prepare=liger(None)),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_linear_grpo_loss(bench, dtype, backend):
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float32, id="fp32", marks=pytest.mark.cpu_shapes)],
+)
+def test_linear_grpo_loss(bench, scale, dtype, backend):
     """6 T D V FLOP forward and backward."""
+    num, rows, hidden, vocabulary = SHAPES[scale]
     bench(
         Case(
             op=OP,
             mode="forward+backward",
             dtype=str(dtype).removeprefix("torch."),
-            shape=f"N={N} T={T} D={D} V={V} (a slice)",
-            make=lambda: make(N, T, D, V, dtype),
+            shape=f"N={num} T={rows} D={hidden} V={vocabulary}" + (" (a slice)" if scale == "cpu" else ""),
+            make=lambda: make(num, rows, hidden, vocabulary, dtype),
             make_small=lambda: make(*SMALL, dtype),
             ours=ours,
             oracle=oracle,
             peers=PEERS,
             reduction_length=SMALL[3],
-            flop=6 * T * D * V,
+            flop=6 * rows * hidden * vocabulary,
             cold=True,
         ),
         backend,

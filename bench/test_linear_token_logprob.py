@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.eager import eager_logprob_entropy
-from bench.harness import Candidate, Case, Outputs, Run, load
+from bench.harness import Candidate, Case, NotInstalledError, Outputs, Run, load
 from mgrpo_kernels import linear_token_logprob
 
 OP = "linear_token_logprob"
-T, D, V = 256, 2_560, 151_936
+# T, D, V
+SHAPES = {"cpu": (256, 2_560, 151_936), "cuda": (8_192, 2_560, 151_936), "tiny": (16, 64, 1_000)}
 # The chunked op of torch streams the whole head once a chunk of 8 tokens: a vocabulary it can finish in seconds.
 V_SLICE = 16_384
 SMALL = (24, 128, 4_099)
@@ -96,7 +97,16 @@ def oracle(inputs: Inputs) -> Outputs:
         alone = torch.autograd.grad(result.logprob, exact, upstream[0])
         outputs |= dict(zip(("dhidden", "dweight"), both, strict=True))
         outputs |= dict(zip(("dhidden, logprob only", "dweight, logprob only"), alone, strict=True))
-    return outputs
+        result = linear_token_logprob(exact[0], exact[1], inputs.targets, backend="reference")
+        outputs |= dict(
+            zip(("dhidden, nll", "dweight, nll"), torch.autograd.grad(-result.logprob.sum(), exact), strict=True)
+        )
+    return {**outputs, **nll(outputs)}
+
+
+def nll(outputs: Outputs) -> Outputs:
+    """The sum that a loss without rows of its own returns."""
+    return {"nll": -outputs["logprob"].sum()}
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor]:
@@ -132,10 +142,46 @@ def liger(inputs: Inputs) -> Run:
 
 
 def torch_chunked(inputs: Inputs) -> Run:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotInstalledError("a torch that has it")
     options: Any = load("torch.nn", "LinearCrossEntropyOptions")()
 
     def rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor]:
         return (-F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options),)
+
+    return run(inputs, rows)
+
+
+def liger_fused(inputs: Inputs) -> Run:
+    """A log-prob a row; its gradients are made in the backward, where the logits are computed again."""
+    function = load("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+    return run(inputs, lambda *operands: (-function(*operands, reduction="none"),))
+
+
+def liger_sum(inputs: Inputs) -> Run:
+    """Its fast path: the sum alone, whose gradients are made in the forward."""
+    function = load("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+    operands = (inputs.hidden, inputs.weight)
+
+    def both() -> tuple[Tensor, ...]:
+        loss = function(*operands, inputs.targets, reduction="sum")
+        if not inputs.hidden.requires_grad:
+            return (loss,)
+        return loss.detach(), *torch.autograd.grad(loss, operands)
+
+    return Run(call=both, outputs=lambda out: dict(zip(("nll", "dhidden, nll", "dweight, nll"), out, strict=False)))
+
+
+def cut_cross_entropy(inputs: Inputs) -> Run:
+    function = load("cut_cross_entropy", "linear_cross_entropy")
+    return run(inputs, lambda *operands: (-function(*operands, reduction="none"),))
+
+
+def verl_kernel(inputs: Inputs) -> Run:
+    function = load("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
+
+    def rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(function(hidden, weight, targets, 1.0, "none")[:2])
 
     return run(inputs, rows)
 
@@ -149,31 +195,51 @@ PEERS = [
 ]
 TORCH_CHUNKED = Candidate(name="F.linear_cross_entropy(options) (no entropy)", prepare=torch_chunked)
 
+GPU_PEERS = [
+    Candidate(name="liger fused_linear_cross_entropy, a row (no entropy)", package="liger-kernel", prepare=liger_fused),
+    Candidate(name="liger fused_linear_cross_entropy, sum (no entropy)", package="liger-kernel", prepare=liger_sum),
+    Candidate(
+        name="cut_cross_entropy linear_cross_entropy (no entropy)",
+        package="cut-cross-entropy",
+        prepare=cut_cross_entropy,
+    ),
+    Candidate(name="verl kernel linear_cross_entropy", package="verl", prepare=verl_kernel),
+    TORCH_CHUNKED,
+]
+
 
 @pytest.mark.parametrize(
-    ("vocabulary", "dtype"),
-    [(V_SLICE, torch.bfloat16), (V, torch.bfloat16), (V, torch.float32)],
-    ids=["slice-bf16", "full-bf16", "full-fp32"],
+    ("cut", "dtype"),
+    [
+        pytest.param(V_SLICE, torch.bfloat16, id="slice-bf16", marks=pytest.mark.cpu_shapes),
+        pytest.param(None, torch.bfloat16, id="full-bf16"),
+        pytest.param(None, torch.float32, id="full-fp32", marks=pytest.mark.cpu_shapes),
+    ],
 )
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-def test_linear_token_logprob(bench, slow_peers, mode, vocabulary, dtype, backend):
+def test_linear_token_logprob(bench, device, scale, slow_peers, mode, cut, dtype, backend):
     """2 T D V FLOP forward, 4 T D V more for both gradients."""
     grad = mode != "forward"
-    peers = [*PEERS, TORCH_CHUNKED] if vocabulary != V or slow_peers else PEERS
+    num, hidden, full = SHAPES[scale]
+    vocabulary = cut or full
+    peers = [*PEERS, TORCH_CHUNKED] if cut or slow_peers else PEERS
+    if device == "cuda":
+        peers = [*PEERS, *GPU_PEERS]
     bench(
         Case(
             op=OP,
             mode=mode,
             dtype=str(dtype).removeprefix("torch."),
-            shape=f"T={T} D={D} V={vocabulary}" + (" (a slice)" if vocabulary != V else ""),
-            make=lambda: make(T, D, vocabulary, dtype, grad=grad),
+            shape=f"T={num} D={hidden} V={vocabulary}" + (" (a slice)" if cut else ""),
+            make=lambda: make(num, hidden, vocabulary, dtype, grad=grad),
             make_small=lambda: make(*SMALL, dtype, grad=grad),
             ours=ours,
             oracle=oracle,
             peers=peers,
             reduction_length=SMALL[2],
-            flop=2 * T * D * vocabulary * (3 if grad else 1),
+            flop=2 * num * hidden * vocabulary * (3 if grad else 1),
             cold=True,
+            derived=nll,
         ),
         backend,
     )

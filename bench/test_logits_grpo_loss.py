@@ -14,7 +14,8 @@ from bench.harness import Candidate, Case, Outputs, Run, load
 from mgrpo_kernels import logits_grpo_loss
 
 OP = "logits_grpo_loss"
-N, T, V = 4, 256, 151_936
+# N, T, V
+SHAPES = {"cpu": (4, 256, 151_936), "cuda": (8, 8_192, 151_936), "tiny": (4, 64, 1_000)}
 SMALL = (3, 24, 4_099)
 
 
@@ -105,6 +106,33 @@ def compiled(inputs: Inputs) -> Run:
     return composed(torch.compile(eager_logprob, dynamic=False))(inputs)
 
 
+def liger(inputs: Inputs) -> Run:
+    """Its sequences have a row more than tokens; the gradient takes the place of the logits, which are filled again."""
+    function = load("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+    num = inputs.cu_seqlens.shape[0] - 1
+    rows, vocabulary = inputs.logits.shape
+    kept = inputs.logits.detach().view(num, rows // num, vocabulary)
+    padded = torch.nn.functional.pad(kept, (0, 0, 0, 1)).requires_grad_()
+    old, targets = inputs.old_logprob.view(num, -1), inputs.targets.view(num, -1)
+    mask, advantage = inputs.mask.view(num, -1).int(), inputs.advantage.view(num, -1)[:, 0].contiguous()
+
+    def both() -> tuple[Tensor, Tensor]:
+        value = function(
+            padded, old, None, targets, advantage, mask, 1.0, 0.0, 0.2, 0.2, inplace=True, loss_type="bnpo", reduce=True
+        )[0]
+        return value.detach(), torch.autograd.grad(value, padded)[0]
+
+    def restore() -> None:
+        with torch.no_grad():
+            padded[:, :-1].copy_(kept)
+
+    return Run(
+        call=both,
+        outputs=lambda out: {"loss": out[0], "dlogits": out[1][:, :-1].reshape(rows, vocabulary)},
+        restore=restore,
+    )
+
+
 PEERS = [
     Candidate(name="torch log_softmax, gather, the eager loss", prepare=composed(eager_logprob)),
     Candidate(name="the same with torch.compile of the log-probs", prepare=compiled, checked=False),
@@ -113,22 +141,29 @@ PEERS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_logits_grpo_loss(bench, dtype, backend):
+GPU_PEERS = [Candidate(name="liger triton_grpo_loss, in place", package="liger-kernel", prepare=liger)]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="fp32", marks=pytest.mark.cpu_shapes), pytest.param(torch.bfloat16, id="bf16")],
+)
+def test_logits_grpo_loss(bench, device, scale, dtype, backend):
     """Reads the logits forward; reads them and writes their gradient backward."""
+    num, rows, vocabulary = SHAPES[scale]
     bench(
         Case(
             op=OP,
             mode="forward+backward",
             dtype=str(dtype).removeprefix("torch."),
-            shape=f"N={N} T={T} V={V}",
-            make=lambda: make(N, T, V, dtype),
+            shape=f"N={num} T={rows} V={vocabulary}",
+            make=lambda: make(num, rows, vocabulary, dtype),
             make_small=lambda: make(*SMALL, dtype),
             ours=ours,
             oracle=oracle,
-            peers=PEERS,
+            peers=[*PEERS, *GPU_PEERS] if device == "cuda" else PEERS,
             reduction_length=SMALL[2],
-            bytes_moved=3 * T * V * dtype.itemsize,
+            bytes_moved=3 * rows * vocabulary * dtype.itemsize,
             cold=True,
         ),
         backend,

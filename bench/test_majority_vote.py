@@ -46,9 +46,9 @@ def ours(backend: str) -> Candidate:
 
 def count_ids(inputs: Inputs) -> tuple[Tensor, Tensor]:
     winners = [Counter(row).most_common(1)[0] for row in inputs.answer_ids.tolist()]
-    return torch.tensor([answer for answer, _ in winners]), torch.tensor(
-        [votes for _, votes in winners]
-    ) / inputs.answer_ids.shape[1]
+    labels = torch.tensor([answer for answer, _ in winners], device=inputs.answer_ids.device)
+    votes = torch.tensor([votes for _, votes in winners], device=inputs.answer_ids.device)
+    return labels, votes / inputs.answer_ids.shape[1]
 
 
 def count_texts(inputs: Inputs) -> list[tuple[str, int]]:
@@ -58,9 +58,10 @@ def count_texts(inputs: Inputs) -> list[tuple[str, int]]:
 def texts(inputs: Inputs) -> Run:
     def outputs(winners: list[tuple[str, int]]) -> dict[str, Tensor]:
         labels = [int(text.split("{")[1].split("}")[0]) for text, _ in winners]
+        votes = torch.tensor([votes for _, votes in winners], device=inputs.answer_ids.device)
         return {
-            "label": torch.tensor(labels),
-            "share": torch.tensor([votes for _, votes in winners]) / inputs.answer_ids.shape[1],
+            "label": torch.tensor(labels, device=inputs.answer_ids.device),
+            "share": votes / inputs.answer_ids.shape[1],
         }
 
     return Run(call=lambda: count_texts(inputs), outputs=outputs)
@@ -103,6 +104,7 @@ def test_majority_vote(bench, backend):
             peers=PEERS,
             reduction_length=SMALL[1],
             bytes_moved=B * (G * 12 + 17),
+            launch_bound=True,
         ),
         backend,
     )

@@ -16,7 +16,8 @@ from bench.harness import Candidate, Case, Outputs, Run, load
 from mgrpo_kernels import token_logprob
 
 OP = "token_logprob"
-T, V = 256, 151_936
+# T, V
+SHAPES = {"cpu": (256, 151_936), "cuda": (8_192, 151_936), "tiny": (16, 1_000)}
 SMALL = (24, 4_099)
 
 
@@ -136,24 +137,28 @@ PEERS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="fp32", marks=pytest.mark.cpu_shapes), pytest.param(torch.bfloat16, id="bf16")],
+)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-def test_token_logprob(bench, mode, dtype, backend):
+def test_token_logprob(bench, scale, mode, dtype, backend):
     """Forward reads the logits once; in place, the backward reads and writes them once."""
     grad = mode != "forward"
+    rows, vocabulary = SHAPES[scale]
     bench(
         Case(
             op=OP,
             mode=f"{mode}, in place" if grad else mode,
             dtype=str(dtype).removeprefix("torch."),
-            shape=f"T={T} V={V}",
-            make=lambda: make(T, V, dtype, grad=grad),
+            shape=f"T={rows} V={vocabulary}",
+            make=lambda: make(rows, vocabulary, dtype, grad=grad),
             make_small=lambda: make(*SMALL, dtype, grad=grad),
             ours=ours,
             oracle=oracle,
             peers=PEERS,
             reduction_length=SMALL[1],
-            bytes_moved=T * V * dtype.itemsize * (3 if grad else 1),
+            bytes_moved=rows * vocabulary * dtype.itemsize * (3 if grad else 1),
             cold=True,
         ),
         backend,

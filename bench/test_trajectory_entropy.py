@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import Candidate, Case, Outputs, Run, load
+from bench.harness import Candidate, Case, Outputs, Run, inputs_on, load
 from mgrpo_kernels import trajectory_entropy
 
 OP = "trajectory_entropy"
@@ -71,7 +71,7 @@ def verl(inputs: Inputs) -> Run:
 
 
 def scatter(inputs: Inputs) -> Tensor:
-    return torch.zeros(inputs.lengths.shape[0]).index_add_(0, inputs.ids, inputs.packed) / inputs.lengths
+    return inputs.packed.new_zeros(inputs.lengths.shape[0]).index_add_(0, inputs.ids, inputs.packed) / inputs.lengths
 
 
 def loop(inputs: Inputs) -> Tensor:
@@ -96,9 +96,10 @@ PEERS = {
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_trajectory_entropy(bench, layout, backend):
+def test_trajectory_entropy(bench, device, layout, backend):
     """64 k tokens at most, which stay in the cache."""
-    tokens = int(make(N, L).lengths.sum()) if layout == "packed" else N * L
+    with inputs_on(device):
+        tokens = int(make(N, L).lengths.sum()) if layout == "packed" else N * L
     bench(
         Case(
             op=OP,
@@ -112,6 +113,7 @@ def test_trajectory_entropy(bench, layout, backend):
             peers=PEERS[layout],
             reduction_length=SMALL[1],
             bytes_moved=tokens * (4 if layout == "packed" else 5),
+            launch_bound=True,
         ),
         backend,
     )

@@ -44,9 +44,7 @@ def models() -> dict[str, torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def engine(models):
-    engine = VllmEngine(
-        models["policy"], eos_ids=(1,), pad_id=0, dtype=torch.float32, max_length=128, options=OPTIONS
-    )
+    engine = VllmEngine(models["policy"], eos_ids=(1,), pad_id=0, dtype=torch.float32, max_length=128, options=OPTIONS)
     yield engine
     engine.close()
 
