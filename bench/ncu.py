@@ -14,7 +14,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,8 @@ METRICS = {
 }
 
 
-def calls(backend: str) -> dict[str, Callable[[], Any]]:
-    """Operations that move bytes, each with inputs of its own; what its call launches is profiled."""
+def calls(backend: str) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """Operations that move bytes: each makes its inputs, and returns the call whose launches are profiled."""
 
     def token_logprob(grad: bool) -> Callable[[], Any]:
         logits = peaked(ROWS, VOCABULARY).to(torch.bfloat16).requires_grad_(grad)
@@ -71,7 +70,7 @@ def calls(backend: str) -> dict[str, Callable[[], Any]]:
         return lambda: K.ema_update_(old, new, 0.99, rounding=rounding, seed=1, backend=backend)
 
     fp32, bf16 = torch.float32, torch.bfloat16
-    made = {
+    return {
         "token_logprob, forward": lambda: token_logprob(False),
         "token_logprob, both": lambda: token_logprob(True),
         "logits_grpo_loss, both": logits_grpo_loss,
@@ -79,7 +78,6 @@ def calls(backend: str) -> dict[str, Callable[[], Any]]:
         "ema_update_, bf16 to fp32": lambda: ema_update(bf16, fp32, "nearest"),
         "ema_update_, bf16 to bf16 stochastic": lambda: ema_update(bf16, bf16, "stochastic"),
     }
-    return {name: lambda make=make: make()() for name, make in made.items()} if backend == "reference" else made
 
 
 def profiled() -> None:
@@ -88,10 +86,14 @@ def profiled() -> None:
         if backend == "reference":
             continue
         for name, make in calls(backend).items():
-            with torch.device("cuda"):
-                call = make()
-            call()
-            torch.cuda.synchronize()
+            try:
+                with torch.device("cuda"):
+                    call = make()
+                call()
+                torch.cuda.synchronize()
+            except (ValueError, RuntimeError) as error:
+                print(f"{backend}: {name} left out: {str(error).splitlines()[0]}", flush=True)
+                continue
             torch.cuda.profiler.start()
             call()
             torch.cuda.synchronize()
@@ -173,7 +175,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file of the rows")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/ncu.json"), help="JSON file of the rows, its CSV beside it"
+    )
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.profiled:
@@ -183,15 +187,14 @@ def main() -> int:
     if ncu is None or not torch.cuda.is_available():
         print("ncu is not on the PATH" if ncu is None else "no CUDA device is available")
         return SKIPPED
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "ncu.csv"
-        done = subprocess.run(command(ncu, log), capture_output=True, text=True, check=False)
-        text = log.read_text() if log.exists() else ""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    log = args.out.with_suffix(".csv")
+    log.unlink(missing_ok=True)
+    done = subprocess.run(command(ncu, log), capture_output=True, text=True, check=False)
+    text = log.read_text() if log.exists() else ""
     rows = parse(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".csv").write_text(text)
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print("\n".join(line for line in done.stdout.splitlines() if " left out: " in line))
     if not rows:
         said = [
             line for line in (text + done.stdout + done.stderr).splitlines() if "==ERROR==" in line or "rror" in line

@@ -176,8 +176,8 @@ def plain(problem: Problem) -> Callable[[], dict[str, float]]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
     )
-    weights = list(model.parameters())
-    momentum = [parameter.detach().clone() for parameter in weights]
+    weights: list[Tensor] = list(model.parameters())
+    momentum = [weight.detach().clone() for weight in weights]
     decay = problem.config.momentum.decay
 
     def step() -> dict[str, float]:

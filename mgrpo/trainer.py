@@ -423,7 +423,11 @@ def start_engine(loaded: LoadedModel, config: Config, *, max_length: int) -> Eng
     if c.engine == "transformers":
         return TransformersEngine(loaded.model, **model, batch_size=c.batch_size)
     on_gpu = next(loaded.model.parameters()).device.type == "cuda"
-    options: dict[str, Any] = {"gpu_memory_utilization": c.gpu_memory} if on_gpu else {"enforce_eager": True}
+    options: dict[str, Any] = {"gpu_memory_utilization": c.gpu_memory}
+    if not on_gpu:
+        # On a CPU a sequence with a seed cannot be prefilled in parts.
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_length)}
+        options = {"enforce_eager": True, **whole}
     if c.kv_cache_gib or not on_gpu:
         options["kv_cache_memory_bytes"] = int((c.kv_cache_gib or 1.0) * 2**30)
     return VllmEngine(loaded.model, **model, max_length=max_length, options=options)

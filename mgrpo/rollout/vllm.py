@@ -47,6 +47,7 @@ class VllmEngine:
     ):
         self.eos_ids, self.pad_id = sorted(eos_ids), pad_id
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
         self.loaded: tuple[Source, int] | None = None
         self.redrawn = 0
         self._folder = TemporaryDirectory(prefix="mgrpo-vllm-")
@@ -73,7 +74,7 @@ class VllmEngine:
         for name, shape in self.shapes.items():
             if (found := tuple(weights[name].shape)) != shape:
                 raise EngineError(f"load: {name} must have shape {shape}, got {found}.")
-        with _engine_errors("load"):
+        with _keeping_process_state(), _engine_errors("load"):
             self._publisher.publish([(name, weights[name].detach()) for name in self.shapes], f"{source}@{version}")
             # Its cache knows prompts under the weights before; vLLM does not look.
             emptied = self._llm.reset_prefix_cache()
@@ -89,6 +90,10 @@ class VllmEngine:
             raise StaleWeightsError(
                 f"generate: weights must be {source} version {version}, got {self.loaded}. Load them first."
             )
+        for b, prompt in enumerate(prompts):
+            # After an unknown token vLLM hangs.
+            if not prompt or max(prompt) >= self.vocabulary or min(prompt) < 0:
+                raise EngineError(f"generate: prompt {b} must have token ids in [0, {self.vocabulary}), got {prompt}.")
         rows = self._sample(prompts, n, sampling, sampling.seed)
         for attempt in range(REDRAWS):
             bad = [row for row, response in enumerate(rows) if not _is_possible(response)]
@@ -128,7 +133,7 @@ class VllmEngine:
         ]
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         bar = partial(_Progress, delay=PROGRESS_AFTER_S, leave=False, disable=None)
-        with _engine_errors("generate"):
+        with _keeping_process_state(), _engine_errors("generate"):
             outputs = self._llm.generate(requests, params, use_tqdm=bar)
         rows = []
         for output in outputs:
@@ -213,7 +218,7 @@ def start(**arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def _keeping_process_state() -> Iterator[None]:
-    """The process's seeds, threads and default dtype, which vLLM sets, are as before in the end."""
+    """The process's seeds, threads and default dtype, which vLLM changes, are as before in the end."""
     python, arrays, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads, set_num_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
     try:

@@ -55,7 +55,10 @@ def test_builtin_model_loads():
 
 
 def test_unknown_builtin_lists_the_shipped_ones():
-    with pytest.raises(InputError, match=r"one of \['builtin:arithmetic'\], a folder or a hub id, got builtin:nope"):
+    with pytest.raises(
+        InputError,
+        match=r"one of \['builtin:arithmetic', 'builtin:arithmetic32'\], a folder or a hub id, got builtin:nope",
+    ):
         load_model(ModelConfig(path="builtin:nope"))
     assert resolve_path("some/folder") == "some/folder"
 

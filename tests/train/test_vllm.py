@@ -193,6 +193,13 @@ def test_what_vllm_raises_is_an_engine_error(engine, model):
         engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
 
 
+@pytest.mark.parametrize("prompt", [[], [2, 17], [-1]])
+def test_a_token_that_the_model_has_not_is_refused(engine, model, prompt):
+    engine.load(model.state_dict(), source="policy", version=0)
+    with pytest.raises(EngineError, match=r"prompt 1 must have token ids in \[0, 17\), got"):
+        engine.generate([[2], prompt], 1, Sampling(), source="policy", version=0)
+
+
 def test_older_ways_to_publish_are_found_by_looking():
     assert isinstance(make_publisher(FakeLLM()), ReloadPublisher)
     old = FakeLLM(reloads=False, versions=False)

@@ -22,7 +22,13 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
 ]
 BASE = "builtin:arithmetic32"
-OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20, "block_size": 32}
+OPTIONS = {
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 64 * 2**20,
+    "block_size": 32,
+    "enable_chunked_prefill": False,
+    "max_num_batched_tokens": 4096,
+}
 # Longer than two blocks of the prefix cache.
 PROMPTS = [[2 + (i * j + j * j) % 15 for j in range(70 + i)] for i in range(6)]
 SAMPLING = Sampling(max_new_tokens=24, seed=3)
