@@ -16,7 +16,7 @@ test: $(VENV)/.built
 # Real vLLM on the CPU, in an environment of its own, with the library that the other one has built.
 VLLM := .venv-vllm
 test-vllm: $(VENV)/.built $(VLLM)/.made
-	PYTHONPATH=. VLLM_LOGGING_LEVEL=ERROR $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
+	PYTHONPATH=. VLLM_LOGGING_LEVEL=ERROR $(VLLM)/bin/python -m pytest tests/engines $(ARGS)
 
 $(VLLM)/.made: requirements-vllm.txt
 	$(PYTHON) -m venv --clear $(VLLM)

@@ -376,7 +376,8 @@ def test_memory_stays_within_the_budget():
         used = peak_kib_of(native.format(budget_kib * 1024)) - 2 * weight_kib
         assert used < budget_kib + 4096, used
     naive = "torch.nn.functional.cross_entropy((h @ w.T).float(), y).backward()"
-    assert peak_kib_of(naive) - 2 * weight_kib > 2 * 128 * 60_000 * 4 // 1024
+    # Whole logits are seen by this measure; autograd may take their weight's gradient over without a second copy.
+    assert peak_kib_of(naive) - weight_kib > 2 * 128 * 60_000 * 4 // 1024
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
