@@ -18,8 +18,9 @@ VLLM := .venv-vllm
 test-vllm: $(VENV)/.built $(VLLM)/.made
 	PYTHONPATH=. VLLM_LOGGING_LEVEL=ERROR $(VLLM)/bin/python -m pytest tests/engines $(ARGS)
 
-$(VLLM)/.made: requirements-vllm.txt
+$(VLLM)/.made: requirements.txt requirements-vllm.txt
 	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --requirement requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
 	@touch $@
 

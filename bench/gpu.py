@@ -27,6 +27,7 @@ NEEDED = {"train": ("tyro", "rich", "transformers", "safetensors", "datasets", "
 KERNELS = ("token_logprob", "ema_update", "logits_grpo_loss", "linear_token_logprob", "linear_grpo_loss", "grpo_loss")
 KERNELS += ("trajectory_entropy", "group_advantage", "majority_vote", "iqr_filter")
 TAIL_LINES = 12
+LEAST_S = 5  # no stage begins with less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,23 +134,22 @@ def run(stage: Stage, log: Path, limit_s: float) -> Outcome:
     )
 
 
+def why_not(stage: Stage, device: str, left_s: float) -> str | None:
+    """What keeps a stage from running."""
+    if stage.gpu_only and device == "cpu":
+        return "needs a GPU"
+    if missing := [name for name in stage.needs if importlib.util.find_spec(name) is None]:
+        return f"not installed: {', '.join(missing)}"
+    return f"{left_s:.0f} s are left" if left_s < LEAST_S else None
+
+
 def run_all(todo: Sequence[Stage], out: Path, device: str, budget_s: float) -> list[Outcome]:
     """Every stage for which there are time, modules and a device."""
     deadline = time.monotonic() + budget_s
     outcomes = []
     for index, stage in enumerate(todo):
         left = deadline - time.monotonic()
-        missing = [name for name in stage.needs if importlib.util.find_spec(name) is None]
-        reason = (
-            "needs a GPU"
-            if stage.gpu_only and device == "cpu"
-            else f"not installed: {', '.join(missing)}"
-            if missing
-            else f"{left:.0f} s are left"
-            if left < 5
-            else None
-        )
-        if reason:
+        if reason := why_not(stage, device, left):
             outcomes.append(Outcome(name=stage.name, state="skipped", seconds=0, detail=reason))
             continue
         print(f"== {stage.name}: {' '.join(stage.command)}", flush=True)

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as Sharded
 
 from mgrpo_kernels._checks import invalid
 from mgrpo_kernels._rows import RowSums
@@ -32,6 +30,12 @@ class LocalHead(NamedTuple):
 
 def local_head(where: str, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> LocalHead:
     """The local part of a weight that is a DTensor, and of its bias; their gradients are again DTensors."""
+    if type(weight) in (Tensor, torch.nn.Parameter):
+        return LocalHead(weight, bias, None)
+    # A tenth of a second, which nobody else is to wait for.
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as Sharded
+
     if not isinstance(weight, DTensor):
         return LocalHead(weight, bias, None)
     if group is not None:

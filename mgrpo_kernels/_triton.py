@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,29 +11,6 @@ from typing import Any, NamedTuple
 def interprets() -> bool:
     """Whether Triton's kernels run in its interpreter, on tensors of a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def round_as_a_gpu() -> None:
-    """Make the interpreter round fp32 to bf16 to nearest, as a GPU does; by itself it truncates."""
-    if not interprets():
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder: Any = interpreter.InterpreterBuilder
-    cast = builder.cast_impl
-
-    def rounding(self: Any, source: Any, dtype: Any) -> Any:
-        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, dtype)
-        bits = source.data.view(np.uint32)
-        nearest = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
-        bits = np.where(np.isnan(source.data), (bits >> 16) | 0x40, nearest)
-        return interpreter.TensorHandle(bits.astype(np.uint16), tl.bfloat16)
-
-    builder.cast_impl = rounding
 
 
 class Variant(NamedTuple):

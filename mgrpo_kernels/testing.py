@@ -83,6 +83,22 @@ def assert_gradient_within_budget(
         assert_within_budget(*parts, what=f"gradient, {name}", **sizes)
 
 
+class _RoundedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dtype: torch.dtype) -> Tensor:  # pyright: ignore
+        ctx.dtype = dtype
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return grads[0].to(ctx.dtype).to(grads[0].dtype), None
+
+
+def round_gradient(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, whose gradient will be rounded to a dtype: for the reference of an operation that says it does so."""
+    return _RoundedGradient.apply(tensor, dtype)  # pyright: ignore[reportReturnType]
+
+
 def map_tensors(change: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     """Apply `change` to every tensor of a result: a tensor, a named tuple, a dictionary or None."""
     if isinstance(outputs, Tensor):

@@ -61,9 +61,9 @@ def source_hash(op: str, backend: str) -> str:
 
 
 @cache
-def runs(path: Path = FILE) -> tuple[Run, ...]:
+def runs() -> tuple[Run, ...]:
     """All that passed, the fastest backend of an operation and dtype first."""
-    return tuple(Run(**entry) for entry in json.loads(path.read_text())["runs"])
+    return tuple(Run(**entry) for entry in json.loads(FILE.read_text())["runs"])
 
 
 def triton_version() -> str:
@@ -85,11 +85,15 @@ def find(op: str, dtypes: tuple[torch.dtype, ...], capability: tuple[int, int]) 
     return [found[0] for found in by_backend.values() if names <= {run.dtype for run in found}]
 
 
-@torch.compiler.assume_constant_result
 def choose(op: str, index: int | None, dtypes: tuple[torch.dtype, ...], among: tuple[str, ...]) -> str:
     """The fastest verified backend of those in `among`, or "reference"; a line in the log says why, once."""
     capability = _capability(index)
     return _choose(op, capability, dtypes, among) if among and capability else "reference"
+
+
+# What torch.compiler.assume_constant_result sets: a compiler must not trace the reading of files. The decorator itself
+# imports the compiler, which takes longer than the rest of this package.
+choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _capability(index: int | None) -> tuple[int, int] | None:

@@ -54,6 +54,24 @@ class Rollouts:
         return self.tokens[row, : int(self.lengths[row])].tolist()
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_weights(weights: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
+    """EngineError unless the weights hold every tensor of the model, in its shape."""
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise EngineError(f"load: weights must hold every tensor of the model, {name} is missing.")
+        if (found := tuple(weights[name].shape)) != shape:
+            raise EngineError(f"load: {name} must have shape {shape}, got {found}.")
+
+
+def check_loaded(loaded: tuple[Source, int] | None, source: Source, version: int) -> None:
+    """StaleWeightsError unless an engine holds the weights that are asked for."""
+    if loaded != (source, version):
+        raise StaleWeightsError(f"generate: weights must be {source} version {version}, got {loaded}. Load them first.")
+
+
 class Engine(Protocol):
     """Generates rollouts. One set of weights at a time; loading says whose and which version they are."""
 

@@ -50,11 +50,11 @@ def make_publisher(llm: Any) -> Publisher:
     executor = getattr(getattr(llm, "llm_engine", None), "model_executor", None)
     worker = getattr(executor, "driver_worker", None)
     worker = getattr(worker, "worker", worker)
-    reload_weights = getattr(worker, "reload_weights", None)
     runner = getattr(worker, "model_runner", None)
     # A worker passes its arguments on to its runner, whose signature tells what is known.
-    reloads = [inspect.signature(found).parameters for found in (getattr(runner, "reload_weights", None),) if found]
-    if reload_weights is not None and any("weights_iterator" in parameters for parameters in reloads):
+    reload_weights = getattr(runner, "reload_weights", None)
+    reads_memory = reload_weights is not None and "weights_iterator" in inspect.signature(reload_weights).parameters
+    if hasattr(worker, "reload_weights") and reads_memory:
         return ReloadPublisher(llm)
     model = getattr(runner, "model", None)
     if hasattr(model, "load_weights"):

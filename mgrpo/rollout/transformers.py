@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from mgrpo.rollout.engine import EngineError, Rollouts, Sampling, Source, StaleWeightsError
+from mgrpo.rollout.engine import Rollouts, Sampling, Source, check_loaded, check_weights
 
 # A batch is compacted once this share of its sequences has finished: copying the cache costs about one step.
 COMPACT_SHARE = 0.25
@@ -37,11 +37,7 @@ class TransformersEngine:
     def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
         """Shares the given tensors where dtype and device agree, copies them elsewhere."""
         own = self.model.state_dict(keep_vars=True)
-        if missing := sorted(own.keys() - weights.keys()):
-            raise EngineError(f"load: weights must hold every tensor of the model, {missing[0]} is missing.")
-        for name, target in own.items():
-            if (shape := weights[name].shape) != target.shape:
-                raise EngineError(f"load: {name} must have shape {tuple(target.shape)}, got {tuple(shape)}.")
+        check_weights(weights, {name: tuple(target.shape) for name, target in own.items()})
         for name, target in own.items():
             target.data = weights[name].detach().to(device=target.device, dtype=target.dtype)
         self.loaded = (source, version)
@@ -51,10 +47,7 @@ class TransformersEngine:
         self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
     ) -> Rollouts:
         """Samples n responses to each prompt; prompts of similar length are decoded together."""
-        if self.loaded != (source, version):
-            raise StaleWeightsError(
-                f"generate: weights must be {source} version {version}, got {self.loaded}. Load them first."
-            )
+        check_loaded(self.loaded, source, version)
         generator = torch.Generator(self.device).manual_seed(sampling.seed)
         num_rows = len(prompts) * n
         tokens = torch.full((num_rows, sampling.max_new_tokens), self.pad_id)

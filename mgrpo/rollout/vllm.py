@@ -21,7 +21,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mgrpo.rollout.engine import EngineError, Rollouts, Sampling, Source, StaleWeightsError
+from mgrpo.rollout.engine import (
+    EngineError,
+    Rollouts,
+    Sampling,
+    Source,
+    StaleWeightsError,
+    check_loaded,
+    check_weights,
+)
 from mgrpo.rollout.publish import make_publisher
 
 # Sequences that come back empty or with an impossible log-prob are drawn again so many times.
@@ -69,11 +77,7 @@ class VllmEngine:
     def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
         """Hands over a full state dict: every name, tied ones twice, for vLLM takes a part without a word."""
         self.loaded = None
-        if missing := sorted(self.shapes.keys() - weights.keys()):
-            raise EngineError(f"load: weights must hold every tensor of the model, {missing[0]} is missing.")
-        for name, shape in self.shapes.items():
-            if (found := tuple(weights[name].shape)) != shape:
-                raise EngineError(f"load: {name} must have shape {shape}, got {found}.")
+        check_weights(weights, self.shapes)
         with _keeping_process_state(), _engine_errors("load"):
             self._publisher.publish([(name, weights[name].detach()) for name in self.shapes], f"{source}@{version}")
             # Its cache knows prompts under the weights before; vLLM does not look.
@@ -86,14 +90,12 @@ class VllmEngine:
         self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
     ) -> Rollouts:
         """Samples n responses to each prompt; the same seed gives the same tokens, whatever else is in the batch."""
-        if self.loaded != (source, version):
-            raise StaleWeightsError(
-                f"generate: weights must be {source} version {version}, got {self.loaded}. Load them first."
-            )
+        check_loaded(self.loaded, source, version)
         for b, prompt in enumerate(prompts):
             # After an unknown token vLLM hangs.
-            if not prompt or max(prompt) >= self.vocabulary or min(prompt) < 0:
-                raise EngineError(f"generate: prompt {b} must have token ids in [0, {self.vocabulary}), got {prompt}.")
+            if not prompt or min(prompt) < 0 or max(prompt) >= self.vocabulary:
+                found = f"{min(prompt)} to {max(prompt)}" if prompt else "none"
+                raise EngineError(f"generate: prompt {b} must have token ids in [0, {self.vocabulary}), got {found}.")
         rows = self._sample(prompts, n, sampling, sampling.seed)
         for attempt in range(REDRAWS):
             bad = [row for row, response in enumerate(rows) if not _is_possible(response)]
@@ -184,10 +186,11 @@ class VllmEngine:
     def close(self) -> None:
         """Frees the engine's memory and removes its folder."""
         self.loaded = None
-        core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
-        with contextlib.suppress(Exception):
-            getattr(core, "shutdown", lambda: None)()
         self._folder.cleanup()
+        core: Any = getattr(self._llm.llm_engine, "engine_core", None)
+        if hasattr(core, "shutdown"):
+            with _engine_errors("close"):
+                core.shutdown()
 
 
 class _Progress(tqdm):

@@ -26,7 +26,13 @@ from mgrpo_kernels._rows import RowSums, row_outputs
 from mgrpo_kernels.linear_token_logprob import products
 from mgrpo_kernels.linear_token_logprob import triton as launchers
 from mgrpo_kernels.linear_token_logprob.tiles import memory_budget, plan_tiles, tile_columns, whole_waves
-from mgrpo_kernels.testing import assert_mutants_rejected, assert_within_budget, exponent_length, poison_masked
+from mgrpo_kernels.testing import (
+    assert_mutants_rejected,
+    assert_within_budget,
+    exponent_length,
+    poison_masked,
+    round_gradient,
+)
 
 ROWS, HIDDEN, VOCABULARY = 11, 16, 53
 TEMPERATURE = torch.linspace(0.6, 1.5, ROWS)
@@ -232,24 +238,11 @@ def gradients_of(op, hidden: Tensor, weight: Tensor, targets: Tensor, **options)
     return (*(output.detach() for output in out[:3]), *torch.autograd.grad(total, leaves))
 
 
-class RoundedGradient(torch.autograd.Function):
-    """Logits as they are, their gradient rounded to a dtype."""
-
-    @staticmethod
-    def forward(ctx, logits, dtype):
-        ctx.dtype = dtype
-        return logits.clone()
-
-    @staticmethod
-    def backward(ctx, dlogits):
-        return dlogits.to(ctx.dtype).to(dlogits.dtype), None
-
-
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, to: torch.dtype) -> tuple[Tensor, ...]:
     """Outputs and gradients from whole logits in one dtype, whose gradient is rounded to the inputs'."""
 
     def op(hidden: Tensor, weight: Tensor, targets: Tensor):
-        logits = RoundedGradient.apply(hidden.to(to) @ weight.to(to).T, hidden.dtype)
+        logits = round_gradient(hidden.to(to) @ weight.to(to).T, hidden.dtype)
         logp = logits.log_softmax(1)
         outputs = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(1), logits.logsumexp(1), None
         return mgrpo_kernels.TokenLogprob(*outputs)

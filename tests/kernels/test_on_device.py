@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import mgrpo_kernels as K
-from mgrpo_kernels.testing import assert_within_budget, exponent_length, peaked_logits, poison_masked
+from mgrpo_kernels.testing import assert_within_budget, exponent_length, peaked_logits, poison_masked, round_gradient
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
@@ -61,11 +61,16 @@ def make_rows(dtype: torch.dtype, large: bool) -> Inputs:
     )
 
 
+@cache
+def upstream(shape: torch.Size, seed: int) -> Tensor:
+    """Random numbers that lie on the device from their first use on: no later call copies them."""
+    return normal(*shape, seed=seed).to(DEVICE)
+
+
 def with_gradients(outputs: Outputs, leaves: Outputs) -> Outputs:
     """Results and the gradients, named d..., of their sum, each times its own random numbers."""
     total = sum(
-        (output.float() * normal(*output.shape, seed=seed).to(DEVICE)).sum().double()
-        for seed, output in enumerate(outputs.values())
+        (output.float() * upstream(output.shape, seed)).sum().double() for seed, output in enumerate(outputs.values())
     )
     assert isinstance(total, Tensor)
     gradients = torch.autograd.grad(total, list(leaves.values()))
@@ -96,22 +101,9 @@ def linear_token_logprob(x: Inputs, backend: str) -> Outputs:
     return with_gradients({k: v for k, v in out._asdict().items() if v is not None}, leaves)
 
 
-class RoundedGradient(torch.autograd.Function):
-    """Logits as they are, their gradient rounded to bf16 as ahead of its two products."""
-
-    @staticmethod
-    def forward(ctx, logits, dtype):
-        ctx.dtype = dtype
-        return logits.clone()
-
-    @staticmethod
-    def backward(ctx, dlogits):
-        return dlogits.to(ctx.dtype).to(dlogits.dtype), None
-
-
 def whole_logits(hidden: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     logits = hidden.float().masked_fill(~mask[:, None], 0) @ weight.float().T
-    return RoundedGradient.apply(logits, BF16) if hidden.dtype == BF16 else logits
+    return round_gradient(logits, BF16) if hidden.dtype == BF16 else logits
 
 
 def linear_token_logprob_baseline(x: Inputs) -> Outputs:
@@ -412,22 +404,22 @@ class TestOnAGpu:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            without_random(op, inputs, backend)
+            OPS[op].call(inputs, backend)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     @one_dtype
     def test_a_graph_replays_the_same_bits(self, op, dtype, backend):
         inputs = make(op, dtype, False)
-        expected = without_random(op, inputs, backend)
+        expected = OPS[op].call(inputs, backend)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            without_random(op, inputs, backend)
+            OPS[op].call(inputs, backend)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = without_random(op, inputs, backend)
+            captured = OPS[op].call(inputs, backend)
         for value in captured.values():
             value.fill_(1)
         graph.replay()
@@ -439,14 +431,14 @@ class TestOnAGpu:
     def test_runs_on_the_current_stream(self, op, dtype, backend):
         """A stream that is busy delays it: what it reads is written there just before."""
         inputs = make(op, dtype, False)
-        expected = without_random(op, inputs, backend)
+        expected = OPS[op].call(inputs, backend)
         late = {name: poison(value) for name, value in inputs.items()}
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(50_000_000)
             for name, value in inputs.items():
                 copy_into(late[name], value)
-            found = without_random(op, late, backend)
+            found = OPS[op].call(late, backend)
         torch.cuda.synchronize()
         for name, value in found.items():
             assert torch.equal(value.nan_to_num(7), expected[name].nan_to_num(7)), name
@@ -475,40 +467,6 @@ class TestOnAGpu:
         targets = torch.tensor([3, 300, -7, 299], device=DEVICE)
         found = K.token_logprob(logits, targets, backend=backend).logprob
         assert found.isnan().tolist() == [False, True, True, False]
-
-
-def without_random(op: str, inputs: Inputs, backend: str) -> Outputs:
-    """The operation and its gradients, with upstream gradients of 1: nothing is copied from the CPU."""
-    calls = {
-        "token_logprob": lambda: summed(token_logprob_outputs(inputs, backend)),
-        "linear_token_logprob": lambda: summed(linear_outputs(inputs, backend)),
-        "trajectory_entropy": lambda: summed(trajectory_outputs(inputs, backend)),
-    }
-    return calls[op]() if op in calls else OPS[op].call(inputs, backend)
-
-
-def token_logprob_outputs(x: Inputs, backend: str) -> tuple[Outputs, Outputs]:
-    leaf = x["logits"].detach().requires_grad_()
-    out = K.token_logprob(leaf, x["targets"], temperature=x["temperature"], mask=x["mask"], backend=backend)
-    return {"logprob": out.logprob, "entropy": out.entropy}, {"logits": leaf}
-
-
-def linear_outputs(x: Inputs, backend: str) -> tuple[Outputs, Outputs]:
-    leaves = {name: x[name].detach().requires_grad_() for name in ("hidden", "weight")}
-    out = K.linear_token_logprob(**(x | leaves), backend=backend)
-    return {"logprob": out.logprob, "entropy": out.entropy}, leaves
-
-
-def trajectory_outputs(x: Inputs, backend: str) -> tuple[Outputs, Outputs]:
-    leaf = x["tokens"].detach().requires_grad_()
-    return {"mean": K.trajectory_entropy(leaf, cu_seqlens=x["cu_seqlens"], backend=backend)}, {"tokens": leaf}
-
-
-def summed(results: tuple[Outputs, Outputs]) -> Outputs:
-    outputs, leaves = results
-    gradients = torch.autograd.grad([output.sum() for output in outputs.values()], list(leaves.values()))
-    named = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return {name: output.detach() for name, output in outputs.items()} | named
 
 
 def poison(value: Any) -> Any:

@@ -62,7 +62,12 @@ def test_exit_code_and_summary(tmp_path, monkeypatch, capsys, code, expected):
     assert capsys.readouterr().out.endswith((tmp_path / "summary.md").read_text() + "\n")
 
 
-def test_the_stages_of_a_gpu_end_inside_the_budget(tmp_path, monkeypatch):
+def test_the_budget_cuts_a_stage_short(tmp_path, capsys):
+    (outcome,) = run_all([python("import time; time.sleep(60)")], tmp_path, "cpu", gpu.LEAST_S + 0.5)
+    assert outcome.state == "FAILED" and outcome.seconds <= gpu.LEAST_S + 0.5
+
+
+def test_the_stages_of_a_gpu_and_where_their_records_go(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.cuda.slug", lambda: "nvidia_h200")
     (tmp_path / "trl-1-py3-none-any.whl").touch()
     todo = stages(tmp_path / "out", "cuda", tmp_path)
