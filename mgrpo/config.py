@@ -97,6 +97,19 @@ class RolloutConfig:
     """Whether a rollout cut at the length limit trains, or only votes."""
     batch_size: int = 256
     """Most sequences decoded together; bounds the KV cache. vLLM decides this itself."""
+    placement: Literal["one-engine", "two-engines", "server"] = "one-engine"
+    """Where vLLM runs: in this process, momentum and then policy; in two processes started here, both at once; or in
+    servers that run already."""
+    servers: tuple[str, ...] = ()
+    """URLs of one vLLM server, or of two: for the policy and for the momentum model."""
+    devices: tuple[str, ...] = ()
+    """CUDA devices of the two engines, policy first, as CUDA_VISIBLE_DEVICES names them; none leaves them all."""
+    weights_host: str = "127.0.0.1"
+    """Address of this machine under which servers fetch weights."""
+    timeout_s: float = 600.0
+    """Longest time of vLLM without a finished prompt, in seconds; past it the engine counts as hung."""
+    sleep: bool = False
+    """vLLM leaves the GPU's memory to the trainer between rollouts; its weights wait on the host."""
     gpu_memory: float = 0.4
     """Share of a GPU's memory for vLLM, its weights included."""
     kv_cache_gib: float | None = None
@@ -354,6 +367,7 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "rollout.max_new_tokens": (1, math.inf, True, False),
     "rollout.batch_size": (1, math.inf, True, False),
     "rollout.gpu_memory": (0, 1, False, True),
+    "rollout.timeout_s": (0, math.inf, False, False),
     "rollout.kv_cache_gib": (0, math.inf, False, False),
     "rollout.parity_every": (0, math.inf, True, False),
     "momentum.decay": (0, 1, True, True),
@@ -434,6 +448,26 @@ def _combination_problems(config: Config) -> list[str]:
     }
     for name, wanted in needs_momentum.items():
         require(c.rollout.momentum > 0 or not wanted, f"{name} needs --rollout.momentum of at least 1, got 0.")
+    vllm = c.rollout.engine == "vllm"
+    require(vllm or c.rollout.placement == "one-engine", "--rollout.placement needs --rollout.engine vllm.")
+    require(
+        len(c.rollout.servers) in ((1, 2) if c.rollout.placement == "server" else (0,)),
+        f"--rollout.servers must name 1 or 2 servers with --rollout.placement server and none else, "
+        f"got {len(c.rollout.servers)}.",
+    )
+    require(
+        len(c.rollout.devices) in ((0, 2) if c.rollout.placement == "two-engines" else (0,)),
+        f"--rollout.devices must name 2 devices, and that with --rollout.placement two-engines, "
+        f"got {len(c.rollout.devices)}.",
+    )
+    require(
+        c.rollout.placement == "one-engine" or c.rollout.momentum > 0 or len(c.rollout.servers) == 1,
+        "--rollout.momentum 0 needs one engine or one server.",
+    )
+    require(
+        all(url.startswith(("http://", "https://")) for url in c.rollout.servers),
+        f"--rollout.servers must be URLs such as http://127.0.0.1:8000, got {' '.join(c.rollout.servers)}.",
+    )
     require(
         c.vote.num_train is None or c.vote.num_train <= c.rollout.policy,
         f"--vote.num-train must be at most --rollout.policy ({c.rollout.policy}), got {c.vote.num_train}.",

@@ -58,7 +58,8 @@ def find_problems(config: Config) -> list[str]:
     device = attempt(lambda: pick_device(config.model.device))
     if device:
         attempt(lambda: pick_backend(config.kernels.backend, device))
-    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
+    needs_vllm = config.rollout.engine == "vllm" and config.rollout.placement != "server"
+    if needs_vllm and find_spec("vllm") is None:
         problems.append("config: --rollout.engine vllm needs the package vllm, it is not installed. pip install vllm.")
     tokenizer = attempt(lambda: load_tokenizer(config.model))
     if tokenizer:

@@ -26,10 +26,13 @@ from mgrpo.plan import refuse_distributed, refuse_used_directory
 from mgrpo.policy import pick_backend, pick_device
 from mgrpo.progress import Progress
 from mgrpo.report import write_report
+from mgrpo.rollout import EngineError, StaleWeightsError
 from mgrpo.trainer import Trainer
 
 # Options that may differ when a run is resumed: they change what is watched and kept, not what is computed.
 RESUMABLE = {"run_dir", "stop_after", "resume", "resume_extend", "dry_run", "checkpoint", "log", "monitor"}
+RESUMABLE |= {f"rollout.{name}" for name in ("placement", "servers", "devices", "weights_host", "timeout_s", "sleep")}
+RESUMABLE |= {f"rollout.{name}" for name in ("gpu_memory", "kv_cache_gib", "parity_every")}
 STORAGE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
@@ -77,7 +80,7 @@ def _train(trainer: Trainer, run_dir: Path) -> Exit:
     last_step = min(config.stop_after or config.steps, config.steps)
     outcome, saved, checkpoint_s = Exit.DONE, trainer.step, None
     with Progress(config, run_dir, trainer.step, last_step) as progress, interrupt.handled():
-        for row in trainer.train(last_step):
+        for row in steps(trainer, last_step, run_dir):
             row["alarm"], row["time_checkpoint_s"] = monitor.observe(row) or None, checkpoint_s
             for tracker in trackers:
                 tracker.log(row)
@@ -99,6 +102,19 @@ def _train(trainer: Trainer, run_dir: Path) -> Exit:
         report = write_report([run_dir]) if rows else None
         progress.end(outcome, saved, report)
     return outcome
+
+
+def steps(trainer: Trainer, last_step: int, run_dir: Path) -> Iterator[Metrics]:
+    """The steps; where the engine dies in one, a checkpoint of the step before, which nothing has touched."""
+    try:
+        yield from trainer.train(last_step)
+    except StaleWeightsError:
+        raise
+    except EngineError as error:
+        if trainer.step > 0:
+            checkpoint.save_checkpoint(run_dir, trainer.step, trainer.save)
+            raise EngineError(f"{error} Step {trainer.step} is saved: go on with --resume.") from error
+        raise
 
 
 def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:
@@ -221,7 +237,7 @@ def check_resumable(config: Config, before: Config) -> None:
     """Raises ConfigError naming every option that would make the resumed run another run."""
     problems = []
     for name, old, new in differences(to_dict(before), to_dict(config)):
-        if name.split(".")[0] in RESUMABLE or (name == "steps" and config.resume_extend):
+        if {name, name.split(".")[0]} & RESUMABLE or (name == "steps" and config.resume_extend):
             continue
         remedy = " Add --resume-extend to change it." if name == "steps" else ""
         problems.append(f"resume: {flag(name)} must be {old}, as the run was started, got {new}.{remedy}")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,11 @@ from mgrpo.objective import Batch, group_advantage
 from mgrpo.policy import LoadedModel, borrowed_weights, load_model, load_weights, save_model
 from mgrpo.prompts import load_prompts, require_answers
 from mgrpo.reward import Evidence, reward
-from mgrpo.rollout.engine import Engine, Rollouts, Sampling, Source
+from mgrpo.rollout.checked import CheckedEngine
+from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source
 from mgrpo.rollout.parity import check_parity
-from mgrpo.rollout.transformers import TransformersEngine
-from mgrpo.rollout.vllm import VllmEngine
+from mgrpo.rollout.server import EnginePair
+from mgrpo.rollout.start import start_engine
 from mgrpo.scoring import Scorer, TokenScores
 from mgrpo.trajectories import Trajectories, join
 from mgrpo.voting import filter_trajectories, first_of_class, vote
@@ -97,11 +99,17 @@ class Trainer:
 
     def train_step(self) -> Metrics:
         """One step of M-GRPO."""
-        start, timer = time.perf_counter(), Timer()
+        start, timer, place = time.perf_counter(), Timer(), self.sampler.state_dict()
         self.step += 1
         prompts = [self.data.prompts[i] for i in self.sampler.next()]
-        with timer("rollout"):
-            trajectories = self.roll_out(prompts, timer)
+        try:
+            with timer("rollout"):
+                trajectories = self.roll_out(prompts, timer)
+        except EngineError:
+            # Nothing has changed yet: the state is that of the step before, and can be saved.
+            self.step -= 1
+            self.sampler.load_state_dict(place)
+            raise
         with timer("score"):
             scores = self.score(trajectories)
             parity = self.check_parity(trajectories, scores)
@@ -120,6 +128,8 @@ class Trainer:
         metrics["kl"] = metrics["kl"] if scores.ref_logprob is not None else None
         metrics["kl_initial"] = scores.kl_initial
         metrics |= parity
+        if isinstance(self.engine, CheckedEngine | EnginePair):
+            metrics |= {"kv_cache_usage": self.engine.kv_cache_usage, "redrawn": self.engine.redrawn}
         metrics["logprob_gap"] = mean(
             (scores.old_logprob - trajectories.rollout_logprob).abs()[self._by_policy(trajectories)]
         )
@@ -136,10 +146,27 @@ class Trainer:
     def roll_out(self, prompts: Sequence[Prompt], timer: Timer) -> Trajectories:
         """Generates N momentum rollouts, then M policy rollouts of every prompt."""
         ids = [prompt.ids for prompt in prompts]
-        momentum = None
-        if self.config.rollout.momentum:
-            momentum = self._generate(ids, self.config.rollout.momentum, "momentum", timer)
-        return join(ids, self._generate(ids, self.config.rollout.policy, "policy", timer), momentum)
+        counts: dict[Source, int] = {"momentum": self.config.rollout.momentum, "policy": self.config.rollout.policy}
+        found: dict[Source, Rollouts] = {}
+        if isinstance(self.engine, EnginePair):
+            for source in counts:
+                with timer("publish"):
+                    self.publish(source)
+            with ThreadPoolExecutor(len(counts)) as pool:
+                asked: dict[Source, Any] = {
+                    s: pool.submit(self._generate, ids, n, s, timer) for s, n in counts.items() if n
+                }
+            found = {source: future.result() for source, future in asked.items()}
+        else:
+            for source, n in counts.items():
+                if n:
+                    with timer("publish"):
+                        self.publish(source)
+                    found[source] = self._generate(ids, n, source, timer)
+        if isinstance(self.engine, CheckedEngine):
+            with timer("publish"):
+                self.engine.sleep()
+        return join(ids, found["policy"], found.get("momentum"))
 
     @torch.no_grad()
     def score(self, trajectories: Trajectories) -> Scores:
@@ -344,14 +371,12 @@ class Trainer:
     def close(self) -> None:
         """Ends the worker processes and frees the engine."""
         self.checker.close()
-        if isinstance(self.engine, VllmEngine):
+        if isinstance(self.engine, CheckedEngine | EnginePair):
             self.engine.close()
 
     def _generate(self, ids: list[tuple[int, ...]], n: int, source: Source, timer: Timer) -> Rollouts:
-        """Samples n rollouts a prompt from one source."""
+        """Samples n rollouts a prompt from one source, whose weights are published."""
         c = self.config.rollout
-        with timer("publish"):
-            self.publish(source)
         sampling = Sampling(
             temperature=c.temperature,
             top_p=c.top_p,
@@ -414,23 +439,6 @@ class Trainer:
             for row, response in enumerate(responses)
             for b, i in [divmod(row, group)]
         ]
-
-
-def start_engine(loaded: LoadedModel, config: Config, *, max_length: int) -> Engine:
-    """The engine of --rollout.engine, in this process; `max_length` is the longest prompt and response together."""
-    c = config.rollout
-    model = {"eos_ids": loaded.eos_ids, "pad_id": loaded.pad_id, "dtype": loaded.dtype}
-    if c.engine == "transformers":
-        return TransformersEngine(loaded.model, **model, batch_size=c.batch_size)
-    on_gpu = next(loaded.model.parameters()).device.type == "cuda"
-    options: dict[str, Any] = {"gpu_memory_utilization": c.gpu_memory}
-    if not on_gpu:
-        # On a CPU a sequence with a seed cannot be prefilled in parts.
-        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_length)}
-        options = {"enforce_eager": True, **whole}
-    if c.kv_cache_gib or not on_gpu:
-        options["kv_cache_memory_bytes"] = int((c.kv_cache_gib or 1.0) * 2**30)
-    return VllmEngine(loaded.model, **model, max_length=max_length, options=options)
 
 
 def needs_initial(config: Config) -> bool:

@@ -12,35 +12,25 @@ import importlib
 import importlib.util
 import os
 import random
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from functools import partial
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from mgrpo.rollout.engine import (
-    EngineError,
-    Rollouts,
-    Sampling,
-    Source,
-    StaleWeightsError,
-    check_loaded,
-    check_weights,
-)
+from mgrpo.rollout.checked import CheckedEngine, Progress, Response, Weights
+from mgrpo.rollout.engine import EngineError, Sampling, StaleWeightsError
 from mgrpo.rollout.publish import make_publisher
 
-# Sequences that come back empty or with an impossible log-prob are drawn again so many times.
-REDRAWS = 2
-# Seeds of vLLM are signed 32-bit numbers in some of its kernels.
-SEEDS = 2**31
-PROGRESS_AFTER_S = 5.0
+# Seconds between looks at the KV cache, each of which takes about a millisecond.
+LOOK_S = 0.1
 
 
-class VllmEngine:
-    """Rollouts from vLLM under the weights loaded last."""
+class VllmEngine(CheckedEngine):
+    """vLLM in this process."""
 
     def __init__(
         self,
@@ -51,17 +41,13 @@ class VllmEngine:
         dtype: torch.dtype,
         max_length: int,
         options: Mapping[str, Any],
+        timeout_s: float = 600.0,
         make_llm: Any = None,
     ):
-        self.eos_ids, self.pad_id = sorted(eos_ids), pad_id
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self.vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-        self.loaded: tuple[Source, int] | None = None
-        self.redrawn = 0
+        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id)
+        self.timeout_s = timeout_s
         self._folder = TemporaryDirectory(prefix="mgrpo-vllm-")
-        config: Any = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]  # a model that was never saved does not say
-        config.save_pretrained(self._folder.name)
+        save_model_config(model, self._folder.name)
         arguments = {
             "model": self._folder.name,
             "skip_tokenizer_init": True,
@@ -69,123 +55,103 @@ class VllmEngine:
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": max_length,
             "logprobs_mode": "processed_logprobs",
+            "disable_log_stats": False,
         }
+        self._sleeps = bool(options.get("enable_sleep_mode"))
+        self._asleep = False
         with _keeping_process_state(), _engine_errors("start"):
             self._llm = (make_llm or start)(**(arguments | dict(options)))
         self._publisher = make_publisher(self._llm)
 
-    def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
-        """Hands over a full state dict: every name, tied ones twice, for vLLM takes a part without a word."""
-        self.loaded = None
-        check_weights(weights, self.shapes)
+    def _publish(self, weights: Weights, version: str) -> None:
         with _keeping_process_state(), _engine_errors("load"):
-            self._publisher.publish([(name, weights[name].detach()) for name in self.shapes], f"{source}@{version}")
+            if self._asleep:
+                self._llm.wake_up()
+                self._asleep = False
+            self._publisher.publish(weights, version)
             # Its cache knows prompts under the weights before; vLLM does not look.
             emptied = self._llm.reset_prefix_cache()
         if emptied is False:
             raise EngineError("load: vLLM must empty its prefix cache, it refused. Is another request running?")
-        self.loaded = (source, version)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
-    ) -> Rollouts:
-        """Samples n responses to each prompt; the same seed gives the same tokens, whatever else is in the batch."""
-        check_loaded(self.loaded, source, version)
-        for b, prompt in enumerate(prompts):
-            # After an unknown token vLLM hangs.
-            if not prompt or min(prompt) < 0 or max(prompt) >= self.vocabulary:
-                found = f"{min(prompt)} to {max(prompt)}" if prompt else "none"
-                raise EngineError(f"generate: prompt {b} must have token ids in [0, {self.vocabulary}), got {found}.")
-        rows = self._sample(prompts, n, sampling, sampling.seed)
-        for attempt in range(REDRAWS):
-            bad = [row for row, response in enumerate(rows) if not _is_possible(response)]
-            if not bad:
-                break
-            self.redrawn += len(bad)
-            again = self._sample([prompts[row // n] for row in bad], 1, sampling, sampling.seed + (attempt + 1) * 7919)
-            for row, response in zip(bad, again, strict=True):
-                rows[row] = response
-        for row, response in enumerate(rows):
-            if not _is_possible(response):
+    def sleep(self) -> None:
+        """Moves weights to the host and drops the KV cache, where --rollout.sleep asks for it, until the next load."""
+        if self._sleeps and not self._asleep:
+            # Level 2 drops buffers too, which no load brings back.
+            with _keeping_process_state(), _engine_errors("sleep"):
+                self._llm.sleep(level=1)
+            self.loaded, self._asleep = None, True
+
+    def _sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int) -> list[Response]:
+        found: dict[str, list[Response]] = {}
+        names = [f"{seed}-{b}" for b in range(len(prompts))]
+        with _keeping_process_state(), _engine_errors("generate"), Progress(len(prompts), "rollouts") as progress:
+            engine = self._llm.llm_engine
+            try:
+                for b, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+                    engine.add_request(name, {"prompt_token_ids": list(prompt)}, self._request(b, n, sampling, seed))
+                for output in self._finished():
+                    found[output.request_id] = self._read(output)
+                    progress.finished(found[output.request_id], self.kv_cache_usage)
+            finally:
+                if waiting := [name for name in names if name not in found]:
+                    engine.abort_request(waiting)
+        return self._flatten([found.get(name, []) for name in names], n, sampling)
+
+    def _request(self, b: int, n: int, sampling: Sampling, seed: int) -> Any:
+        """Sampling parameters of one prompt, of which vLLM is to tell once, when all is done."""
+        params = importlib.import_module("vllm.sampling_params")
+        options = self._parameters(b, n, sampling, seed)
+        return params.SamplingParams(**options, detokenize=False, output_kind=params.RequestOutputKind.FINAL_ONLY)
+
+    def _finished(self) -> Iterator[Any]:
+        """Outputs as prompts finish; EngineError where none does for `timeout_s`."""
+        engine = self._llm.llm_engine
+        last = looked = time.monotonic()
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    last = time.monotonic()
+                    yield output
+            now = time.monotonic()
+            if now - last > self.timeout_s:
                 raise EngineError(
-                    f"generate: every rollout must have tokens with finite log-probs, prompt {row // n} got "
-                    f"{len(response[0])} tokens after {REDRAWS} more draws."
+                    f"generate: a prompt must finish every {self.timeout_s:g} s, none did. "
+                    "Raise --rollout.timeout-s if responses are that slow."
                 )
-        return self._pack(rows, n, source, version)
+            if now - looked > LOOK_S:
+                looked = now
+                self._look()
 
-    def _sample(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int
-    ) -> list[tuple[list[int], list[float], bool]]:
-        """Tokens, log-probs and whether the limit cut them, of B * n rollouts."""
-        make_params = importlib.import_module("vllm").SamplingParams
-        greedy = sampling.temperature == 0
-        # vLLM seeds rollout i of a prompt with seed + i.
-        params = [
-            make_params(
-                n=1 if greedy else n,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_new_tokens,
-                stop_token_ids=self.eos_ids,
-                seed=(seed + b * n) % SEEDS,
-                logprobs=0,
-                detokenize=False,
+    def _look(self) -> None:
+        """Notes how full the KV cache is, of versions that tell."""
+        for metric in getattr(self._llm, "get_metrics", list)():
+            if metric.name == "vllm:kv_cache_usage_perc":
+                self._observe_kv_cache(metric.value)
+
+    def _read(self, output: Any) -> list[Response]:
+        """Rollouts of one prompt."""
+        self._check_version(output)
+        return [
+            Response(
+                list(sample.token_ids),
+                [found[token].logprob for token, found in zip(sample.token_ids, sample.logprobs, strict=True)],
+                sample.finish_reason == "length",
             )
-            for b in range(len(prompts))
+            for sample in output.outputs
         ]
-        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        bar = partial(_Progress, delay=PROGRESS_AFTER_S, leave=False, disable=None)
-        with _keeping_process_state(), _engine_errors("generate"):
-            outputs = self._llm.generate(requests, params, use_tqdm=bar)
-        rows = []
-        for output in outputs:
-            self._check_version(output)
-            responses = [
-                (
-                    list(sample.token_ids),
-                    [found[token].logprob for token, found in zip(sample.token_ids, sample.logprobs, strict=True)],
-                    sample.finish_reason == "length",
-                )
-                for sample in output.outputs
-            ]
-            rows += responses * n if greedy else responses
-        if len(rows) != len(prompts) * n:
-            raise EngineError(f"generate: vLLM must return {len(prompts) * n} rollouts, got {len(rows)}.")
-        return rows
 
     def _check_version(self, output: Any) -> None:
         """Refuses what vLLM itself says was written by other weights."""
-        assert self.loaded is not None
-        expected = "@".join(map(str, self.loaded))
         for sample in output.outputs:
             for span in getattr(sample, "weight_versions", None) or []:
-                if span.version != expected:
-                    raise StaleWeightsError(f"generate: vLLM must write with {expected}, it wrote with {span.version}.")
-
-    def _pack(
-        self, rows: Sequence[tuple[list[int], list[float], bool]], n: int, source: Source, version: int
-    ) -> Rollouts:
-        """Pads on the right."""
-        lengths = torch.tensor([len(tokens) for tokens, _, _ in rows], dtype=torch.int64)
-        longest = int(lengths.max()) if rows else 0
-        tokens = torch.full((len(rows), longest), self.pad_id)
-        logprobs = torch.zeros(len(rows), longest)
-        for row, (ids, values, _) in enumerate(rows):
-            tokens[row, : len(ids)] = torch.tensor(ids)
-            logprobs[row, : len(ids)] = torch.tensor(values)
-        return Rollouts(
-            tokens=tokens,
-            lengths=lengths,
-            logprobs=logprobs,
-            truncated=torch.tensor([cut for _, _, cut in rows], dtype=torch.bool),
-            num_per_prompt=n,
-            source=source,
-            version=version,
-        )
+                if span.version != self.version:
+                    message = f"generate: vLLM must write with {self.version}, it wrote with {span.version}."
+                    raise StaleWeightsError(message)
 
     def close(self) -> None:
         """Frees the engine's memory and removes its folder."""
-        self.loaded = None
+        super().close()
         self._folder.cleanup()
         core: Any = getattr(self._llm.llm_engine, "engine_core", None)
         if hasattr(core, "shutdown"):
@@ -193,30 +159,26 @@ class VllmEngine:
                 core.shutdown()
 
 
-class _Progress(tqdm):
-    """Finished rollouts and tokens a second of a long call, on a terminal alone."""
-
-    @property
-    def format_dict(self) -> MutableMapping[str, Any]:
-        """A bar that is switched off knows no time, by which vLLM divides."""
-        facts = super().format_dict
-        return {**facts, "elapsed": facts["elapsed"] or 1e-9}
-
-
-def _is_possible(response: tuple[list[int], list[float], bool]) -> bool:
-    """Whether a rollout has tokens, each with a finite log-prob."""
-    tokens, logprobs, _ = response
-    return bool(tokens) and all(np.isfinite(logprobs))
+def save_model_config(model: torch.nn.Module, folder: str | Path) -> None:
+    """Writes the configuration from which vLLM builds the model."""
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]  # a model that was never saved does not say
+    config.save_pretrained(folder)
 
 
 def start(**arguments: Any) -> Any:
     """A vLLM engine in this process."""
-    if importlib.util.find_spec("vllm") is None:
-        raise EngineError("rollout: vllm must be installed for --rollout.engine vllm. pip install vllm.")
+    require_vllm()
     # In another process its weights could not be written from here.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     return importlib.import_module("vllm").LLM(**arguments)
+
+
+def require_vllm() -> None:
+    """EngineError where it is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError("rollout: vllm must be installed for --rollout.engine vllm. pip install vllm.")
 
 
 @contextlib.contextmanager

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import signal
+import time
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from mgrpo.config import Config
+from mgrpo.policy import load_model
 from mgrpo.presets import make_preset
 from mgrpo.rollout import EngineError, Rollouts, Sampling, StaleWeightsError
 from mgrpo.rollout.parity import BOUNDS, check_parity
+from mgrpo.rollout.server import EnginePair
+from mgrpo.rollout.start import start_engine
 from mgrpo.rollout.vllm import VllmEngine
+from mgrpo.run import Exit, run
 from mgrpo.tasks.arithmetic import make_model
 from mgrpo.trainer import Trainer
 
@@ -172,3 +181,65 @@ def test_twenty_steps_of_the_arithmetic_preset(tmp_path):
     for row in rows:
         assert row["parity_policy"] < BOUNDS[torch.float32] and row["parity_momentum"] < BOUNDS[torch.float32]
         assert row["time_publish_s"] > 0 and row["time_rollout_momentum_s"] > 0
+
+
+def test_a_cache_too_small_and_heads_of_another_width_are_told_at_the_start(models):
+    with pytest.raises(EngineError, match=r"start: vLLM failed with ValueError: .*cache"):
+        VllmEngine(
+            models["policy"],
+            **{"eos_ids": (1,), "pad_id": 0, "dtype": torch.float32, "max_length": 128},
+            options=OPTIONS | {"kv_cache_memory_bytes": 2**15},
+        )
+    config = run_config(Path(), 1)
+    narrow = replace(config, model=replace(config.model, path="builtin:arithmetic"))
+    with pytest.raises(EngineError, match=r"vLLM takes heads of 32, .* the model's are 24 wide.*builtin:arithmetic32"):
+        start_engine(load_model(narrow.model), narrow, max_length=64)
+
+
+def children() -> set[int]:
+    """Processes, live or zombie, that this one or one of its own has started."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found: set[int] = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {os.getpid()}
+
+
+def test_two_engines_agree_and_a_killed_one_ends_the_run_which_resumes(tmp_path, monkeypatch):
+    """Parity at each step; then kill -9 of a server at work: exit code 5, the step before saved, nothing left over."""
+    config = run_config(tmp_path, 6)
+    rollout = replace(config.rollout, placement="two-engines", timeout_s=60)
+    config = replace(config, rollout=rollout, run_dir=str(tmp_path / "run"))
+    before, real, pids = children(), Trainer.roll_out, []
+
+    def roll_out(trainer, prompts, timer):
+        assert isinstance(trainer.engine, EnginePair)
+        if trainer.step == 1:
+            pids.extend(children() - before)
+        if trainer.step == 4:
+            os.kill(trainer.engine.engines["policy"].process._process.pid, signal.SIGKILL)
+        return real(trainer, prompts, timer)
+
+    monkeypatch.setattr(Trainer, "roll_out", roll_out)
+    with pytest.raises(EngineError, match=r"server at http://.* Step 3 is saved: go on with --resume"):
+        run(config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["parity_policy"] < BOUNDS[torch.float32] and row["parity_momentum"] < BOUNDS[torch.float32]
+    assert (tmp_path / "run" / "checkpoints" / "step_3").is_dir() and len(pids) >= 2
+    deadline = time.monotonic() + 20
+    while (left := children() & set(pids)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+    monkeypatch.undo()
+    # Who has lost the machine with the servers goes on with one engine.
+    one = replace(config, resume=True, rollout=replace(rollout, placement="one-engine"))
+    assert run(one) == Exit.DONE
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -29,13 +29,40 @@ class FakeWorker:
             self.reload_weights = self.model_runner.reload_weights = lambda weights_iterator=None: None
 
 
+class FakeEngine:
+    """Queues requests and answers all of them in one step."""
+
+    def __init__(self, llm, worker):
+        self.llm, self.queue, self.hangs = llm, {}, False
+        self.model_executor = SimpleNamespace(driver_worker=worker)
+
+    def add_request(self, name, prompt, params):
+        self.queue[name] = (prompt["prompt_token_ids"], params)
+
+    def has_unfinished_requests(self):
+        return bool(self.queue)
+
+    def step(self):
+        if self.hangs:
+            return []
+        self.llm.calls.append(("generate", len(self.queue)))
+        self.llm.params = [params for _, params in self.queue.values()]
+        outputs = [self.llm.answer(name, *request) for name, request in self.queue.items()]
+        self.queue = {}
+        return outputs
+
+    def abort_request(self, names):
+        self.llm.calls.append(("abort", len(names)))
+        self.queue = {name: request for name, request in self.queue.items() if name not in names}
+
+
 class FakeLLM:
     """Answers each request with its prompt's length in tokens, all of log-prob -0.5."""
 
     def __init__(self, *, reloads: bool = True, versions: bool = True, **arguments):
         self.calls, self.arguments = [], arguments
         worker = FakeWorker(self.calls, reloads)
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+        self.llm_engine = FakeEngine(self, worker)
         self.weight_version, self.emptied = "default", True
         self.logprobs = iter(())
         if versions:
@@ -52,19 +79,27 @@ class FakeLLM:
         self.calls.append(("reset",))
         return self.emptied
 
-    def generate(self, requests, params, use_tqdm):
-        self.calls.append(("generate", len(requests)))
-        self.params = params
-        return [self._answer(request["prompt_token_ids"], p) for request, p in zip(requests, params, strict=True)]
+    def sleep(self, level):
+        self.calls.append(("sleep", level))
 
-    def _answer(self, ids, params):
+    def wake_up(self):
+        self.calls.append(("wake",))
+
+    def get_metrics(self):
+        return [
+            SimpleNamespace(name="vllm:kv_cache_usage_perc", value=0.25),
+            SimpleNamespace(name="vllm:other", value=7),
+        ]
+
+    def answer(self, name, ids, params):
         def sample():
             tokens = [7] * len(ids)
             found = [{7: SimpleNamespace(logprob=next(self.logprobs, -0.5))} for _ in tokens]
             spans = [SimpleNamespace(version=self.weight_version)]
             return SimpleNamespace(token_ids=tokens, logprobs=found, finish_reason="length", weight_versions=spans)
 
-        return SimpleNamespace(outputs=[sample() for _ in range(params.n)])
+        outputs = [sample() for _ in range(params.n)]
+        return SimpleNamespace(request_id=name, outputs=outputs, finished=True)
 
 
 @pytest.fixture
@@ -75,11 +110,16 @@ def model():
 @pytest.fixture
 def engine(model, monkeypatch) -> VllmEngine:
     real = importlib.import_module
-    fake = SimpleNamespace(SamplingParams=SimpleNamespace)
-    monkeypatch.setattr(importlib, "import_module", lambda name, *a: fake if name == "vllm" else real(name, *a))
-    return VllmEngine(
-        model, eos_ids=(1,), pad_id=0, dtype=torch.float32, max_length=40, options={"seed": 0}, make_llm=FakeLLM
+    fake = SimpleNamespace(SamplingParams=SimpleNamespace, RequestOutputKind=SimpleNamespace(FINAL_ONLY="final"))
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name, *a: fake if name == "vllm.sampling_params" else real(name, *a)
     )
+    return make_engine(model)
+
+
+def make_engine(model, **options) -> VllmEngine:
+    arguments = {"eos_ids": (1,), "pad_id": 0, "dtype": torch.float32, "max_length": 40, "make_llm": FakeLLM}
+    return VllmEngine(model, **arguments, options={"seed": 0} | options)
 
 
 def test_a_step_loads_resets_and_generates_in_this_order(engine, model):
@@ -185,12 +225,36 @@ def test_an_impossible_rollout_is_drawn_again_then_refused(engine, model):
 
 def test_what_vllm_raises_is_an_engine_error(engine, model):
     engine.load(model.state_dict(), source="policy", version=0)
-    engine._llm.generate = lambda *a, **k: {}["dead"]
+    engine._llm.llm_engine.step = lambda: {}["dead"]
     with pytest.raises(EngineError, match="generate: vLLM failed with KeyError: 'dead'"):
         engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
-    engine._llm.generate = lambda *a, **k: []
+    assert engine._llm.calls[-1] == ("abort", 2) and not engine._llm.llm_engine.queue
+    engine._llm.llm_engine.has_unfinished_requests = lambda: False
     with pytest.raises(EngineError, match="must return 2 rollouts, got 0"):
         engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+
+
+def test_an_engine_that_hangs_is_given_up_and_its_requests_withdrawn(engine, model):
+    engine.load(model.state_dict(), source="policy", version=0)
+    engine._llm.llm_engine.hangs, engine.timeout_s = True, 0.3
+    with pytest.raises(EngineError, match=r"a prompt must finish every 0\.3 s, none did"):
+        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+    assert engine._llm.calls[-1] == ("abort", 2) and engine.kv_cache_usage == 0.25
+
+
+def test_sleeps_between_rollouts_where_asked_and_wakes_for_the_load(engine, model, monkeypatch):
+    engine.sleep()
+    assert engine._llm.calls == []
+    sleeper = make_engine(model, enable_sleep_mode=True)
+    sleeper.load(model.state_dict(), source="policy", version=0)
+    sleeper.sleep()
+    sleeper.sleep()
+    with pytest.raises(StaleWeightsError):
+        sleeper.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+    sleeper.load(model.state_dict(), source="momentum", version=1)
+    names = [call[0] for call in sleeper._llm.calls]
+    once = ["reload_weights", "version", "reset"]
+    assert names == [*once, "sleep", "wake", *once] and ("sleep", 1) in sleeper._llm.calls
 
 
 @pytest.mark.parametrize("prompt", [[], [2, 17], [-1]])
