@@ -106,15 +106,18 @@ def _train(trainer: Trainer, run_dir: Path) -> Exit:
 
 def steps(trainer: Trainer, last_step: int, run_dir: Path) -> Iterator[Metrics]:
     """The steps; where the engine dies in one, a checkpoint of the step before, which nothing has touched."""
+    whole = 0
     try:
-        yield from trainer.train(last_step)
+        for row in trainer.train(last_step):
+            whole = trainer.step
+            yield row
     except StaleWeightsError:
         raise
     except EngineError as error:
-        if trainer.step > 0:
-            checkpoint.save_checkpoint(run_dir, trainer.step, trainer.save)
-            raise EngineError(f"{error} Step {trainer.step} is saved: go on with --resume.") from error
-        raise
+        if not trainer.step == whole > 0:
+            raise
+        checkpoint.save_checkpoint(run_dir, trainer.step, trainer.save)
+        raise EngineError(f"{error} Step {trainer.step} is saved: go on with --resume.") from error
 
 
 def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:

@@ -71,7 +71,7 @@ class ServerEngine(CheckedEngine):
 
     def _publish(self, weights: Weights, version: str) -> None:
         call = self._http.call
-        call("/pause?mode=wait", {}, what="load", timeout_s=self.timeout_s)
+        call("/pause?mode=abort", {}, what="load", timeout_s=self.timeout_s)
         with offer(weights, self.dtype, self._host) as (url, sha256):
             body = {"method": "mgrpo_load", "args": [url, sha256, version]}
             call("/collective_rpc", body, what="load", timeout_s=self.timeout_s)
@@ -289,7 +289,8 @@ def _read(choice: Mapping[str, Any]) -> Response:
 @contextlib.contextmanager
 def offer(weights: Weights, dtype: torch.dtype, host: str) -> Iterator[tuple[str, str]]:
     """Address and SHA-256 of a safetensors file of the weights, while the block lasts."""
-    data = save({name: tensor.to("cpu", dtype).contiguous().clone() for name, tensor in weights})
+    # Copies, for safetensors takes no two names of one storage.
+    data = save({name: tensor.to("cpu", dtype, copy=True).contiguous() for name, tensor in weights})
     path = f"/{secrets.token_urlsafe(32)}"
 
     class Handler(BaseHTTPRequestHandler):

@@ -62,6 +62,9 @@ class FakeServer(WeightReceiver):
         class Server(ThreadingHTTPServer):
             daemon_threads, request_queue_size = True, 128
 
+            def handle_error(self, request, client_address):
+                """Nothing: a client that hung up is what some tests are about."""
+
         self.http = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

@@ -1,0 +1,51 @@
+"""What a run does when its engine dies or writes with other weights than it was asked to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mgrpo.rollout import EngineError, StaleWeightsError
+from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.run import Exit
+
+
+@pytest.mark.parametrize("error", [EngineError, StaleWeightsError])
+def test_an_engine_that_dies_costs_one_step(launch, resume, tmp_path, monkeypatch, capsys, error):
+    """A resumed run ends with the bits of one that nothing happened to. Under stale weights nothing is saved."""
+    assert launch(run_dir=tmp_path / "whole") == Exit.DONE
+    generate, calls = TransformersEngine.generate, []
+
+    def die(engine, *args, **options):
+        calls.append(options["version"])
+        if len(calls) == 6:  # the policy's turn in step 3
+            raise error("generate: it is gone.")
+        return generate(engine, *args, **options)
+
+    monkeypatch.setattr(TransformersEngine, "generate", die)
+    assert launch(run_dir=tmp_path / "cut") == Exit.ENGINE
+    saved = (tmp_path / "cut" / "checkpoints" / "step_2").is_dir()
+    message = capsys.readouterr().err
+    assert saved == (error is EngineError) == ("Step 2 is saved: go on with --resume." in message)
+    if saved:
+        assert resume(run_dir=tmp_path / "cut") == Exit.DONE
+        for name in ("policy/model.safetensors", "momentum/model.safetensors", "optimizer.safetensors"):
+            whole, cut = (tmp_path / run / "checkpoints" / "step_3" / name for run in ("whole", "cut"))
+            assert whole.read_bytes() == cut.read_bytes(), name
+
+
+@pytest.mark.parametrize("liar", ["policy", "momentum"])
+def test_an_engine_that_writes_with_other_weights_stops_the_run(small, trained, liar):
+    class Lying(TransformersEngine):
+        def generate(self, *args, **options):
+            rollouts = super().generate(*args, **options)
+            return replace(rollouts, logprobs=rollouts.logprobs - 0.01) if options["source"] == liar else rollouts
+
+    config = small({"rollout.engine": "vllm"})
+    options = {"batch_size": 64, "eos_ids": (1,), "pad_id": 0, "dtype": torch.float32}
+    _, (row,) = trained(config, 1, make_engine=lambda loaded, _: TransformersEngine(loaded.model, **options))
+    assert row["parity_policy"] < 1e-6 and row["parity_momentum"] < 1e-6
+    with pytest.raises(StaleWeightsError, match=f"did not write with the weights of {liar} version 0"):
+        trained(config, 1, make_engine=lambda loaded, _: Lying(loaded.model, **options))
