@@ -222,14 +222,15 @@ class ServerProcess:
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         if device:
             environment["CUDA_VISIBLE_DEVICES"] = device
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_flags(arguments)],
-            stdout=self._log.open("w"),
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # a Ctrl-C is the trainer's, which has a step to end
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-        )
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_flags(arguments)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C is the trainer's, which has a step to end
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
 
     def wait(self) -> None:
         """Returns when it answers; EngineError where it dies or takes longer than START_S."""
