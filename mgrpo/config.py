@@ -106,6 +106,8 @@ class RolloutConfig:
     """CUDA devices of the two engines, policy first, as CUDA_VISIBLE_DEVICES names them; none leaves them all."""
     weights_host: str = "127.0.0.1"
     """Address of this machine under which servers fetch weights."""
+    transfer: Literal["http", "nccl"] = "http"
+    """How weights reach other processes: `http` anywhere, `nccl` from GPU to GPU by vLLM's own transfer."""
     timeout_s: float = 600.0
     """Longest time of vLLM without a finished prompt, in seconds; past it the engine counts as hung."""
     sleep: bool = False

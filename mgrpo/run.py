@@ -32,7 +32,7 @@ from mgrpo.trainer import Trainer
 # Options that may differ when a run is resumed: they change what is watched and kept, not what is computed.
 RESUMABLE = {"run_dir", "stop_after", "resume", "resume_extend", "dry_run", "checkpoint", "log", "monitor"}
 RESUMABLE |= {f"rollout.{name}" for name in ("placement", "servers", "devices", "weights_host", "timeout_s", "sleep")}
-RESUMABLE |= {f"rollout.{name}" for name in ("gpu_memory", "kv_cache_gib", "parity_every")}
+RESUMABLE |= {f"rollout.{name}" for name in ("gpu_memory", "kv_cache_gib", "parity_every", "transfer")}
 STORAGE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM),

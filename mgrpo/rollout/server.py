@@ -21,10 +21,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
@@ -32,6 +33,7 @@ from safetensors.torch import save
 
 from mgrpo.rollout.checked import CheckedEngine, Progress, Response, Weights
 from mgrpo.rollout.engine import EngineError, Rollouts, Sampling, Source, StaleWeightsError
+from mgrpo.rollout.nccl import NcclSender
 from mgrpo.rollout.vllm import require_vllm, save_model_config
 
 MAX_REQUESTS = 64  # of one server at a time; vLLM batches across them
@@ -56,13 +58,15 @@ class ServerEngine(CheckedEngine):
         max_length: int,
         url: str,
         weights_host: str = "127.0.0.1",
+        transfer: Literal["http", "nccl"] = "http",
         timeout_s: float = 600.0,
         process: ServerProcess | None = None,
     ):
         super().__init__(model, eos_ids=eos_ids, pad_id=pad_id)
         self.dtype, self.timeout_s, self.process = dtype, timeout_s, process
         self._http = _Http(url, process)
-        self._host = weights_host
+        self._host, self._transfer = weights_host, transfer
+        self._nccl: NcclSender | None = None
         card = self._http.call("/v1/models", what="start")["data"][0]
         self._name = card["id"]
         if card.get("max_model_len", max_length) < max_length:
@@ -72,13 +76,26 @@ class ServerEngine(CheckedEngine):
     def _publish(self, weights: Weights, version: str) -> None:
         call = self._http.call
         call("/pause?mode=abort", {}, what="load", timeout_s=self.timeout_s)
-        with offer(weights, self.dtype, self._host) as (url, sha256):
-            body = {"method": "mgrpo_load", "args": [url, sha256, version]}
-            call("/collective_rpc", body, what="load", timeout_s=self.timeout_s)
+        if self._transfer == "nccl":
+            self._broadcast(weights, version)
+        else:
+            with offer(weights, self.dtype, self._host) as (url, sha256):
+                body = {"method": "mgrpo_load", "args": [url, sha256, version]}
+                call("/collective_rpc", body, what="load", timeout_s=self.timeout_s)
         emptied = call("/reset_prefix_cache", {}, what="load", timeout_s=self.timeout_s)
         if isinstance(emptied, dict) and emptied.get("success") is False:
             raise EngineError("load: vLLM must empty its prefix cache, it refused. Is another request running?")
         call("/resume", {}, what="load", timeout_s=self.timeout_s)
+
+    def _broadcast(self, weights: Weights, version: str) -> None:
+        """From GPU to GPU; the group is made at the first load. In between, the server has no version."""
+        name = partial(self._http.call, "/collective_rpc", what="load", timeout_s=self.timeout_s)
+        name({"method": "mgrpo_name", "args": [""]})
+        if self._nccl is None:
+            num_workers = self._http.call("/get_world_size", what="start")["world_size"]
+            self._nccl = NcclSender(self._http.url, self._host, num_workers, self.dtype)
+        self._nccl.send(weights)
+        name({"method": "mgrpo_name", "args": [version]})
 
     def generate(
         self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int

@@ -21,12 +21,19 @@ def start_engine(loaded: LoadedModel, config: Config, *, max_length: int) -> Eng
     if c.engine == "transformers":
         return TransformersEngine(loaded.model, **model, dtype=loaded.dtype, batch_size=c.batch_size)
     model |= {"dtype": loaded.dtype, "max_length": max_length, "timeout_s": c.timeout_s}
+    on_gpu = next(loaded.model.parameters()).device.type == "cuda"
+    if c.placement != "one-engine":
+        if c.transfer == "nccl" and not on_gpu:
+            raise EngineError("start: --rollout.transfer nccl needs the model on a GPU. Take --rollout.transfer http.")
+        model |= {"weights_host": c.weights_host, "transfer": c.transfer}
     if c.placement == "server":
-        engines = [ServerEngine(loaded.model, **model, url=url, weights_host=c.weights_host) for url in c.servers]
+        engines = [ServerEngine(loaded.model, **model, url=url) for url in c.servers]
         return engines[0] if len(engines) == 1 else EnginePair(*engines)
     options = vllm_options(loaded, config, max_length=max_length)
     if c.placement == "one-engine":
         return VllmEngine(loaded.model, **model, options=options)
+    if c.transfer == "nccl":
+        options["weight_transfer_config"] = '{"backend": "nccl"}'
     processes: list[ServerProcess] = []
     try:
         for i in range(2):

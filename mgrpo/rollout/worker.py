@@ -28,6 +28,10 @@ class WeightReceiver:
         self.mgrpo_version = version
         return {"tensors": len(weights), "bytes": len(data)}
 
+    def mgrpo_name(self, version: str) -> None:
+        """Names weights that came another way; an empty name says that they are in between."""
+        self.mgrpo_version = version or None
+
     def mgrpo_state(self) -> dict[str, Any]:
         """Version of the weights that were loaded last, none after a start or a load that failed, and the process."""
         return {"version": getattr(self, "mgrpo_version", None), "pid": os.getpid()}

@@ -18,6 +18,7 @@ from mgrpo.config import Config
 from mgrpo.policy import load_model
 from mgrpo.presets import make_preset
 from mgrpo.rollout import EngineError, Rollouts, Sampling, StaleWeightsError
+from mgrpo.rollout.nccl import NcclSender
 from mgrpo.rollout.parity import BOUNDS, check_parity
 from mgrpo.rollout.server import EnginePair
 from mgrpo.rollout.start import start_engine
@@ -243,3 +244,34 @@ def test_two_engines_agree_and_a_killed_one_ends_the_run_which_resumes(tmp_path,
     assert run(one) == Exit.DONE
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_sender_over_nccl_speaks_vllms_protocol(models, monkeypatch):
+    """vLLM's own classes, with all but the GPUs: what is sent to the server, and in which order."""
+    from vllm.distributed.weight_transfer import clients, nccl_engine
+
+    calls, sent = [], []
+    engine = nccl_engine.NCCLTrainerWeightTransferEngine
+    client = clients.HTTPVLLMWeightSyncClient
+    monkeypatch.setattr(client, "_post", lambda self, path, json=None: calls.append((f"{self.base_url}/{path}", json)))
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: calls.append(("rank 0", info)))
+    monkeypatch.setattr(engine, "_broadcast", lambda self, source, meta: sent.extend(self._checked_iter(source, meta)))
+    monkeypatch.setattr(engine, "_post_send_sync", lambda self: None)
+    sender = NcclSender("http://127.0.0.1:1", "127.0.0.1", 2, torch.bfloat16)
+    assert {calls[0][0], calls[1][0]} == {"http://127.0.0.1:1/init_weight_transfer_engine", "rank 0"}
+    (init,) = [body["init_info"] for where, body in calls if where != "rank 0"]
+    assert init["world_size"] == 3 and init["rank_offset"] == 1
+    for source in ("momentum", "policy"):
+        calls.clear(), sent.clear()
+        weights = models[source].state_dict()
+        sender.send(list(weights.items()))
+        assert [where.rpartition("/")[2] for where, _ in calls] == [
+            *("start_weight_update", "update_weights", "finish_weight_update")
+        ]
+        info = calls[1][1]["update_info"]
+        assert info["names"] == list(weights) and set(info["dtype_names"]) == {"bfloat16"}
+        assert [name for name, _ in sent] == list(weights)
+        assert all(torch.equal(tensor, weights[name].bfloat16()) for name, tensor in sent)
+    monkeypatch.setattr(client, "_post", lambda self, path, json=None: 1 / 0)
+    with pytest.raises(EngineError, match="load: vLLM's weight transfer failed with ZeroDivisionError"):
+        sender.send(list(weights.items()))

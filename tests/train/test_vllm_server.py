@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -22,6 +23,7 @@ import torch
 from mgrpo.config import ConfigError
 from mgrpo.presets import make_preset
 from mgrpo.rollout import EngineError, Sampling, StaleWeightsError, server
+from mgrpo.rollout.nccl import NcclSender
 from mgrpo.rollout.server import EnginePair, ServerEngine, ServerProcess, offer
 from mgrpo.rollout.worker import WeightReceiver
 from mgrpo.tasks.arithmetic import make_model
@@ -160,6 +162,32 @@ def test_a_server_that_restarted_or_was_loaded_by_another_run_is_found_out(model
     fake.mgrpo_version = holds
     with pytest.raises(StaleWeightsError, match=f"must hold policy@0, it holds {holds}"):
         engine.generate(PROMPTS, 1, Sampling(), **POLICY_0)
+
+
+def test_over_nccl_the_version_is_named_after_the_weights(model, fake, monkeypatch):
+    fake.answers["/get_world_size"] = {"world_size": 2}
+    made, sent = [], []
+
+    class Sender:
+        def __init__(self, *arguments):
+            made.append(arguments)
+
+        def send(self, weights):
+            sent.append((fake.mgrpo_version, len(weights)))
+
+    monkeypatch.setattr(server, "NcclSender", Sender)
+    engine = connect(model, fake.url, transfer="nccl")
+    for version in (0, 1):
+        engine.load(model.state_dict(), source="policy", version=version)
+        assert fake.mgrpo_version == f"policy@{version}"
+    assert made == [(fake.url, "127.0.0.1", 2, torch.bfloat16)] and sent == [(None, len(model.state_dict()))] * 2
+    assert "mgrpo_load" not in fake.calls
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_nccl_without_vllm_says_what_to_take():
+    with pytest.raises(EngineError, match=r"got ModuleNotFoundError.*Take --rollout\.transfer http"):
+        NcclSender("http://a", "127.0.0.1", 1, torch.bfloat16)
 
 
 def test_a_server_that_hangs_is_given_up(model, fake):
