@@ -26,7 +26,15 @@ def decay_at(config: MomentumConfig, step: int, num_steps: int) -> float:
 class Momentum:
     """theta_k: averages every parameter of the policy once, copies its buffers."""
 
-    def __init__(self, policy: torch.nn.Module, config: MomentumConfig, *, seed: int, kernels: KernelsConfig):
+    def __init__(
+        self,
+        policy: torch.nn.Module,
+        config: MomentumConfig,
+        *,
+        seed: int,
+        kernels: KernelsConfig,
+        publish: torch.dtype | None = None,
+    ):
         self.config, self.seed, self.backend = config, seed, kernels.backend
         self.policy = policy
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
@@ -44,6 +52,11 @@ class Momentum:
                 for name, weight in policy.named_parameters()
             }
 
+        # What an engine of another dtype takes, written by the same pass that averages.
+        self.published = None
+        if publish == torch.bfloat16 != dtype:
+            self.published = {name: weight.to(publish) for name, weight in self.weights.items()}
+
     def update(self, step: int, num_steps: int) -> None:
         """Averages the policy in after optimiser step `step` (from 0) of `num_steps`."""
         if (step + 1) % self.config.every:
@@ -56,14 +69,19 @@ class Momentum:
             decay_at(self.config, step, num_steps),
             rounding="stochastic" if self.config.dtype == "bf16-stochastic" else "nearest",
             compensation=[self.compensation[name] for name in names] if self.compensation else None,
+            publish=[self.published[name] for name in names] if self.published else None,
             seed=self.seed,
             step=step,
             backend=self.backend,
         )
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """A full state dict: averaged weights under every name they are tied to, and the policy's buffers."""
-        averaged = {id(parameter): self.weights[name] for name, parameter in self.policy.named_parameters()}
+    def state_dict(self, *, published: bool = False) -> dict[str, torch.Tensor]:
+        """A full state dict: averaged weights under every name they are tied to, and the policy's buffers.
+
+        With `published`, the weights are those rounded for the engine, where it has a dtype of its own.
+        """
+        weights = self.published if published and self.published else self.weights
+        averaged = {id(parameter): weights[name] for name, parameter in self.policy.named_parameters()}
         full: dict[str, torch.Tensor] = self.policy.state_dict(keep_vars=True)
         return {name: averaged.get(id(tensor), tensor.detach()) for name, tensor in full.items()}
 
@@ -71,5 +89,7 @@ class Momentum:
         """Restores saved weights and Kahan terms, bit for bit."""
         for name, weight in self.weights.items():
             weight.copy_(weights[name])
+            if self.published:
+                self.published[name].copy_(weight)
         for name, term in (self.compensation or {}).items():
             term.copy_((compensation or {})[name])

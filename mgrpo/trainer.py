@@ -81,7 +81,8 @@ class Trainer:
             micro_batch_tokens=config.optim.micro_batch_tokens,
         )
         self.engine = (make_engine or partial(start_engine, max_length=self._longest()))(self.loaded, config)
-        self.momentum = Momentum(self.model, config.momentum, seed=config.seed, kernels=config.kernels)
+        publish = self.loaded.dtype if config.rollout.engine == "vllm" else None
+        self.momentum = Momentum(self.model, config.momentum, seed=config.seed, kernels=config.kernels, publish=publish)
         self.learner = Learner(config, self.loaded, self.momentum, self.scorer)
         self.initial = self._copy_initial() if needs_initial(config) else None
         self.step = 0
@@ -316,7 +317,7 @@ class Trainer:
 
     def publish(self, source: Source) -> None:
         """Hands one source's weights to the engine under their version."""
-        weights = self.model.state_dict() if source == "policy" else self.momentum.state_dict()
+        weights = self.model.state_dict() if source == "policy" else self.momentum.state_dict(published=True)
         self.engine.load(weights, source=source, version=self.version)
 
     def save(self, folder: Path) -> None:

@@ -52,6 +52,9 @@ class CheckedEngine(ABC):
         """Hands over a full state dict: every name, tied ones twice, for vLLM takes a part without a word."""
         self.loaded = None
         check_weights(weights, self.shapes)
+        # What they write would stay in vLLM's KV cache, and spoil what later weights write.
+        if infinite := _not_finite(weights):
+            raise EngineError(f"load: weights must be finite, {infinite} is not.")
         self._publish([(name, weights[name].detach()) for name in self.shapes], f"{source}@{version}")
         self.loaded = (source, version)
 
@@ -145,6 +148,16 @@ class CheckedEngine(ABC):
             source=source,
             version=version,
         )
+
+
+@torch.no_grad()
+def _not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """The first tensor that holds an infinity or NaN; waits for a device once."""
+    names = [name for name, tensor in weights.items() if tensor.is_floating_point()]
+    device = weights[names[0]].device
+    largest = [torch.linalg.vector_norm(weights[name], torch.inf).float() for name in names]
+    finite = torch.stack([norm.to(device, non_blocking=True) for norm in largest]).isfinite().tolist()
+    return next((name for name, is_finite in zip(names, finite, strict=True) if not is_finite), None)
 
 
 class Progress(tqdm):

@@ -159,6 +159,29 @@ def test_vllm_itself_contradicts_a_skipped_load(engine, models, monkeypatch):
         roll_out(engine, models, "momentum", 0)
 
 
+def test_weights_in_any_order(engine, models, monkeypatch):
+    publish = engine._publisher.publish
+    monkeypatch.setattr(engine._publisher, "publish", lambda weights, version: publish(weights[::-1], version))
+    assert compare(models, roll_out(engine, models, "momentum", 0)) < BOUNDS[torch.float32] / 10
+
+
+def test_weights_that_are_not_finite_are_refused(engine, models):
+    """vLLM takes them without a word, and what they leave in its KV cache makes sound weights write nan later."""
+    broken = {name: tensor.clone() for name, tensor in models["policy"].state_dict().items()}
+    broken["model.norm.weight"][5] = torch.nan
+    with pytest.raises(EngineError, match=r"weights must be finite, model\.norm\.weight is not"):
+        engine.load(broken, source="policy", version=0)
+    compare(models, roll_out(engine, models, "policy", 1))
+
+
+def test_a_refused_shape_does_not_spoil_the_next_load(engine, models):
+    """In vLLM itself the load after a wrong shape fails too."""
+    wrong = models["policy"].state_dict() | {"model.norm.weight": torch.zeros(3)}
+    with pytest.raises(EngineError, match=r"model.norm.weight must have shape \(96,\), got \(3,\)"):
+        engine.load(wrong, source="policy", version=0)
+    compare(models, roll_out(engine, models, "policy", 1))
+
+
 def test_a_bad_request_is_an_engine_error_and_the_next_works(engine, models):
     roll_out(engine, models, "policy", 0)
     with pytest.raises(EngineError, match="generate: vLLM failed with"):
@@ -182,6 +205,21 @@ def test_twenty_steps_of_the_arithmetic_preset(tmp_path):
     for row in rows:
         assert row["parity_policy"] < BOUNDS[torch.float32] and row["parity_momentum"] < BOUNDS[torch.float32]
         assert row["time_publish_s"] > 0 and row["time_rollout_momentum_s"] > 0
+
+
+def test_bf16_agrees_within_its_rounding(tmp_path):
+    """The engine takes the copy of the average that the kernel has rounded."""
+    config = run_config(tmp_path, 3)
+    trainer = Trainer(replace(config, model=replace(config.model, dtype="bf16")))
+    try:
+        rows = list(trainer.train(3))
+    finally:
+        trainer.close()
+    assert trainer.momentum.published and trainer.momentum.weights.keys() == trainer.momentum.published.keys()
+    for row in rows:
+        assert 1e-5 < row["parity_policy"] < BOUNDS[torch.bfloat16]
+        assert 1e-5 < row["parity_momentum"] < BOUNDS[torch.bfloat16]
+        assert row["tis_mean"] == pytest.approx(1, abs=0.05) and row["logprob_gap"] > 0
 
 
 def test_a_cache_too_small_and_heads_of_another_width_are_told_at_the_start(models):

@@ -188,7 +188,7 @@ def test_a_version_that_vllm_contradicts_is_refused(engine, model):
         engine.generate(PROMPTS, 1, Sampling(), source="policy", version=1)
 
 
-@pytest.mark.parametrize("fault", ["missing", "shape", "cache", "raise"])
+@pytest.mark.parametrize("fault", ["missing", "shape", "infinite", "cache", "raise"])
 def test_a_load_that_fails_leaves_nothing_loaded(engine, model, fault):
     weights = dict(model.state_dict())
     engine.load(weights, source="policy", version=0)
@@ -196,6 +196,8 @@ def test_a_load_that_fails_leaves_nothing_loaded(engine, model, fault):
         del weights["lm_head.weight"]
     elif fault == "shape":
         weights["model.norm.weight"] = torch.zeros(3)
+    elif fault == "infinite":
+        weights["model.norm.weight"] = torch.full((96,), torch.inf)
     elif fault == "cache":
         engine._llm.emptied = False
     else:
@@ -203,6 +205,7 @@ def test_a_load_that_fails_leaves_nothing_loaded(engine, model, fault):
     message = {
         "missing": "lm_head.weight is missing",
         "shape": r"model.norm.weight must have shape \(96,\), got \(3,\)",
+        "infinite": "weights must be finite, model.norm.weight is not",
         "cache": "must empty its prefix cache, it refused",
         "raise": "load: vLLM failed with ZeroDivisionError: division by zero",
     }[fault]
