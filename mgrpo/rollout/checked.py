@@ -156,7 +156,7 @@ def _not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
     names = [name for name, tensor in weights.items() if tensor.is_floating_point()]
     device = weights[names[0]].device
     largest = [torch.linalg.vector_norm(weights[name], torch.inf).float() for name in names]
-    finite = torch.stack([norm.to(device, non_blocking=True) for norm in largest]).isfinite().tolist()
+    finite = torch.stack([norm.to(device) for norm in largest]).isfinite().tolist()
     return next((name for name, is_finite in zip(names, finite, strict=True) if not is_finite), None)
 
 
