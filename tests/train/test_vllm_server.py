@@ -37,6 +37,7 @@ class FakeServer(WeightReceiver):
 
     def __init__(self):
         self.calls, self.weights, self.hangs, self.logprob, self.max_model_len = [], {}, False, -0.5, 40
+        self.lost = 0  # log-probs that are missing
         self.answers = {"/reset_prefix_cache": {"success": True}}
         self.status = {}
         fake = self
@@ -87,7 +88,7 @@ class FakeServer(WeightReceiver):
                 time.sleep(0.05)
             self.last = body
             tokens = [7] * len(body["prompt"])
-            one = {"token_ids": tokens, "logprobs": {"token_logprobs": [self.logprob] * len(tokens)}}
+            one = {"token_ids": tokens, "logprobs": {"token_logprobs": [self.logprob] * (len(tokens) - self.lost)}}
             return {"choices": [one | {"finish_reason": "stop"}] * body["n"]}
         return self.answers.get(path, {})
 
@@ -240,6 +241,14 @@ def test_minus_infinity_is_drawn_again_and_a_full_cache_refused(model, fake):
     fake.answers["/reset_prefix_cache"] = {"success": False}
     with pytest.raises(EngineError, match="must empty its prefix cache, it refused"):
         engine.load(model.state_dict(), **POLICY_0)
+
+
+def test_tokens_without_log_probs_are_refused(model, fake):
+    engine = connect(model, fake.url)
+    engine.load(model.state_dict(), **POLICY_0)
+    fake.lost = 1
+    with pytest.raises(EngineError, match=r"every token must have a log-prob, [32] have [21]\."):
+        engine.generate(PROMPTS, 1, Sampling(), **POLICY_0)
 
 
 def test_a_pair_keeps_each_source_on_its_own_server(model, fake):
