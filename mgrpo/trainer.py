@@ -154,9 +154,7 @@ class Trainer:
                 with timer("publish"):
                     self.publish(source)
             with ThreadPoolExecutor(len(counts)) as pool:
-                asked: dict[Source, Any] = {
-                    s: pool.submit(self._generate, ids, n, s, timer) for s, n in counts.items() if n
-                }
+                asked: dict[Source, Any] = {s: pool.submit(self._generate, ids, n, s, timer) for s, n in counts.items()}
             found = {source: future.result() for source, future in asked.items()}
         else:
             for source, n in counts.items():

@@ -34,7 +34,7 @@ from safetensors.torch import save
 from mgrpo.rollout.checked import CheckedEngine, Progress, Response, Weights
 from mgrpo.rollout.engine import EngineError, Rollouts, Sampling, Source, StaleWeightsError
 from mgrpo.rollout.nccl import NcclSender
-from mgrpo.rollout.vllm import require_vllm, save_model_config
+from mgrpo.rollout.vllm import describe_model, require_vllm
 
 MAX_REQUESTS = 64  # of one server at a time; vLLM batches across them
 START_S = 600.0
@@ -218,20 +218,14 @@ class ServerProcess:
     ):
         require_vllm()
         self._folder = TemporaryDirectory(prefix="mgrpo-vllm-")
-        save_model_config(model, self._folder.name)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self._log = f"http://127.0.0.1:{port}", Path(self._folder.name) / "log"
         arguments = {
-            "model": self._folder.name,
+            **describe_model(model, self._folder.name, dtype, max_length),
             "host": "127.0.0.1",
             "port": port,
-            "dtype": str(dtype).removeprefix("torch."),
-            "max_model_len": max_length,
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
-            "logprobs_mode": "processed_logprobs",
             "worker_extension_cls": EXTENSION,
             **options,
         }

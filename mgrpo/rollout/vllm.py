@@ -14,7 +14,6 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -47,16 +46,7 @@ class VllmEngine(CheckedEngine):
         super().__init__(model, eos_ids=eos_ids, pad_id=pad_id)
         self.timeout_s = timeout_s
         self._folder = TemporaryDirectory(prefix="mgrpo-vllm-")
-        save_model_config(model, self._folder.name)
-        arguments = {
-            "model": self._folder.name,
-            "skip_tokenizer_init": True,
-            "load_format": "dummy",
-            "dtype": str(dtype).removeprefix("torch."),
-            "max_model_len": max_length,
-            "logprobs_mode": "processed_logprobs",
-            "disable_log_stats": False,
-        }
+        arguments = describe_model(model, self._folder.name, dtype, max_length) | {"disable_log_stats": False}
         self._sleeps = bool(options.get("enable_sleep_mode"))
         self._asleep = False
         with _keeping_process_state(), _engine_errors("start"):
@@ -159,11 +149,19 @@ class VllmEngine(CheckedEngine):
                 core.shutdown()
 
 
-def save_model_config(model: torch.nn.Module, folder: str | Path) -> None:
-    """Writes the configuration from which vLLM builds the model."""
+def describe_model(model: torch.nn.Module, folder: str, dtype: torch.dtype, max_length: int) -> dict[str, Any]:
+    """Writes the configuration from which vLLM builds the model, without its weights; returns vLLM's arguments."""
     config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]  # a model that was never saved does not say
     config.save_pretrained(folder)
+    return {
+        "model": folder,
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_length,
+        "logprobs_mode": "processed_logprobs",
+    }
 
 
 def start(**arguments: Any) -> Any:
