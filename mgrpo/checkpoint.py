@@ -1,6 +1,7 @@
 """Checkpoints: safetensors and JSON only, written aside, sealed by a SHA-256 manifest, then renamed.
 
 step_N/ holds policy/ and momentum/ in the transformers layout, the optimiser, and state.json. No pickle is ever read.
+`Writer` writes them in a thread while training goes on.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mgrpo.metrics import StorageError
 
@@ -43,10 +46,12 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None]) -> 
         raise StorageError(
             f"checkpoint: {final} could not be written: {error}. Earlier ones are as they were."
         ) from error
+    replaced = final.with_name(f".step_{step}.old")
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     aside.rename(final)
     _fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -85,10 +90,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def newest_valid(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that verifies, and what is wrong with newer ones."""
+def newest_valid(run_dir: Path, *, up_to: int | None = None) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint (of step `up_to` at most) that verifies, and what is wrong with newer ones."""
     complaints: dict[Path, str] = {}
     for folder in reversed(list_checkpoints(run_dir)):
+        if up_to is not None and step_of(folder) > up_to:
+            continue
         try:
             verify_checkpoint(folder)
         except CheckpointError as error:
@@ -99,9 +106,90 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def sweep(run_dir: Path) -> None:
-    """Deletes what a crash left of a checkpoint that was being written."""
-    for aside in (run_dir / "checkpoints").glob(".step_*.tmp"):
+    """Puts away what a crash left: a checkpoint half written is deleted, one half replaced comes back."""
+    folder = run_dir / "checkpoints"
+    for aside in folder.glob(".step_*.tmp"):
         shutil.rmtree(aside)
+    for replaced in folder.glob(".step_*.old"):
+        final = folder / replaced.name.removeprefix(".").removesuffix(".old")
+        shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
+
+
+class Writer:
+    """Saves checkpoints in a thread, one at a time and in order. What went wrong there is raised by the next call.
+
+    A context manager: leaving it waits for the checkpoint in progress.
+
+    Args:
+        run_dir: directory of the run.
+        background: False writes before `save` returns.
+    """
+
+    def __init__(self, run_dir: Path, *, background: bool = True):
+        self.run_dir, self.background = run_dir, background
+        self.saved: int | None = None  # newest step that is safe on the disk
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, write: Callable[[Path], None], *, keep_last: int, best: list[int]) -> None:
+        """Starts to save a step, then to delete checkpoints beyond the last and the best; waits for an earlier one.
+
+        Args:
+            step: number of the checkpoint.
+            write: fills a folder. It runs in the thread, so it may not read what training changes.
+            keep_last, best: as for `prune_checkpoints`.
+
+        Raises:
+            StorageError: this checkpoint, or in the background the one before, could not be written.
+        """
+
+        def work() -> None:
+            save_checkpoint(self.run_dir, step, write)
+            self.saved = step
+            prune_checkpoints(self.run_dir, keep_last=keep_last, best=best)
+
+        self.wait()
+        self._pending = self._pool.submit(work)
+        if not self.background:
+            self.wait()
+
+    def check(self) -> None:
+        """Raises what went wrong with the checkpoint in progress, if it has already; does not wait."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint in progress and raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except OSError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+        finally:
+            self._pool.shutdown()
+
+
+def copy_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies tensors to the host; those that share their memory, as tied weights do, share it again."""
+    copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in copies or not tensor.numel():
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        found[name] = copies[key]
+    return found
 
 
 def prune_checkpoints(run_dir: Path, *, keep_last: int, best: list[int]) -> None:
@@ -112,21 +200,21 @@ def prune_checkpoints(run_dir: Path, *, keep_last: int, best: list[int]) -> None
             shutil.rmtree(folder)
 
 
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
-    """Writes AdamW's moments; `names` are the parameters in the optimiser's order."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
+    """AdamW's moments by name; `names` are the parameters in the optimiser's order."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
+    return {
+        f"{name}/{key}": value.detach()
         for name, parameter in zip(names, parameters, strict=True)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-    save_file(tensors, path)
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
     """Restores AdamW's moments, bit for bit."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     by_name = dict(zip(names, parameters, strict=True))
+    optimizer.state.clear()
     for key, value in load_file(path).items():
         name, entry = key.rsplit("/", 1)
         parameter = by_name[name]

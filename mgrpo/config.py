@@ -256,6 +256,8 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_best: int = 1
     """Best checkpoints kept besides: by probe accuracy; without a probe, the last from well before any alarm."""
+    background: bool = True
+    """Write while training goes on, from a copy of the state in the host's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,8 +286,10 @@ class LogConfig:
 class MonitorConfig:
     """Collapse monitor. It reads no label except through the probe."""
 
-    on_collapse: Literal["warn", "stop"] = "warn"
-    """What an alarm does."""
+    on_collapse: Literal["warn", "stop", "rollback"] = "warn"
+    """What an alarm does; `rollback` goes back to the last good checkpoint and on with other prompts."""
+    max_rollbacks: int = 2
+    """Rollbacks of a run; the alarm after that many stops it."""
     window: int = 10
     """Steps averaged before a signal is judged."""
     top_answer_share: float = 0.3
@@ -294,6 +298,12 @@ class MonitorConfig:
     """Alarm when policy and momentum elect the same answer for a share of prompts this far below its best."""
     unparseable_share: float = 0.5
     """Alarm when this share of rollouts has no answer, and twice what it was at the start."""
+    retention_drop: float = 0.12
+    """Alarm when this share of the answers that the model was sure of at the start has changed."""
+    retention_prompts: int = 192
+    """Training prompts asked for such answers, in the first steps."""
+    retention_every: int = 20
+    """Steps between greedy repetitions of these prompts; 0 never asks."""
     length_change: float = 2.0
     """Alarm when responses are this many times longer or shorter than at the start."""
     probe_drop: float = 0.1

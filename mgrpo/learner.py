@@ -6,6 +6,7 @@ Letters: B prompts, G rollouts a prompt, R = B * G trajectories.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +30,16 @@ def learning_rate(config: Config, step: int) -> float:
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """An optimiser step that was not finite and moved nothing."""
+
+    optimizer_step: int
+    loss: float
+    grad_norm: float
+    rows: list[int]  # trajectories of its minibatch
+
+
 class Learner:
     """Moves the policy and, behind it, the momentum model."""
 
@@ -42,12 +53,13 @@ class Learner:
         self.step = 0  # optimiser steps taken or skipped
         self.nonfinite_steps = 0
         self.nonfinite_in_row = 0
+        self.faults: list[Fault] = []  # of the last update
 
     def update(self, trajectories: Trajectories, batch: Batch, trains: torch.Tensor, timer: Timer) -> Metrics:
         """Takes every optimiser step of one rollout batch; `trains` [B, G] says which trajectories enter the loss."""
         c = self.config.optim
         rows = torch.arange(trains.numel()).view(trains.shape)
-        steps = []
+        steps, self.faults = [], []
         for _ in range(c.num_epochs):
             for part in torch.arange(len(rows)).tensor_split(c.num_minibatches):
                 steps.append(self.optimizer_step(trajectories, batch, rows[part][trains[part]], timer))
@@ -92,6 +104,7 @@ class Learner:
         else:
             self.nonfinite_in_row += 1
             self.nonfinite_steps += 1
+            self.faults.append(Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=rows.tolist()))
         self.step += 1
         return {"loss": loss, "grad_norm": norm, "lr": lr, **_weighted_means(metrics, weights)}
 

@@ -31,7 +31,7 @@ KEYS = (
     *("logprob_gap", "kl", "kl_initial", "grad_norm", "lr", "tokens_per_s", "step_s", "time_rollout_s"),
     *("time_rollout_policy_s", "time_rollout_momentum_s", "time_score_s", "time_vote_s", "time_update_s"),
     *("time_ema_s", "time_publish_s", "time_checkpoint_s", "vote_accuracy", "probe_accuracy_policy"),
-    *("probe_accuracy_momentum", "alarm"),
+    *("probe_accuracy_momentum", "retention", "rollbacks", "time_monitor_s", "alarm"),
 )
 
 
@@ -135,11 +135,27 @@ def weighted(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (values * weights).sum() / weights.sum().clamp_min(1)
 
 
+def to_json(metrics: Metrics) -> str:
+    """One line of JSON; NaN and infinity become null."""
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Replaces a text file at once or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 class Tracker(Protocol):
     """A place that takes one row of numbers a step."""
 
     def log(self, metrics: Metrics) -> None:
         """Writes the numbers of one step."""
+        ...
+
+    def rewind(self, rows: Sequence[Metrics]) -> None:
+        """Takes back all but these rows."""
         ...
 
     def close(self) -> None:
@@ -151,13 +167,18 @@ class JsonlTracker:
     """metrics.jsonl: one JSON object a step, flushed as it is written; NaN and infinity become null."""
 
     def __init__(self, path: Path):
-        self.file = path.open("a")
+        self.path, self.file = path, path.open("a")
 
     def log(self, metrics: Metrics) -> None:
         """Appends one line."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        self.file.write(to_json(metrics) + "\n")
         self.file.flush()
+
+    def rewind(self, rows: Sequence[Metrics]) -> None:
+        """Leaves these rows alone in the file."""
+        self.file.close()
+        write_aside(self.path, "".join(to_json(row) + "\n" for row in rows))
+        self.file = self.path.open("a")
 
     def close(self) -> None:
         """Closes the file."""
@@ -168,9 +189,19 @@ class TensorBoardTracker:
     """Event files in run_dir/tensorboard."""
 
     def __init__(self, run_dir: Path, step: int):
+        self.run_dir = run_dir
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        """Starts a file that hides what others hold of later steps."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+
+    def rewind(self, rows: Sequence[Metrics]) -> None:
+        """Goes on after the last of these rows."""
+        self.writer.close()
+        self._open(rows[-1]["step"] if rows else 0)
 
     def log(self, metrics: Metrics) -> None:
         """Writes every number as a scalar."""
@@ -194,6 +225,9 @@ class ModuleTracker:
         """Sends every number."""
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
         self.module.log(numbers, step=metrics["step"])
+
+    def rewind(self, rows: Sequence[Metrics]) -> None:
+        """Nothing: what was sent stays, and steps that were seen before are dropped there."""
 
     def close(self) -> None:
         """Ends the run there."""

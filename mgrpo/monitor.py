@@ -55,13 +55,17 @@ class Monitor:
                 f"policy and momentum elect the same answer for {agreement:.0%} of the prompts, "
                 f"at their best {self.best_agreement:.0%}"
             )
+        if (retention := row.get("retention")) is not None and retention < 1 - c.retention_drop:
+            reasons.append(f"{1 - retention:.0%} of the answers that the model was sure of at the start have changed")
         if self.probe is not None and self.best_probe is not None and self.probe < self.best_probe - c.probe_drop:
             reasons.append(f"probe accuracy fell to {self.probe:.2f} from {self.best_probe:.2f}")
         return reasons
 
-    def good_before(self) -> int | None:
-        """Last step that is surely sound: two windows before the first alarm; None while there was none."""
-        return None if self.first_alarm is None else self.first_alarm - 2 * self.config.window
+    def good_before(self) -> int:
+        """Newest step that is surely sound: two windows before the first alarm, or before now while there was none."""
+        newest = self.recent[-1]["step"] if self.recent else 0
+        margin = max(2 * self.config.window, self.config.retention_every)
+        return max((newest if self.first_alarm is None else self.first_alarm) - margin, 0)
 
 
 def _means(rows: Sequence[Metrics]) -> Metrics:

@@ -76,6 +76,12 @@ class Progress:
             self.console.print(f"[bold red]collapse alarm at step {row['step']}:[/] {escape('; '.join(row['alarm']))}")
         self.alarmed = bool(row["alarm"])
 
+    def rewind(self, step: int, message: str) -> None:
+        """Says why the run goes on from an earlier step."""
+        self.console.print(f"[bold]{escape(message)}[/]", soft_wrap=True)
+        self.start, self.first_step = time.monotonic(), step
+        self.live.update(self.task, completed=step)
+
     def show_samples(self, samples: list[dict[str, Any]]) -> None:
         """Shows sampled rollouts as a table."""
         table = Table(title=f"rollouts of step {samples[0]['step']}", title_justify="left")

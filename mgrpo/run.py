@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 
 from mgrpo import checkpoint
 from mgrpo.config import Config, ConfigError, flag, from_dict, to_dict
-from mgrpo.metrics import Metrics, StorageError, make_trackers, read_metrics
+from mgrpo.metrics import Metrics, StorageError, make_trackers, read_metrics, to_json, write_aside
 from mgrpo.monitor import Monitor
 from mgrpo.plan import refuse_distributed, refuse_used_directory
 from mgrpo.policy import pick_backend, pick_device
@@ -37,6 +37,7 @@ STORAGE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
 }
+MAX_FAULTS = 20
 KILLED = 130  # exit code of a second signal, which saves nothing
 
 
@@ -73,60 +74,146 @@ def _train(trainer: Trainer, run_dir: Path) -> Exit:
     config = trainer.config
     rows = resume(trainer, run_dir) if config.resume else []
     write_aside(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
-    trackers = make_trackers(config, run_dir, trainer.step)
-    monitor, interrupt = Monitor(config.monitor, num_prompts=config.rollout.prompts), Interrupt()
-    for row in rows:
-        monitor.observe(row)
     last_step = min(config.stop_after or config.steps, config.steps)
-    outcome, saved, checkpoint_s = Exit.DONE, trainer.step, None
-    with Progress(config, run_dir, trainer.step, last_step) as progress, interrupt.handled():
-        for row in steps(trainer, last_step, run_dir):
-            row["alarm"], row["time_checkpoint_s"] = monitor.observe(row) or None, checkpoint_s
-            for tracker in trackers:
-                tracker.log(row)
-            rows.append(row)
+    outcome, interrupt = Exit.DONE, Interrupt()
+    with (
+        Session(trainer, run_dir, rows) as session,
+        Progress(config, run_dir, trainer.step, last_step) as progress,
+        interrupt.handled(),
+    ):
+        while outcome is Exit.DONE and trainer.step < last_step:
+            row = session.take_step()
             progress.show(row)
             write_samples(trainer, run_dir, progress)
+            if row["alarm"] and config.monitor.on_collapse == "rollback" and (message := session.roll_back()):
+                progress.rewind(trainer.step, f"{message}: {'; '.join(row['alarm'])}")
+                continue
             outcome = _outcome(trainer, row, interrupt.asked and trainer.step < last_step)
-            checkpoint_s = None
             if outcome or trainer.step == last_step or _due(config.checkpoint.every, trainer.step):
-                start = time.perf_counter()
-                checkpoint.save_checkpoint(run_dir, trainer.step, trainer.save)
-                saved, checkpoint_s = trainer.step, time.perf_counter() - start
-                best = best_steps(rows, checkpoint.list_checkpoints(run_dir), monitor, config.checkpoint.keep_best)
-                checkpoint.prune_checkpoints(run_dir, keep_last=config.checkpoint.keep_last, best=best)
-            if outcome:
-                break
-        for tracker in trackers:
-            tracker.close()
-        report = write_report([run_dir]) if rows else None
-        progress.end(outcome, saved, report)
+                session.save()
+        session.writer.wait()
+        report = write_report([run_dir]) if session.rows else None
+        progress.end(outcome, session.writer.saved or trainer.step, report)
     return outcome
-
-
-def steps(trainer: Trainer, last_step: int, run_dir: Path) -> Iterator[Metrics]:
-    """The steps; where the engine dies in one, a checkpoint of the step before, which nothing has touched."""
-    whole = 0
-    try:
-        for row in trainer.train(last_step):
-            whole = trainer.step
-            yield row
-    except StaleWeightsError:
-        raise
-    except EngineError as error:
-        if not trainer.step == whole > 0:
-            raise
-        checkpoint.save_checkpoint(run_dir, trainer.step, trainer.save)
-        raise EngineError(f"{error} Step {trainer.step} is saved: go on with --resume.") from error
 
 
 def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:
     """Whether the run has to end after this step."""
     if trainer.learner.nonfinite_in_row >= trainer.config.optim.max_nonfinite:
         return Exit.NON_FINITE
-    if row["alarm"] and trainer.config.monitor.on_collapse == "stop":
+    if row["alarm"] and trainer.config.monitor.on_collapse != "warn":
         return Exit.COLLAPSE
     return Exit.INTERRUPTED if interrupted else Exit.DONE
+
+
+class Session:
+    """What the steps of a run leave behind: rows of metrics, checkpoints, and the way back to a good one.
+
+    A context manager: leaving it waits for the checkpoint in progress and closes the trackers.
+    """
+
+    def __init__(self, trainer: Trainer, run_dir: Path, rows: list[Metrics]):
+        self.trainer, self.run_dir, self.rows = trainer, run_dir, rows
+        self.config = trainer.config
+        self.first_step = trainer.step  # of this process
+        self.monitor = make_monitor(self.config, rows)
+        self.trackers = make_trackers(self.config, run_dir, trainer.step)
+        self.writer = checkpoint.Writer(run_dir, background=self.config.checkpoint.background)
+        self.checkpoint_s: float | None = None  # what the last step's checkpoint held training up
+        if self.config.monitor.on_collapse == "rollback" and trainer.step == 0:
+            self.save()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.writer.__exit__(kind, error, trace)
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+
+    def take_step(self) -> Metrics:
+        """One step, its metrics logged and judged."""
+        self.writer.check()
+        before = self.trainer.step
+        try:
+            row = self.trainer.train_step()
+        except StaleWeightsError:
+            raise
+        except EngineError as error:
+            if before == self.first_step:
+                raise
+            # The engine died before anything changed: this is the state after the last whole step.
+            self.save()
+            self.writer.wait()
+            raise EngineError(f"{error} Step {before} is saved: go on with --resume.") from error
+        row["alarm"], row["time_checkpoint_s"] = self.monitor.observe(row) or None, self.checkpoint_s
+        self.checkpoint_s = None
+        for tracker in self.trackers:
+            tracker.log(row)
+        self.rows.append(row)
+        if self.trainer.fault:
+            write_fault(self.run_dir, self.trainer.fault)
+        return row
+
+    def save(self) -> None:
+        """Starts a checkpoint of this step."""
+        start, c, step = time.perf_counter(), self.config.checkpoint, self.trainer.step
+        steps = [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(self.run_dir)]
+        steps = sorted({*steps, step})
+        best = best_steps(self.rows, steps, self.monitor, c.keep_best)
+        if self.config.monitor.on_collapse == "rollback":
+            best += [step for step in steps if step <= self.monitor.good_before()][-1:]
+        write = self.trainer.snapshot() if c.background else self.trainer.save
+        self.writer.save(step, write, keep_last=c.keep_last, best=best)
+        self.checkpoint_s = time.perf_counter() - start
+
+    def roll_back(self) -> str | None:
+        """Goes back to the last good checkpoint, on which other prompts follow, and says so; None where it can not.
+
+        Weights, momentum, optimiser and metrics are those of the checkpoint; the sampler stays where it is, so that
+        the prompts that led here are not met again before the next epoch.
+        """
+        trainer, monitor = self.trainer, self.config.monitor
+        self.writer.wait()
+        found, _ = checkpoint.newest_valid(self.run_dir, up_to=self.monitor.good_before())
+        if found is None or trainer.rollbacks >= monitor.max_rollbacks:
+            return None
+        alarm_step, rollbacks, place = trainer.step, trainer.rollbacks + 1, trainer.sampler.state_dict()
+        trainer.restore(found)
+        trainer.rollbacks = rollbacks
+        trainer.sampler.load_state_dict(place)
+        for folder in reversed(checkpoint.list_checkpoints(self.run_dir)):
+            if checkpoint.step_of(folder) > trainer.step:
+                shutil.rmtree(folder)
+        dropped = [row for row in self.rows if row["step"] > trainer.step]
+        self.rows[:] = [row for row in self.rows if row["step"] <= trainer.step]
+        with (self.run_dir / "rolled_back.jsonl").open("a") as file:
+            file.writelines(to_json(row) + "\n" for row in dropped)
+        for tracker in self.trackers:
+            tracker.rewind(self.rows)
+        self.monitor = make_monitor(self.config, self.rows)
+        self.save()  # so that a run that is killed now does not go the same way again
+        return f"rollback {rollbacks} of {monitor.max_rollbacks}, from step {alarm_step} to {trainer.step}"
+
+
+def make_monitor(config: Config, rows: list[Metrics]) -> Monitor:
+    """A monitor that has seen the rows."""
+    monitor = Monitor(config.monitor, num_prompts=config.rollout.prompts)
+    for row in rows:
+        monitor.observe(row)
+    return monitor
+
+
+def write_fault(run_dir: Path, fault: dict[str, Any]) -> None:
+    """Writes what is known of a step that was not finite to faults/step_N.json, of the first few such steps."""
+    folder = run_dir / "faults"
+    folder.mkdir(exist_ok=True)
+    if len(list(folder.iterdir())) < MAX_FAULTS:
+        write_aside(folder / f"step_{fault['step']}.json", json.dumps(fault, indent=1))
 
 
 def _due(every: int, step: int) -> bool:
@@ -194,6 +281,7 @@ def storage_errors() -> Iterator[None]:
 
 def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
     """Restores the newest valid checkpoint and cuts metrics.jsonl back to it; returns the rows before."""
+    checkpoint.sweep(run_dir)
     folder, complaints = checkpoint.newest_valid(run_dir)
     for complaint in complaints.values():
         print(f"resume: skipped {complaint}")
@@ -209,20 +297,12 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
             f"resume: {run_dir} must hold the config.json that it was started with, got none. Put it back."
         )
     trainer.restore(folder)
-    checkpoint.sweep(run_dir)
     for damaged in complaints:  # out of the way, so that it never takes the place of a sound one
         damaged.rename(damaged.with_name("damaged_" + damaged.name))
     rows = read_metrics(run_dir / "metrics.jsonl", up_to=trainer.step)
-    write_aside(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_aside(run_dir / "metrics.jsonl", "".join(to_json(row) + "\n" for row in rows))
     print(f"resume: step {trainer.step} of {trainer.config.steps}, weights, optimiser and sampler from {folder}")
     return rows
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Replaces a text file at once or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 def resumed_config(run_dir: Path) -> Config | None:
@@ -258,15 +338,14 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
             yield prefix + key, old, new
 
 
-def best_steps(rows: list[Metrics], folders: list[Path], monitor: Monitor, keep: int) -> list[int]:
-    """Steps of the best checkpoints: by probe accuracy, or without a probe the newest from well before an alarm."""
-    steps = [checkpoint.step_of(folder) for folder in folders]
+def best_steps(rows: list[Metrics], steps: list[int], monitor: Monitor, keep: int) -> list[int]:
+    """Steps of the best checkpoints: by probe accuracy, or without a probe the newest that is surely sound."""
     probe = {row["step"]: row["probe_accuracy_policy"] for row in rows if row.get("probe_accuracy_policy") is not None}
     if probe:
         judged = [step for step in steps if step in probe]
         return sorted(judged, key=lambda step: (probe[step], step))[-keep:] if keep else []
     sound = monitor.good_before()
-    return [step for step in steps if sound is not None and step <= sound][-keep:] if keep else []
+    return [step for step in steps if step <= sound][-keep:] if keep else []
 
 
 def write_samples(trainer: Trainer, run_dir: Path, progress: Progress) -> None:

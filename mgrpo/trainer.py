@@ -31,6 +31,7 @@ from mgrpo.momentum import Momentum
 from mgrpo.objective import Batch, group_advantage
 from mgrpo.policy import LoadedModel, borrowed_weights, load_model, load_weights, save_model
 from mgrpo.prompts import load_prompts, require_answers
+from mgrpo.retention import Retention
 from mgrpo.reward import Evidence, reward
 from mgrpo.rollout.checked import CheckedEngine
 from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source
@@ -44,6 +45,7 @@ from mgrpo.voting import filter_trajectories, first_of_class, vote
 # After the first loads an engine is compared with the trainer at every step; later now and then.
 PARITY_STEPS = 2
 PARITY_ROWS = 8
+MAX_FAULT_ROWS = 64  # trajectories written of a step that was not finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,10 @@ class Trainer:
         self.momentum = Momentum(self.model, config.momentum, seed=config.seed, kernels=config.kernels, publish=publish)
         self.learner = Learner(config, self.loaded, self.momentum, self.scorer)
         self.initial = self._copy_initial() if needs_initial(config) else None
+        self.retention = Retention(config.monitor, num_prompts=config.rollout.prompts)
         self.step = 0
+        self.rollbacks = 0
+        self.fault: dict[str, Any] | None = None  # what is known of the newest step, if it was not finite
         self.samples: list[dict[str, Any]] = []  # of the newest sampled step
 
     @property
@@ -106,6 +111,11 @@ class Trainer:
         try:
             with timer("rollout"):
                 trajectories = self.roll_out(prompts, timer)
+            with timer("monitor"):
+                greedy = self.answer_greedily(self.retention.asks(self.step, [prompt.index for prompt in prompts]))
+            if isinstance(self.engine, CheckedEngine):
+                with timer("publish"):
+                    self.engine.sleep()
         except EngineError:
             # Nothing has changed yet: the state is that of the step before, and can be saved.
             self.step -= 1
@@ -125,10 +135,13 @@ class Trainer:
                 ref_logprob=scores.ref_logprob,
             )
             update_metrics = self.learner.update(trajectories, batch, outcome.trains, timer)
+        self.fault = self._describe_faults(prompts, trajectories, scores, outcome) if self.learner.faults else None
         metrics: Metrics = dict.fromkeys(KEYS) | {"step": self.step, **outcome_metrics(outcome), **update_metrics}
         metrics["kl"] = metrics["kl"] if scores.ref_logprob is not None else None
         metrics["kl_initial"] = scores.kl_initial
         metrics |= parity
+        metrics["rollbacks"] = self.rollbacks
+        metrics["retention"] = self.watch_retention(prompts, greedy, outcome)
         if isinstance(self.engine, CheckedEngine | EnginePair):
             metrics |= {"kv_cache_usage": self.engine.kv_cache_usage, "redrawn": self.engine.redrawn}
         metrics["logprob_gap"] = mean(
@@ -162,10 +175,25 @@ class Trainer:
                     with timer("publish"):
                         self.publish(source)
                     found[source] = self._generate(ids, n, source, timer)
-        if isinstance(self.engine, CheckedEngine):
-            with timer("publish"):
-                self.engine.sleep()
         return join(ids, found["policy"], found.get("momentum"))
+
+    def answer_greedily(self, indices: Sequence[int]) -> list[str | None]:
+        """Answers of the policy that the engine holds to prompts, one each without chance; None where there is none."""
+        if not indices:
+            return []
+        prompts = [self.data.prompts[i].ids for i in indices]
+        sampling = Sampling(temperature=0.0, max_new_tokens=self.config.rollout.max_new_tokens)
+        rollouts = self.engine.generate(prompts, 1, sampling, source="policy", version=self.version)
+        responses = [rollouts.response(row) for row in range(len(prompts))]
+        return [self.extract(t) for t in self.loaded.tokenizer.batch_decode(responses, skip_special_tokens=True)]
+
+    def watch_retention(self, prompts: Sequence[Prompt], greedy: list[str | None], outcome: Outcome) -> float | None:
+        """Remembers sure answers in the first steps; later the share of them that is left, where it was asked for."""
+        if self.step <= self.retention.last_collected:
+            shares, batch = outcome.vote.share.tolist(), [prompt.index for prompt in prompts]
+            self.retention.collect(batch, greedy, outcome.labels, shares, self.checker)
+            return None
+        return self.retention.measure(greedy, self.checker) if greedy else None
 
     @torch.no_grad()
     def score(self, trajectories: Trajectories) -> Scores:
@@ -320,22 +348,43 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Writes everything that the next step depends on into a checkpoint folder."""
-        tokenizer = self.loaded.tokenizer
-        save_model(folder / "policy", self.model, self.model.state_dict(), tokenizer)
-        save_model(folder / "momentum", self.model, self.momentum.state_dict(), tokenizer)
+        self._make_writer(lambda tensors: tensors)(folder)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copies everything that the next step depends on, on the host; the result writes it, from any thread."""
+        return self._make_writer(checkpoint.copy_tensors)
+
+    def _make_writer(self, take: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable:
+        """`save` of what `take` makes of the tensors of this moment."""
+        model, tokenizer = self.model, self.loaded.tokenizer
+        weights = {"policy": take(model.state_dict()), "momentum": take(self.momentum.state_dict())}
+        tensors = {"optimizer": take(checkpoint.optimizer_tensors(self.learner.optimizer, self.learner.names))}
         if self.momentum.compensation:
-            save_file(self.momentum.compensation, folder / "momentum_compensation.safetensors")
-        checkpoint.save_optimizer(folder / "optimizer.safetensors", self.learner.optimizer, self.learner.names)
-        state = {
-            "step": self.step,
-            "optimizer_step": self.learner.step,
-            "nonfinite_steps": self.learner.nonfinite_steps,
-            "nonfinite_in_row": self.learner.nonfinite_in_row,
-            "sampler": self.sampler.state_dict(),
-            "fingerprint": self.data.fingerprint,
-            "rng": checkpoint.rng_state(),
-        }
-        (folder / "state.json").write_text(json.dumps(state))
+            tensors["momentum_compensation"] = take(self.momentum.compensation)
+        state = json.dumps(
+            {
+                "step": self.step,
+                "optimizer_step": self.learner.step,
+                "nonfinite_steps": self.learner.nonfinite_steps,
+                "nonfinite_in_row": self.learner.nonfinite_in_row,
+                "sampler": self.sampler.state_dict(),
+                "retention": self.retention.state_dict(),
+                "rollbacks": self.rollbacks,
+                "fingerprint": self.data.fingerprint,
+                "rng": checkpoint.rng_state(),
+            }
+        )
+
+        def write(folder: Path) -> None:
+            for source, values in weights.items():
+                save_model(folder / source, model, values, tokenizer)
+            for name, values in tensors.items():
+                save_file(
+                    {key: value.cpu().contiguous() for key, value in values.items()}, folder / f"{name}.safetensors"
+                )
+            (folder / "state.json").write_text(state)
+
+        return write
 
     def restore(self, folder: Path) -> None:
         """Restores what `save` wrote; raises CheckpointError where the data set is another one."""
@@ -360,6 +409,8 @@ class Trainer:
         self.learner.nonfinite_steps = state["nonfinite_steps"]
         self.learner.nonfinite_in_row = state["nonfinite_in_row"]
         self.sampler.load_state_dict(state["sampler"])
+        self.retention.load_state_dict(state["retention"])
+        self.rollbacks = state["rollbacks"]
         checkpoint.set_rng_state(state["rng"])
 
     def _longest(self) -> int:
@@ -415,6 +466,39 @@ class Trainer:
     def _copy_initial(self) -> dict[str, torch.Tensor]:
         """A copy of the starting weights, in the precision of forward passes."""
         return {name: p.detach().to(self.loaded.dtype, copy=True) for name, p in self.model.named_parameters()}
+
+    def _describe_faults(
+        self, prompts: Sequence[Prompt], t: Trajectories, scores: Scores, o: Outcome
+    ) -> dict[str, Any]:
+        """What helps to find out why optimiser steps were not finite: their trajectories, the suspect ones first."""
+        group = o.keep.shape[1]
+        sound = (scores.old_logprob.isfinite() & t.rollout_logprob.isfinite() | ~t.mask).all(1)
+        sound &= (o.rewards.isfinite() & o.advantage.isfinite()).flatten()
+        rows = sorted({row for fault in self.learner.faults for row in fault.rows}, key=lambda row: bool(sound[row]))
+        rows = rows[:MAX_FAULT_ROWS]
+        return {
+            "step": self.step,
+            "optimizer_steps": [
+                {"optimizer_step": f.optimizer_step, "loss": str(f.loss), "grad_norm": str(f.grad_norm)}
+                for f in self.learner.faults
+            ],
+            "trajectories": [
+                {
+                    "prompt": prompts[row // group].text,
+                    "source": "momentum" if row % group >= o.num_policy else "policy",
+                    "response": response,
+                    "tokens": t.response(row),
+                    "finite": bool(sound[row]),
+                    "old_logprob": str(scores.old_logprob[row, t.mask[row]].tolist()),
+                    "rollout_logprob": str(t.rollout_logprob[row, t.mask[row]].tolist()),
+                    "reward": str(float(o.rewards[row // group, row % group])),
+                    "advantage": str(float(o.advantage[row // group, row % group])),
+                }
+                for row, response in zip(
+                    rows, self.loaded.tokenizer.batch_decode([t.response(row) for row in rows]), strict=True
+                )
+            ],
+        }
 
     def _collect_samples(self, prompts: Sequence[Prompt], t: Trajectories, o: Outcome) -> list[dict[str, Any]]:
         """Rollouts of the first --log.samples prompts, as rows."""

@@ -117,6 +117,8 @@ class BaseArgs:
     """Probability that a partial result of a demonstration is wrong."""
     copy_operands: bool = True
     """Whether demonstrations copy the operands beside each partial result."""
+    guess: tuple[int, ...] = ()
+    """Operand counts whose demonstrations guess: an answer at random and no partial results."""
     steps: int = 2500
     """Optimiser steps."""
     batch: int = 192
@@ -148,7 +150,10 @@ def make_base(args: BaseArgs) -> None:
         rows = []
         for i in range(args.batch):
             problem = make_problem(rng, args.operands[i % len(args.operands)])
-            response = demonstrate(problem, rng, error_rate=args.error_rate, copy_operands=args.copy_operands)
+            if problem.operands in args.guess:
+                response = f"#{rng.randrange(100):02d}"
+            else:
+                response = demonstrate(problem, rng, error_rate=args.error_rate, copy_operands=args.copy_operands)
             rows.append((tokenizer.encode(problem.prompt), [*tokenizer.encode(response), tokenizer.eos_token_id]))
         width = max(len(prompt) + len(response) for prompt, response in rows)
         tokens = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])

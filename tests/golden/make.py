@@ -22,6 +22,7 @@ from mgrpo.config import (
     KernelsConfig,
     LogConfig,
     MomentumConfig,
+    MonitorConfig,
     ObjectiveConfig,
     OptimConfig,
 )
@@ -53,6 +54,7 @@ def make_config(backend: str = "reference") -> Config:
         eval=EvalConfig(every=0),
         log=LogConfig(backends=(), kl_initial_every=1),
         kernels=KernelsConfig(backend=backend),
+        monitor=MonitorConfig(retention_every=0),
     )
 
 

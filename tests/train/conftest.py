@@ -34,6 +34,7 @@ SMALL: dict[str, Any] = {
     "eval.every": 0,
     "log.backends": (),
     "log.kl_initial_every": 0,
+    "monitor.retention_every": 0,
 }
 
 

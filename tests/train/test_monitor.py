@@ -19,6 +19,7 @@ CALM = {
 def feed(rows: list[dict], *, num_prompts: int = 16, **config: float) -> tuple[list[list[str]], Monitor]:
     """Reasons of each row; steps count from 1."""
     limits = dict(agreement_drop=0.25, top_answer_share=0.3, unparseable_share=0.5, length_change=2.0, probe_drop=0.1)
+    limits["retention_every"] = 0
     monitor = Monitor(MonitorConfig(window=4, **limits | config), num_prompts=num_prompts)
     return [monitor.observe({"step": step, **row}) for step, row in enumerate(rows, 1)], monitor
 
@@ -33,7 +34,7 @@ def test_chance_agreement_of_two_prompts_is_no_alarm():
 def test_silent_in_a_calm_run():
     reasons, monitor = feed([CALM] * 20)
     assert reasons == [[]] * 20
-    assert monitor.good_before() is None
+    assert monitor.good_before() == 20 - 8
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,14 @@ def test_a_falling_probe_alarms_against_its_best():
     assert reasons[:-1] == [[]] * 10
     assert reasons[-1] == ["probe accuracy fell to 0.49 from 0.60"]
     assert monitor.good_before() == 11 - 8
+
+
+def test_answers_that_change_alarm_at_once():
+    """Retention is measured now and then, over a whole set of prompts: no window averages it."""
+    rows = [CALM] * 6 + [CALM | {"retention": 0.881}, CALM, CALM | {"retention": 0.87}, CALM]
+    reasons, monitor = feed(rows, retention_every=20)
+    assert reasons == [[]] * 8 + [["13% of the answers that the model was sure of at the start have changed"], []]
+    assert monitor.good_before() == 0
 
 
 def test_no_momentum_rollouts_no_agreement_to_lose():

@@ -225,18 +225,18 @@ def test_the_retake_of_damaged_steps_is_the_straight_run(resume, run_of_two, tmp
 def test_a_damaged_checkpoint_never_crowds_out_a_sound_one(launch, resume, run_of_two, monkeypatch):
     flip_a_byte(run_of_two / "checkpoints" / "step_2" / "state.json")
     shutil.copytree(run_of_two / "checkpoints" / "step_2", run_of_two / "checkpoints" / "step_3")
-    save = Trainer.save
+    snapshot = Trainer.snapshot
 
-    def die(trainer, folder):
+    def die(trainer):
         if trainer.step == 3:
             raise KeyboardInterrupt
-        save(trainer, folder)
+        return snapshot(trainer)
 
-    monkeypatch.setattr(Trainer, "save", die)
+    monkeypatch.setattr(Trainer, "snapshot", die)
     flags = ["--stop-after", "4", "--checkpoint.keep-last", "1", "--checkpoint.keep-best", "0"]
     with pytest.raises(KeyboardInterrupt):
         resume(*flags)
-    monkeypatch.setattr(Trainer, "save", save)
+    monkeypatch.setattr(Trainer, "snapshot", snapshot)
     assert resume(*flags) == 0
 
 
