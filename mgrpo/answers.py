@@ -264,7 +264,7 @@ class AnswerChecker:
 
     Args:
         mode: `exact` (equal canonical forms only) or `math`.
-        timeout_s: wall-clock limit of one pair in a worker, in seconds, above 0.
+        timeout_s: limit of one pair in a worker, in seconds of processor time, above 0.
         num_workers: worker processes, at least 1; they start when first needed. `group_classes` uses all of them.
 
     Attributes:

@@ -72,7 +72,7 @@ class AnswerConfig:
     equivalence: Literal["math", "exact"] = "math"
     """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
     timeout_s: float = 5.0
-    """Time limit of one math-verify comparison; past it the two answers count as different."""
+    """Limit of one math-verify comparison in seconds of processor time; past it two answers count as different."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,6 +421,10 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "monitor.unparseable_share": (0, 1, False, True),
     "monitor.length_change": (1, math.inf, False, False),
     "monitor.probe_drop": (0, 1, False, True),
+    "monitor.retention_drop": (0, 1, False, True),
+    "monitor.retention_prompts": (1, math.inf, True, False),
+    "monitor.retention_every": (0, math.inf, True, False),
+    "monitor.max_rollbacks": (0, math.inf, True, False),
 }
 
 

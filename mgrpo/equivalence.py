@@ -26,21 +26,31 @@ from typing import Any, BinaryIO
 
 MEMORY_LIMIT_BYTES = 2 << 30
 STARTUP_LIMIT_S = 120.0
+# A worker that gets less than this share of a processor counts as hung.
+LEAST_CPU_SHARE = 1 / 20
+LEAST_HANG_S = 30.0
 
 
 class WorkerError(RuntimeError):
     """A worker process died, or could not decide, on a pair."""
 
 
+class _LostError(Exception):
+    """A worker process is gone, or does not answer."""
+
+
 class EquivalenceWorker:
     """One worker process, started at the first pair and replaced whenever it is lost. Not for two threads at once.
 
     Args:
-        timeout_s: wall-clock limit of one pair in seconds, above 0. Starting the process does not count.
+        timeout_s: limit of one pair in seconds of processor time, above 0: a busy machine changes no verdict. Starting
+            the process does not count.
+        hang_s: limit of one pair in seconds of the clock, for a worker that waits for ever or is stopped.
     """
 
-    def __init__(self, *, timeout_s: float) -> None:
+    def __init__(self, *, timeout_s: float, hang_s: float | None = None) -> None:
         self._timeout_s = timeout_s
+        self._hang_s = max(timeout_s / LEAST_CPU_SHARE, LEAST_HANG_S) if hang_s is None else hang_s
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -52,20 +62,20 @@ class EquivalenceWorker:
         """verify(first, second) or verify(second, first).
 
         Raises:
-            TimeoutError: the limit passed; the process is killed.
-            WorkerError: the process died on the pair twice, or ran out of memory or stack.
+            TimeoutError: the limit passed; the process is gone.
+            WorkerError: the process died or hung on the pair twice, or ran out of memory or stack.
             ImportError: math-verify is not installed, or does not load.
         """
         try:
             try:
                 return self._exchange(first, second)
-            except (BrokenPipeError, EOFError):
-                # The process may have been lost while idle, which says nothing about this pair.
+            except _LostError:
+                # It may have been killed or stopped from outside, which says nothing about this pair.
                 self.close()
                 return self._exchange(first, second)
-        except (BrokenPipeError, EOFError) as error:
+        except _LostError as error:
             self.close()
-            raise WorkerError(f"the worker process died on {first!r} and {second!r}") from error
+            raise WorkerError(f"the worker process {error} on {first!r} and {second!r}") from error
         except WorkerError:
             raise
         except BaseException:
@@ -88,8 +98,15 @@ class EquivalenceWorker:
         """Sends one pair and returns the verdict."""
         process = self._process or self._start()
         assert process.stdin is not None
-        process.stdin.write(_pack([first, second]))
-        reply = _receive(process, self._timeout_s)
+        try:
+            process.stdin.write(_pack([first, second]))
+            reply = _receive(process, self._hang_s)
+        except TimeoutError as error:
+            raise _LostError("hung") from error
+        except (BrokenPipeError, EOFError) as error:
+            if process.wait() == -signal.SIGPROF:
+                raise TimeoutError(f"no verdict within {self._timeout_s} s of processor time") from error
+            raise _LostError("died") from error
         if "error" in reply:
             raise WorkerError(f"math-verify failed on {first!r} and {second!r}: {reply['error']}")
         return reply["equivalent"]
@@ -99,7 +116,7 @@ class EquivalenceWorker:
         # -P keeps this folder, whose files may be named like standard modules, off the worker's path. A fixed hash
         # seed fixes the order of SymPy's sets, and with it the verdicts.
         self._process = process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(self._timeout_s)],
+            [sys.executable, "-P", __file__, str(self._timeout_s), str(self._hang_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -147,10 +164,11 @@ def _receive(process: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]
         return json.loads(read(size))
 
 
-def serve(timeout_s: float) -> None:
+def serve(timeout_s: float, hang_s: float) -> None:
     """Answers pairs from standard input until it closes, which it does when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for limit in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(limit, signal.SIG_DFL)
     requests = sys.stdin.buffer
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     # Whatever the libraries print must not end up between the messages.
@@ -165,12 +183,14 @@ def serve(timeout_s: float) -> None:
         return
     replies.write(_pack({"ready": True}))
     while (pair := _read_request(requests)) is not None:
-        # The default action of the alarm ends the process, so a pair that hangs cannot outlive a dead parent.
-        signal.setitimer(signal.ITIMER_REAL, timeout_s + 1)
+        # The default action of both ends the process: at the limit, and where it waits on after a dead parent.
+        signal.setitimer(signal.ITIMER_PROF, timeout_s)
+        signal.setitimer(signal.ITIMER_REAL, hang_s + 1)
         try:
             reply = {"equivalent": compare(*pair)}
         except Exception as error:
             reply = {"error": type(error).__name__}
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(_pack(reply))
 
@@ -222,4 +242,4 @@ def _load_comparison() -> Callable[[str, str], bool]:
 
 
 if __name__ == "__main__":
-    serve(float(sys.argv[1]))
+    serve(float(sys.argv[1]), float(sys.argv[2]))

@@ -97,6 +97,8 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     with _loading(config.path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if not config.trust_remote_code:
+        _refuse_code(config.path, tokenizer, model_config)
     try:
         generation_config = GenerationConfig.from_pretrained(path)
     except OSError:  # many folders have none
@@ -118,6 +120,17 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         context_length=context_length(model_config),
         model_config=model_config,
     )
+
+
+def _refuse_code(path: str, tokenizer: Any, model_config: PretrainedConfig) -> None:
+    """Raises InputError for a folder that names code of its own, which transformers may ignore or may ask about."""
+    holders = {"tokenizer_config.json": tokenizer.init_kwargs, "config.json": model_config.to_dict()}
+    for file, holder in holders.items():
+        if code := holder.get("auto_map"):
+            raise InputError(
+                f"model: {file} of {path} must name no code of its own, got auto_map {code}. "
+                "Remove it, or set --model.trust-remote-code after reading that code."
+            )
 
 
 def load_model(config: ModelConfig) -> LoadedModel:

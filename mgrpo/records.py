@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-READ_CHUNK = 1024
+# What a data set may hold, so that no file can fill the memory: bytes of one record, and of all that is read of a file.
+MAX_RECORD_BYTES = 4 << 20
+MAX_TEXT_BYTES = 1 << 30
+READ_CHUNK = 64  # rows of a parquet file
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Bounded digits: a slip of the finger cannot ask for a billion operands.
 ARITHMETIC = re.compile(r"arithmetic:([0-9]{1,9}):([0-9]{1,2})(?:-([0-9]{1,2}))?:([0-9]{1,18})")
@@ -153,10 +156,30 @@ def _parse_json(text: str, path: Path, first_line: int, remedy: str) -> Any:
         raise InputError(f"{path}:{line}: not valid JSON: {reason}. {remedy}") from error
 
 
+def _too_large(what: str, limit: int) -> InputError:
+    """The error for data beyond a limit."""
+    return InputError(f"{what} must have at most {limit >> 20} MiB, got more. Split or shorten the data.")
+
+
+def _read_whole(path: Path) -> bytes:
+    """The bytes of a file that is parsed as one."""
+    with path.open("rb") as file:
+        content = file.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise _too_large(str(path), MAX_TEXT_BYTES)
+    return content
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Reads one JSON value a line; blank lines are allowed."""
+    total = 0
     with path.open("rb") as file:
-        for line, raw in enumerate(file, 1):
+        for line, raw in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES + 1), b""), 1):
+            if len(raw) > MAX_RECORD_BYTES:
+                raise _too_large(f"{path}:{line}: line", MAX_RECORD_BYTES)
+            total += len(raw)
+            if total > MAX_TEXT_BYTES:
+                raise _too_large(str(path), MAX_TEXT_BYTES)
             text = _decode(raw, path, line).rstrip()
             if text:
                 yield f":{line}", _parse_json(text, path, line, "Each line must be one whole JSON object.")
@@ -165,7 +188,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Reads the list at the top of a JSON file, under `data`, or under the only key that holds a list."""
     remedy = "Write a list of objects, or one object a line in a .jsonl file."
-    content = _parse_json(_decode(path.read_bytes(), path), path, 1, remedy)
+    content = _parse_json(_decode(_read_whole(path), path), path, 1, remedy)
     if isinstance(content, dict):
         lists = {key: value for key, value in content.items() if isinstance(value, list)}
         if "data" in lists:
@@ -183,7 +206,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     """Reads comma-separated rows under a header; a row's position is its first line."""
-    reader = csv.reader(io.StringIO(_decode(path.read_bytes(), path), newline=""), strict=True)
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    reader = csv.reader(io.StringIO(_decode(_read_whole(path), path), newline=""), strict=True)
     header: list[str] = []
     line = 1
     try:
@@ -210,17 +234,48 @@ def _read_parquet(path: Path, keys: list[str]) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    position = 0
+    position = total = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            leaves = [file.schema.column(i) for i in range(len(file.schema))]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        # A text that comes again and again is kept once, so that its copies can be counted before they are made.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             columns = _choose_columns(file.schema_arrow.names, keys)
+            if _declared_bytes(file.metadata, columns) > MAX_TEXT_BYTES:
+                raise _too_large(str(path), MAX_TEXT_BYTES)
             for batch in file.iter_batches(batch_size=READ_CHUNK, columns=columns):
+                total += sum(_text_bytes(column) for column in batch.columns)
+                if total > MAX_TEXT_BYTES:
+                    raise _too_large(f"{path}: text up to row {position + batch.num_rows}", MAX_TEXT_BYTES)
                 for row in batch.to_pylist():
                     position += 1
                     yield f" row {position}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         message = f"{path}: not a readable parquet file after row {position}: {error}. Write or download it again."
         raise InputError(message) from error
+
+
+def _declared_bytes(metadata: Any, columns: list[str]) -> int:
+    """Bytes of the columns of a parquet file without compression, as its footer says."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
+
+
+def _text_bytes(column: Any) -> int:
+    """Bytes of the texts in a column of arrow data, each counted as often as it comes."""
+    import pyarrow
+    from pyarrow import compute
+
+    if pyarrow.types.is_dictionary(column.type):
+        lengths = compute.cast(compute.binary_length(column.dictionary), pyarrow.int64())
+        return compute.sum(lengths.take(column.indices)).as_py() or 0
+    if pyarrow.types.is_struct(column.type):
+        return sum(_text_bytes(part) for part in column.flatten())
+    if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
+        return _text_bytes(column.flatten())
+    return column.nbytes
 
 
 def _read_hub(source: str, keys: list[str], split: str) -> Iterator[tuple[str, Any]]:
@@ -285,6 +340,8 @@ def _check_prompt(prompt: Any, key: str, where: str) -> str | list[dict[str, Any
         raise InputError(f"{where}: {key!r} must hold text, got a blank prompt. Remove or complete the record.")
     for text in texts:
         check_unicode(text, repr(key), where)
+    if sum(map(len, texts)) > MAX_RECORD_BYTES:
+        raise _too_large(f"{where}: {key!r}", MAX_RECORD_BYTES)
     return prompt
 
 
@@ -297,7 +354,10 @@ def _normalize_answer(value: Any, key: str, where: str) -> str | None:
             f"{where}: {key!r} must be text or a number, got {_name_type(value)}. "
             "Correct the record or name another key with --data.answer-key."
         )
-    answer = str(value)
+    try:
+        answer = str(value)
+    except ValueError:  # Python refuses to write an integer of more than 4,300 digits
+        return None
     check_unicode(answer, repr(key), where)
     return answer if answer.strip() else None
 

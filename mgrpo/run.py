@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -129,11 +129,10 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self.writer.__exit__(kind, error, trace)
-        finally:
+        with ExitStack() as stack:
             for tracker in self.trackers:
-                tracker.close()
+                stack.callback(tracker.close)
+            self.writer.__exit__(kind, error, trace)
 
     def take_step(self) -> Metrics:
         """One step, its metrics logged and judged."""

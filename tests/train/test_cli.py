@@ -281,21 +281,29 @@ class Full:
     def write(self, text):
         self.file.write(text.encode())
 
+    def close(self):
+        self.file.close()
+
 
 def test_full_disk_under_a_checkpoint_keeps_the_earlier_ones(launch, resume, monkeypatch, tmp_path, capsys):
-    save = Trainer.save
+    snapshot = Trainer.snapshot
 
-    def fill(trainer, folder):
-        save(trainer, folder)
-        if trainer.step == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    def fill(trainer):
+        save, step = snapshot(trainer), trainer.step
 
-    monkeypatch.setattr(Trainer, "save", fill)
+        def write(folder):
+            save(folder)
+            if step == 4:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+        return write
+
+    monkeypatch.setattr(Trainer, "snapshot", fill)
     assert launch({"steps": 6, "checkpoint.every": 2}) == 6
     assert "step_4 could not be written" in said(capsys)
     folder = tmp_path / "run" / "checkpoints" / "step_2"
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == [folder] and verify_checkpoint(folder) == 2
-    monkeypatch.setattr(Trainer, "save", save)
+    monkeypatch.setattr(Trainer, "snapshot", snapshot)
     assert resume() == 0
     assert steps_saved(tmp_path / "run") == [4, 6]
 
