@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := CMakeLists.txt setup.py mgrpo_kernels/_sources.py $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: train test test-vllm lint format bench bench-peers fuzz emulate old-cpus sanitize gpu study clean
+.PHONY: train test test-vllm chaos chaos-full lint format bench bench-peers fuzz emulate old-cpus sanitize gpu study clean
 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
@@ -23,6 +23,13 @@ $(VLLM)/.made: requirements.txt requirements-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --requirement requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
 	@touch $@
+
+# Every fault that a run must survive, injected; a line each. chaos-full adds the tests that take minutes.
+chaos: $(VENV)/.built
+	$(BIN)/python -m pytest tests -m fault --fault-table $(ARGS)
+
+chaos-full: $(VENV)/.built
+	$(BIN)/python -m pytest tests -m fault --fault-table --full $(ARGS)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -300,10 +300,10 @@ class MonitorConfig:
     """Alarm when this share of rollouts has no answer, and twice what it was at the start."""
     retention_drop: float = 0.12
     """Alarm when this share of the answers that the model was sure of at the start has changed."""
-    retention_prompts: int = 192
+    retention_prompts: int = 144
     """Training prompts asked for such answers, in the first steps."""
     retention_every: int = 20
-    """Steps between greedy repetitions of these prompts; 0 never asks."""
+    """Steps between greedy repetitions of these prompts, half as many once answers slip; 0 never asks."""
     length_change: float = 2.0
     """Alarm when responses are this many times longer or shorter than at the start."""
     probe_drop: float = 0.1

@@ -7,6 +7,7 @@ that answers change which the model gave both greedily and by majority before an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mgrpo.answers import AnswerChecker
 from mgrpo.config import MonitorConfig
@@ -24,10 +25,13 @@ class Retention:
 
     Attributes:
         answers: the answers remembered, by index of the prompt.
+        newest: what was measured last.
     """
 
     def __init__(self, config: MonitorConfig, *, num_prompts: int):
         self.every = config.retention_every
+        self.slipping_below = 1 - config.retention_drop / 2
+        self.newest = 1.0
         self.last_collected = -(-config.retention_prompts // num_prompts) if self.every else 0
         self.answers: dict[int, str] = {}
 
@@ -40,7 +44,8 @@ class Retention:
         """
         if step <= self.last_collected:
             return list(batch)
-        due = self.every and step % self.every == 0 and len(self.answers) >= MIN_ANSWERS
+        every = self.every if self.newest >= self.slipping_below else self.every // 2 or 1
+        due = self.every and step % every == 0 and len(self.answers) >= MIN_ANSWERS
         return list(self.answers) if due else []
 
     def collect(
@@ -67,12 +72,14 @@ class Retention:
     def measure(self, greedy: Sequence[str | None], checker: AnswerChecker) -> float:
         """Share of the remembered answers that are given again; `greedy` answers the prompts of `asks`."""
         kept = [checker.is_correct(own, was) for own, was in zip(greedy, self.answers.values(), strict=True)]
-        return sum(kept) / len(kept)
+        self.newest = sum(kept) / len(kept)
+        return self.newest
 
-    def state_dict(self) -> dict[str, str]:
-        """The answers, by index as text (JSON)."""
-        return {str(index): answer for index, answer in self.answers.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """The answers, by index as text (JSON), and the newest share."""
+        return {"answers": {str(index): answer for index, answer in self.answers.items()}, "newest": self.newest}
 
-    def load_state_dict(self, state: Mapping[str, str]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
-        self.answers = {int(index): answer for index, answer in state.items()}
+        self.answers = {int(index): answer for index, answer in state["answers"].items()}
+        self.newest = state["newest"]

@@ -20,10 +20,23 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the tests that are marked long")
+    parser.addoption("--fault-table", action="store_true", help="print what became of every injected fault")
     parser.addoption("--verify-record", metavar="DIR", help="write which operations passed, for bench/verified.py")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fault-table"):
+        from chaos import FaultTable
+
+        config.pluginmanager.register(FaultTable())
     folder = config.getoption("--verify-record")
     if folder:
         from verification import Recorder

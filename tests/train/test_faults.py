@@ -1,0 +1,378 @@
+"""Faults injected into a run: what was saved stays, what was lost is taken again with the same bits."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mgrpo
+from mgrpo.checkpoint import Writer, copy_tensors, list_checkpoints, newest_valid, save_checkpoint, step_of, sweep
+from mgrpo.metrics import StorageError
+from mgrpo.run import Exit
+from mgrpo.trainer import Trainer
+
+WEIGHTS = ("policy/model.safetensors", "momentum/model.safetensors", "optimizer.safetensors")
+FOLDER = Path(__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{Path(mgrpo.__file__).parents[1]}:{FOLDER}", "OMP_NUM_THREADS": "1"}
+
+
+def weights(run_dir, step):
+    """Bytes of everything in a checkpoint that the next step depends on."""
+    folder = run_dir / "checkpoints" / f"step_{step}"
+    state = json.loads((folder / "state.json").read_text())
+    del state["rng"]  # of the process
+    return state, [(folder / name).read_bytes() for name in WEIGHTS]
+
+
+def steps_saved(run_dir):
+    return [step_of(folder) for folder in list_checkpoints(run_dir)]
+
+
+def fault(name):
+    return pytest.mark.fault(name)
+
+
+# ---- checkpoints
+
+# A process saves step 2 over and over, killed at a later operation on files each time, until nothing kills it.
+KILLED_SAVES = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import safetensors.torch, transformers.modeling_utils
+import mgrpo.trainer
+from conftest import small_config
+from mgrpo.checkpoint import newest_valid, save_checkpoint, step_of, sweep
+from mgrpo.trainer import Trainer
+
+run_dir, replaces = Path(sys.argv[1]), sys.argv[2] == "replaces"
+trainer = Trainer(small_config({}))
+trainer.train_step()
+save_checkpoint(run_dir, 1, trainer.save)
+if replaces:
+    save_checkpoint(run_dir, 2, trainer.save)
+trainer.train_step()
+
+class Boundaries:
+    def __init__(self, last):
+        self.seen, self.last = 0, last
+    def __call__(self, event, arguments):
+        if event.split(".")[0] in ("open", "os", "shutil") and any(str(run_dir) in str(a) for a in arguments):
+            self.cross()
+    def cross(self):
+        self.seen += 1
+        if self.seen == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def around(self, function):
+        def call(*args, **options):
+            self.cross()
+            result = function(*args, **options)
+            self.cross()
+            return result
+        return call
+
+found = []
+for last in range(1, 1000):
+    pid = os.fork()
+    if not pid:
+        boundaries = Boundaries(last)
+        os.fsync = boundaries.around(os.fsync)
+        for module in (mgrpo.trainer, transformers.modeling_utils):
+            name = "save_file" if module is mgrpo.trainer else "safe_save_file"
+            setattr(module, name, boundaries.around(getattr(module, name)))
+        sys.addaudithook(boundaries)
+        save_checkpoint(run_dir, 2, trainer.save)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    sweep(run_dir)
+    left = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    newest, complaints = newest_valid(run_dir)
+    assert not complaints and newest is not None, (last, complaints)
+    assert left in (["step_1"], ["step_1", "step_2"]), (last, left)
+    assert "step_2" in left or not replaces, last
+    found.append(step_of(newest))
+    if not os.WIFSIGNALED(status):
+        assert os.WEXITSTATUS(status) == 0
+        break
+    if not replaces and found[-1] == 2:
+        import shutil
+        shutil.rmtree(run_dir / "checkpoints" / "step_2")
+print(len(found), found[-1])
+"""
+
+
+@fault("kill -9 at every file boundary of a save")
+@pytest.mark.parametrize("where", ["new", "replaces"])
+def test_a_save_killed_anywhere_leaves_a_sound_checkpoint(tmp_path, where):
+    """Whatever is left verifies; the save that nobody kills succeeds in the same place."""
+    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path), where]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    boundaries, newest = map(int, done.stdout.split()[-2:])
+    assert boundaries > 40
+    assert newest == 2
+
+
+@fault("kill -9 in the middle of a step")
+def test_a_run_killed_within_a_step_resumes_to_the_same_bits(launch, resume, command_line, tmp_path, rows_of):
+    options = {"steps": 5, "checkpoint.every": 2}
+    assert launch(options, run_dir=tmp_path / "straight") == 0
+    code = (
+        "import os, signal, sys; from mgrpo.trainer import Trainer; from mgrpo.train import main\n"
+        "score = Trainer.score\n"
+        "def die(self, *a):\n"
+        "    if self.step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return score(self, *a)\n"
+        "Trainer.score = die; main(sys.argv[1:])"
+    )
+    flags = [*command_line(tmp_path / "run", options), "--threads", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], env=ENVIRONMENT, capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert len(rows_of(tmp_path / "run")) == 3
+    assert resume() == 0
+    assert weights(tmp_path / "run", 5) == weights(tmp_path / "straight", 5)
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
+
+
+@fault("kill -9 of a run again and again")
+@pytest.mark.long
+def test_a_run_killed_at_any_time_ends_with_the_same_bits(launch, resume, command_line, tmp_path, rows_of):
+    """Killed twelve times, at moments that know nothing of what the run is doing."""
+    options = {"steps": 40, "checkpoint.every": 3}
+    assert launch(options, run_dir=tmp_path / "straight") == 0
+    flags, run_dir = [*command_line(tmp_path / "run", options), "--threads", "1"], tmp_path / "run"
+    killed = 0
+    for attempt in range(40):
+        command = [sys.executable, "-m", "mgrpo.train", *flags]
+        if (run_dir / "config.json").exists():
+            command = [sys.executable, "-m", "mgrpo.train", "--run-dir", str(run_dir), "--resume"]
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        before = rows_of(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+        if killed < 12:
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                lines = (run_dir / "metrics.jsonl").read_text().count("\n") if (run_dir / "metrics.jsonl").exists() else 0
+                if lines != len(before):
+                    break
+                time.sleep(0.01)
+            time.sleep(0.137 * attempt % 0.7)
+            process.kill()
+        _, errors = process.communicate(timeout=300)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+        killed += 1
+    assert killed >= 5
+    assert weights(run_dir, 40) == weights(tmp_path / "straight", 40)
+    assert rows_of(run_dir) == rows_of(tmp_path / "straight")
+
+
+@fault("disk full under a checkpoint (the kernel refuses the bytes)")
+def test_files_that_may_not_grow_cost_one_checkpoint(resume, launch, command_line, tmp_path):
+    """A limit of the process on the size of files stands for the full disk: every writer gets its error."""
+    options = {"steps": 4, "checkpoint.every": 2}
+    assert launch(options, "--stop-after", "2") == 0
+    command = [sys.executable, "-m", "mgrpo.train", "--run-dir", str(tmp_path / "run"), "--resume"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    assert done.returncode == Exit.STORAGE, done.stderr
+    assert "step_4 could not be written" in " ".join(done.stderr.split())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_2"]
+    assert resume() == 0
+    assert launch(options, run_dir=tmp_path / "straight") == 0
+    assert weights(tmp_path / "run", 4) == weights(tmp_path / "straight", 4)
+
+
+@fault("directory that may not be written")
+def test_a_directory_turned_read_only_is_named(tmp_path):
+    save_checkpoint(tmp_path, 1, lambda folder: (folder / "a").write_text("1"))
+    (tmp_path / "checkpoints").chmod(0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.chmod(tmp_path, 0o755)
+        for parent in list(tmp_path.parents)[:-1]:
+            os.chmod(parent, parent.stat().st_mode | 0o111)
+        os.seteuid(65534)  # root may write anywhere
+    try:
+        with pytest.raises(StorageError, match=r"step_2 could not be written: .*Permission denied"):
+            save_checkpoint(tmp_path, 2, lambda folder: (folder / "a").write_text("2"))
+    finally:
+        os.seteuid(user)
+    (tmp_path / "checkpoints").chmod(0o755)
+    assert newest_valid(tmp_path) == (tmp_path / "checkpoints" / "step_1", {})
+
+
+@fault("one byte flipped, or the end missing, in any file of a checkpoint")
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_every_damaged_file_is_named_and_the_one_before_used(small, trained, tmp_path, damage):
+    trainer, _ = trained(small(), 1)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, trainer.save)
+    older, newer = list_checkpoints(tmp_path)
+    files = sorted(path for path in newer.rglob("*") if path.is_file())
+    assert len(files) >= 9
+    for path in files:
+        content = path.read_bytes()
+        broken = bytearray(content)
+        broken[len(content) // 2] ^= 4
+        path.write_bytes(bytes(broken) if damage == "flipped" else content[:-1])
+        found, complaints = newest_valid(tmp_path)
+        assert found == older, path
+        assert str(path) in complaints[newer] or path.name == "manifest.json"
+        path.write_bytes(content)
+    assert newest_valid(tmp_path) == (newer, {})
+
+
+@fault("pickle planted in a checkpoint")
+def test_a_planted_pickle_is_never_read(launch, resume, tmp_path):
+    """Neither beside the weights nor in their place: a file that no manifest names does nothing."""
+    assert launch({"steps": 2}, "--stop-after", "1") == 0
+    import pickle
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    folder = tmp_path / "run" / "checkpoints" / "step_1"
+    for place in ("policy/pytorch_model.bin", "momentum/pytorch_model.bin", "optimizer.pt", "state.pkl"):
+        (folder / place).write_bytes(pickle.dumps(Trap()))
+    assert resume() == 0
+    assert not (tmp_path / "sprung").exists()
+
+
+# ---- checkpoints in the background
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(small, trained, tmp_path):
+    """What is written is the state of its step, policy and momentum alike, however late the disk is."""
+    trainer, _ = trained(small({"optim.lr": 1e-3, "momentum.decay": 0.5}), 2)
+    trainer.save(tmp_path / "expected")
+    may_write, write = threading.Event(), trainer.snapshot()
+
+    def late(folder):
+        assert may_write.wait(60)
+        write(folder)
+
+    with Writer(tmp_path) as writer:
+        writer.save(2, late, keep_last=2, best=[])
+        trainer.train_step()
+        assert writer.saved is None and not list_checkpoints(tmp_path)
+        may_write.set()
+    assert writer.saved == 2
+    for name in WEIGHTS:
+        saved = load_file(tmp_path / "checkpoints" / "step_2" / name)
+        expected = load_file(tmp_path / "expected" / name)
+        assert saved.keys() == expected.keys() and all(torch.equal(saved[key], expected[key]) for key in saved), name
+    trainer.save(tmp_path / "after")
+    assert (tmp_path / "after" / WEIGHTS[0]).read_bytes() != (tmp_path / "expected" / WEIGHTS[0]).read_bytes()
+
+
+@fault("disk full under a checkpoint in the background")
+def test_an_error_of_the_thread_reaches_the_run(tmp_path):
+    def fail(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(folder):
+        save_file({"a": torch.ones(3)}, folder / "a.safetensors")
+
+    writer = Writer(tmp_path)
+    writer.save(1, fail, keep_last=1, best=[])
+    deadline = time.monotonic() + 30
+    with pytest.raises(StorageError, match="step_1 could not be written"):
+        while time.monotonic() < deadline:
+            writer.check()
+            time.sleep(0.01)
+    writer.save(2, write, keep_last=1, best=[])
+    writer.save(3, fail, keep_last=1, best=[])
+    with pytest.raises(StorageError, match="step_3"):
+        writer.save(4, write, keep_last=1, best=[])
+    with pytest.raises(StorageError, match="step_5"), writer:
+        writer.save(5, fail, keep_last=1, best=[])
+    assert steps_saved(tmp_path) == [2] and writer.saved == 2
+    with pytest.raises(KeyError) as raised, Writer(tmp_path) as writer:
+        writer.save(6, fail, keep_last=1, best=[])
+        raise KeyError("of the run itself")
+    assert "step_6 could not be written" in raised.value.__notes__[0]
+
+
+def test_checkpoints_without_a_thread_are_the_same(launch, tmp_path):
+    for name, background in (("thread", "True"), ("none", "False")):
+        flag = "--checkpoint.background" if background == "True" else "--checkpoint.no-background"
+        assert launch({"steps": 4, "checkpoint.every": 2}, flag, run_dir=tmp_path / name) == 0
+    assert weights(tmp_path / "thread", 4) == weights(tmp_path / "none", 4)
+    assert steps_saved(tmp_path / "thread") == steps_saved(tmp_path / "none") == [2, 4]
+
+
+def test_copies_share_what_the_originals_share():
+    weight = torch.arange(6.0).view(2, 3)
+    tensors = {"embedding": weight, "head": weight, "turned": weight.t(), "part": weight[:1], "none": torch.empty(0)}
+    copies = copy_tensors(tensors)
+    assert all(torch.equal(copies[name], tensor) for name, tensor in tensors.items())
+    assert copies["embedding"] is copies["head"]
+    weight.zero_()
+    assert copies["turned"].sum() == copies["head"].sum() == 15
+    assert copies["part"].sum() == 3
+
+
+def test_a_half_replaced_checkpoint_comes_back(tmp_path):
+    """The run died between moving the old one away and moving the new one in."""
+    final = save_checkpoint(tmp_path, 7, lambda folder: (folder / "a").write_text("old"))
+    final.rename(final.with_name(".step_7.old"))
+    sweep(tmp_path)
+    assert newest_valid(tmp_path) == (final, {})
+    shutil.copytree(final, final.with_name(".step_7.old"))
+    sweep(tmp_path)
+    assert [path.name for path in final.parent.iterdir()] == ["step_7"]
+
+
+# ---- what changes under a run
+
+
+@fault("data file changed under the run")
+def test_a_data_file_that_changes_is_read_once(launch, resume, tmp_path, rows_of, monkeypatch, capsys):
+    """The run goes on with what it read at its start; a resumed run refuses the other file."""
+    data, lines = tmp_path / "data.jsonl", [json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(10, 34)]
+    data.write_text("".join(lines))
+    options = {"steps": 3, "data.train": str(data), "checkpoint.every": 2}
+    assert launch(options, run_dir=tmp_path / "straight") == 0
+    judge = Trainer.judge
+
+    def change(self, *args):
+        if self.step == 2:
+            data.write_text("".join(reversed(lines)))
+        return judge(self, *args)
+
+    monkeypatch.setattr(Trainer, "judge", change)
+    assert launch(options | {"steps": 4}, "--stop-after", "3") == 0
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
+    capsys.readouterr()
+    assert resume() == Exit.BAD_INPUT
+    assert "--data.train must hold the prompts that" in capsys.readouterr().err
+
+
+@fault("clock jumping back")
+def test_a_clock_that_jumps_back_changes_nothing(launch, tmp_path, rows_of, monkeypatch):
+    options = {"steps": 3, "checkpoint.every": 1, "log.backends": ("tensorboard",)}
+    assert launch(options, run_dir=tmp_path / "straight") == 0
+    now = iter(range(2_000_000_000, 0, -86_400))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    assert launch(options) == 0
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
+    assert weights(tmp_path / "run", 3) == weights(tmp_path / "straight", 3)
