@@ -140,6 +140,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_path(config.path),
             dtype=torch.float32,
+            use_safetensors=True,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
@@ -203,7 +204,9 @@ def save_model(folder: Path, model: PreTrainedModel, weights: dict[str, torch.Te
 
 def load_weights(folder: Path, *, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
     """Reads the parameters of a saved model in fp32, under the names of `named_parameters`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
     return dict(model.named_parameters())
 
 

@@ -266,8 +266,9 @@ def _declared_bytes(metadata: Any, columns: list[str]) -> int:
 def _text_bytes(column: Any) -> int:
     """Bytes of the texts in a column of arrow data, each counted as often as it comes."""
     import pyarrow
-    from pyarrow import compute
+    import pyarrow.compute
 
+    compute: Any = pyarrow.compute  # its functions are made when it is imported
     if pyarrow.types.is_dictionary(column.type):
         lengths = compute.cast(compute.binary_length(column.dictionary), pyarrow.int64())
         return compute.sum(lengths.take(column.indices)).as_py() or 0

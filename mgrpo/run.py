@@ -165,7 +165,9 @@ class Session:
         steps = sorted({*steps, step})
         best = best_steps(self.rows, steps, self.monitor, c.keep_best)
         if self.config.monitor.on_collapse == "rollback":
-            best += [step for step in steps if step <= self.monitor.good_before()][-1:]
+            # The newest sound one, and those that will be, once the steps after them have raised no alarm.
+            sound = self.monitor.good_before()
+            best += [step for step in steps if step <= sound][-1:] + [step for step in steps if step > sound]
         write = self.trainer.snapshot() if c.background else self.trainer.save
         self.writer.save(step, write, keep_last=c.keep_last, best=best)
         self.checkpoint_s = time.perf_counter() - start

@@ -161,11 +161,14 @@ def test_a_run_killed_at_any_time_ends_with_the_same_bits(launch, resume, comman
         if (run_dir / "config.json").exists():
             command = [sys.executable, "-m", "mgrpo.train", "--run-dir", str(run_dir), "--resume"]
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        before = rows_of(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+        metrics = run_dir / "metrics.jsonl"
+        before = metrics.read_text() if metrics.exists() else ""
         if killed < 12:
             deadline = time.monotonic() + 120
             while process.poll() is None and time.monotonic() < deadline:
-                lines = (run_dir / "metrics.jsonl").read_text().count("\n") if (run_dir / "metrics.jsonl").exists() else 0
+                lines = (
+                    (run_dir / "metrics.jsonl").read_text().count("\n") if (run_dir / "metrics.jsonl").exists() else 0
+                )
                 if lines != len(before):
                     break
                 time.sleep(0.01)
