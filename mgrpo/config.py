@@ -294,11 +294,12 @@ class MonitorConfig:
     """Steps averaged before a signal is judged."""
     top_answer_share: float = 0.3
     """Alarm when this share of different prompts gets one and the same answer, and twice what it was at the start."""
-    agreement_drop: float = 0.15
-    """Alarm when policy and momentum elect the same answer for a share of prompts this far below its best."""
+    agreement_drop: float = 0.3
+    """Alarm when policy and momentum elect the same answer for a share of prompts this far below its best, and farther
+    than chance explains."""
     unparseable_share: float = 0.5
     """Alarm when this share of rollouts has no answer, and twice what it was at the start."""
-    retention_drop: float = 0.12
+    retention_drop: float = 0.13
     """Alarm when this share of the answers that the model was sure of at the start has changed."""
     retention_prompts: int = 144
     """Training prompts asked for such answers, in the first steps."""
@@ -480,8 +481,10 @@ def _combination_problems(config: Config) -> list[str]:
         c.rollout.placement == "one-engine" or c.rollout.momentum > 0 or len(c.rollout.servers) == 1,
         "--rollout.momentum 0 needs one engine or one server.",
     )
+    has_secret = any({"@", "?"} & set(url) for url in c.rollout.servers)
+    require(not has_secret, "--rollout.servers must be URLs without user, password or query, got one with @ or ?.")
     require(
-        all(url.startswith(("http://", "https://")) for url in c.rollout.servers),
+        has_secret or all(url.startswith(("http://", "https://")) for url in c.rollout.servers),
         f"--rollout.servers must be URLs such as http://127.0.0.1:8000, got {' '.join(c.rollout.servers)}.",
     )
     require(

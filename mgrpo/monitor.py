@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mgrpo.config import MonitorConfig
 from mgrpo.metrics import Metrics
+
+
+# Standard errors of a window's agreement that count as chance, between its best and its worst window.
+AGREEMENT_ERRORS = 6.0
 
 
 class Monitor:
@@ -15,6 +20,7 @@ class Monitor:
         self.config = config
         # Two prompts may share their answer by chance, which is a large share of few prompts.
         self.top_answer_share = max(config.top_answer_share, 2 / num_prompts)
+        self.window_prompts = config.window * num_prompts
         self.recent: list[Metrics] = []
         self.start: Metrics | None = None
         self.probe: float | None = None  # newest accuracy on the probe
@@ -50,7 +56,9 @@ class Monitor:
             reasons.append(f"responses went from {length_before:.0f} to {length:.0f} tokens")
         agreement = now.get("vote_agreement", self.best_agreement)
         self.best_agreement = max(agreement, self.best_agreement)
-        if agreement < self.best_agreement - c.agreement_drop:
+        # The best of many windows is far above the mean where chance decides, as on prompts that are guessed.
+        chance = AGREEMENT_ERRORS * math.sqrt(self.best_agreement * (1 - self.best_agreement) / self.window_prompts)
+        if agreement < self.best_agreement - max(c.agreement_drop, chance):
             reasons.append(
                 f"policy and momentum elect the same answer for {agreement:.0%} of the prompts, "
                 f"at their best {self.best_agreement:.0%}"

@@ -289,3 +289,25 @@ def test_pickled_weights_are_not_read(tmp_path):
     with pytest.raises(InputError):
         load_model(ModelConfig(path=str(folder), device="cpu"))
     assert not (tmp_path / "sprung").exists()
+
+
+# ---- secrets
+
+
+@pytest.mark.fault("secrets in the environment and in URLs")
+def test_secrets_reach_no_file_and_no_output(launch, tmp_path, monkeypatch, capfd):
+    """Nothing of the environment is written down, and a URL with a password is refused without repeating it."""
+    secret = "hf_SeCrEtSeCrEt"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "VLLM_API_KEY", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, secret)
+    assert launch({"steps": 2, "log.backends": ("tensorboard",), "log.samples": 1, "eval.every": 1}) == 0
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    for url in (f"http://user:{secret}@127.0.0.1:8000", f"http://127.0.0.1:8000/?key={secret}"):
+        flags = ("--rollout.engine", "vllm", "--rollout.placement", "server", "--rollout.servers", url)
+        assert launch({}, *flags, run_dir=tmp_path / "other") == 2
+    said = capfd.readouterr()
+    assert secret not in said.out + said.err
+    assert "--rollout.servers must be URLs without user" in " ".join(said.err.replace("│", "").split())
+    assert not (tmp_path / "other").exists()

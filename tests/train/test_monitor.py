@@ -94,6 +94,13 @@ def test_one_odd_step_is_averaged_away():
     assert any(feed([CALM] * 6 + [odd] * 2 + [CALM] * 6, top_answer_share=0.4)[0])
 
 
+def test_chance_alone_is_no_loss_of_agreement():
+    """Windows of 4 steps of 16 prompts, half of them guessed: a difference of 0.3 is within 6 standard errors."""
+    rows = [CALM | {"vote_agreement": 0.6}] * 8 + [CALM | {"vote_agreement": 0.3}] * 8
+    assert not any(feed(rows, num_prompts=16)[0])
+    assert any(feed(rows, num_prompts=64)[0])
+
+
 def test_a_falling_probe_alarms_against_its_best():
     rows = [CALM | {"probe_accuracy_policy": 0.5}] + [CALM] * 5
     rows += [CALM | {"probe_accuracy_policy": 0.6}, CALM, CALM | {"probe_accuracy_policy": 0.51}, CALM]
@@ -106,9 +113,9 @@ def test_a_falling_probe_alarms_against_its_best():
 
 def test_answers_that_change_alarm_at_once():
     """Retention is measured now and then, over a whole set of prompts: no window averages it."""
-    rows = [CALM] * 6 + [CALM | {"retention": 0.881}, CALM, CALM | {"retention": 0.87}, CALM]
+    rows = [CALM] * 6 + [CALM | {"retention": 0.871}, CALM, CALM | {"retention": 0.86}, CALM]
     reasons, monitor = feed(rows, retention_every=20)
-    assert reasons == [[]] * 8 + [["13% of the answers that the model was sure of at the start have changed"], []]
+    assert reasons == [[]] * 8 + [["14% of the answers that the model was sure of at the start have changed"], []]
     assert monitor.good_before() == 0
 
 
