@@ -94,7 +94,8 @@ class Learner:
             metrics.append({key: float(value) for key, value in result.metrics.items()})
             weights.append(len(scores.logprob))
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.optim.grad_clip))
-        sound = bool(batch.old_logprob[batch.mask].isfinite().all())
+        logprobs = (batch.old_logprob, batch.rollout_logprob)
+        sound = all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
         if sound and math.isfinite(loss) and math.isfinite(norm):
             # A step on which nothing had a gradient says nothing about the weights.
             self.nonfinite_in_row = 0 if weights else self.nonfinite_in_row

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from mgrpo.config import MonitorConfig
 from mgrpo.metrics import Metrics
 
-
 # Standard errors of a window's agreement that count as chance, between its best and its worst window.
 AGREEMENT_ERRORS = 6.0
 

@@ -354,6 +354,7 @@ def test_works_outside_the_main_thread():
     assert verdicts == [True]
 
 
+@pytest.mark.fault("answer that never ends")
 def test_hanging_pair_is_cut_and_the_next_one_works():
     with AnswerChecker(timeout_s=2.0) as fresh:
         fresh.equivalent("a+b", "b+a")
@@ -368,6 +369,7 @@ def test_hanging_pair_is_cut_and_the_next_one_works():
         assert fresh.timeouts == 1
 
 
+@pytest.mark.fault("worker of the answer checker killed while idle")
 def test_killed_worker_is_replaced():
     with AnswerChecker(timeout_s=60.0) as fresh:
         assert fresh.equivalent("a+b", "b+a")
@@ -444,6 +446,7 @@ def test_interrupt_leaves_no_stale_reply():
         assert fresh.equivalent("x+1", "1+x")
 
 
+@pytest.mark.fault("answer that kills its worker")
 def test_pair_that_kills_its_worker_counts_as_failure(fake_math_verify):
     with AnswerChecker(timeout_s=30.0) as fresh:
         assert not fresh.equivalent("exit+1", "2+x")

@@ -265,6 +265,7 @@ def test_stale_weights_exit_with_5(launch, monkeypatch, capsys):
     assert "weights must be momentum version 1, got ('momentum', 0)" in said(capsys)
 
 
+@pytest.mark.fault("disk full under the metrics")
 def test_full_disk_under_metrics_exits_with_6(launch, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(JsonlTracker, "__init__", lambda self, path: setattr(self, "file", Full()))
     assert launch() == 6
@@ -314,6 +315,7 @@ def test_unexpected_errors_are_not_hidden(launch, monkeypatch):
         launch()
 
 
+@pytest.mark.fault("SIGINT")
 def test_sigint_ends_after_the_step(launch, tmp_path, rows_of, monkeypatch):
     judge = Trainer.judge
 
@@ -341,6 +343,7 @@ def test_sigint_on_the_last_step_is_no_interruption(launch, monkeypatch):
     assert launch({"steps": 2}) == 0
 
 
+@pytest.mark.fault("second signal")
 def test_a_second_signal_ends_at_once_and_saves_nothing(launch, tmp_path, monkeypatch):
     """The exit itself is replaced by an exception, which leaves the step where the process would have ended."""
 
@@ -372,6 +375,7 @@ def test_a_directory_that_may_not_be_written_exits_with_6(launch, monkeypatch, c
 
 
 @pytest.mark.slow
+@pytest.mark.fault("SIGTERM to a process")
 def test_sigterm_saves_and_resume_goes_on(command_line, resume, tmp_path, rows_of):
     run_dir = tmp_path / "run"
     flags = command_line(run_dir, {"steps": 100000})

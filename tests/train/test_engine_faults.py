@@ -13,6 +13,7 @@ from mgrpo.run import Exit
 
 
 @pytest.mark.parametrize("error", [EngineError, StaleWeightsError])
+@pytest.mark.fault("rollout engine that dies")
 def test_an_engine_that_dies_costs_one_step(launch, resume, tmp_path, monkeypatch, capsys, error):
     """A resumed run ends with the bits of one that nothing happened to. Under stale weights nothing is saved."""
     assert launch(run_dir=tmp_path / "whole") == Exit.DONE

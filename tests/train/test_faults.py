@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -16,11 +17,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import small_config
 from safetensors.torch import load_file, save_file
 
 import mgrpo
-from mgrpo.checkpoint import Writer, copy_tensors, list_checkpoints, newest_valid, save_checkpoint, step_of, sweep
+from mgrpo import learner
+from mgrpo.answers import AnswerChecker
+from mgrpo.checkpoint import (
+    Writer,
+    copy_tensors,
+    list_checkpoints,
+    newest_valid,
+    optimizer_tensors,
+    save_checkpoint,
+    step_of,
+    sweep,
+)
+from mgrpo.equivalence import EquivalenceWorker
 from mgrpo.metrics import StorageError
+from mgrpo.policy import load_model
 from mgrpo.run import Exit
 from mgrpo.trainer import Trainer
 
@@ -379,3 +394,172 @@ def test_a_clock_that_jumps_back_changes_nothing(launch, tmp_path, rows_of, monk
     assert launch(options) == 0
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
     assert weights(tmp_path / "run", 3) == weights(tmp_path / "straight", 3)
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "old log-prob", "rollout log-prob", "reward"])
+@fault("numbers that are not finite")
+def test_a_number_that_is_not_finite_moves_nothing_and_is_written_down(
+    small, trained, weights_of, monkeypatch, tmp_path, where
+):
+    """One bad step of three: weights and momentum stay, the optimiser too, and what is needed to look is kept."""
+    config = small({"optim.lr": 1e-3, "steps": 3})
+    trainer, _ = trained(config, 1)
+    before, moments = weights_of(trainer), copy_tensors(trainer_moments(trainer))
+    plant(where, trainer, monkeypatch)
+    row = trainer.train_step()
+    monkeypatch.undo()
+    assert row["nonfinite_steps"] == trainer.learner.nonfinite_in_row == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in trainer_moments(trainer).items())
+    fault = trainer.fault
+    assert fault is not None and fault["step"] == 2
+    json.loads(json.dumps(fault, allow_nan=False))
+    suspects = [entry for entry in fault["trajectories"] if not entry["finite"]]
+    assert suspects == fault["trajectories"][: len(suspects)]
+    assert bool(suspects) == (where not in ("loss", "gradient"))
+    assert all(entry["prompt"] and entry["response"] and entry["tokens"] for entry in fault["trajectories"])
+    row = trainer.train_step()
+    assert row["nonfinite_steps"] == 1 and trainer.learner.nonfinite_in_row == 0 and trainer.fault is None
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
+    assert all(tensor.isfinite().all() for tensor in weights_of(trainer).values())
+
+
+def trainer_moments(trainer):
+    return optimizer_tensors(trainer.learner.optimizer, trainer.learner.names)
+
+
+def plant(where, trainer, monkeypatch):
+    """Puts one NaN or infinity into the next step."""
+    if where == "loss":
+        loss = learner.micro_batch_loss
+
+        def bad_loss(*args, **options):
+            result = loss(*args, **options)
+            return result._replace(loss=result.loss * math.nan)
+
+        monkeypatch.setattr(learner, "micro_batch_loss", bad_loss)
+    elif where == "gradient":
+        parameter = trainer.model.model.norm.weight
+        hook = parameter.register_hook(lambda grad: grad * math.inf)
+        step = trainer.train_step
+        monkeypatch.setattr(trainer, "train_step", lambda: (step(), hook.remove())[0])
+    elif where == "old log-prob":
+        score = trainer.score
+
+        def bad_score(trajectories):
+            scores = score(trajectories)
+            scores.old_logprob[first_trained(trajectories), 0] = math.nan
+            return scores
+
+        monkeypatch.setattr(trainer, "score", bad_score)
+    elif where == "rollout log-prob":
+        roll_out = trainer.roll_out
+
+        def bad_roll_out(*args):
+            trajectories = roll_out(*args)
+            trajectories.rollout_logprob[first_trained(trajectories), 0] = -math.inf
+            return trajectories
+
+        monkeypatch.setattr(trainer, "roll_out", bad_roll_out)
+    else:
+        judge = trainer.judge
+
+        def bad_judge(*args):
+            outcome = judge(*args)
+            outcome.advantage[0, 0] = outcome.rewards[0, 0] = math.nan
+            outcome.trains[0, 0] = True
+            return outcome
+
+        monkeypatch.setattr(trainer, "judge", bad_judge)
+
+
+def first_trained(trajectories):
+    """Every policy trajectory: whichever trains is among them."""
+    return ~trajectories.is_momentum.flatten()
+
+
+@fault("numbers that stay not finite")
+def test_steps_that_are_not_finite_in_a_row_stop_the_run(launch, tmp_path, rows_of, monkeypatch):
+    def bad_score(trainer, trajectories, score=Trainer.score):
+        scores = score(trainer, trajectories)
+        scores.old_logprob.fill_(math.nan)
+        return scores
+
+    monkeypatch.setattr(Trainer, "score", bad_score)
+    assert launch({"steps": 9, "optim.max_nonfinite": 3}) == Exit.NON_FINITE
+    rows = rows_of(tmp_path / "run")
+    assert [row["nonfinite_steps"] for row in rows] == [1, 2, 3]
+    written = sorted(path.name for path in (tmp_path / "run" / "faults").iterdir())
+    assert written == ["step_1.json", "step_2.json", "step_3.json"]
+    start = load_model(small_config().model).model.state_dict()
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step_3" / WEIGHTS[1])
+    assert all(torch.equal(start[name], tensor) for name, tensor in saved.items())
+
+
+# ---- the answer checker
+
+
+@fault("worker of the answer checker stopped, and so silent")
+def test_a_stopped_worker_is_replaced_and_changes_no_verdict():
+    worker = EquivalenceWorker(timeout_s=20.0, hang_s=1.0)
+    try:
+        assert worker.compare("a+b", "b+a")
+        assert worker.pid is not None
+        stopped = worker.pid
+        os.kill(stopped, signal.SIGSTOP)
+        start = time.monotonic()
+        assert worker.compare("x+1", "1+x")
+        assert 0.9 < time.monotonic() - start < 60
+        assert worker.pid != stopped
+    finally:
+        worker.close()
+
+
+@fault("worker of the answer checker killed in the middle of a pair")
+def test_a_worker_killed_at_work_is_asked_again():
+    """The verdict is that of an undisturbed comparison, which takes about a second here."""
+    pair = ("(x+y+z)^{9}", r"(z+y+x)^{9}+0*\sin(x)")
+    with AnswerChecker(timeout_s=60.0) as checker:
+        expected = checker.equivalent(*pair)
+    with AnswerChecker(timeout_s=60.0) as checker:
+        checker.equivalent("a+b", "b+a")
+        (pid,) = checker.worker_pids
+        killer = threading.Timer(0.005, lambda: os.kill(pid, signal.SIGKILL))
+        killer.start()
+        assert checker.equivalent(*pair) == expected
+        killer.join()
+        assert checker.equivalent("x+2", "2+x")
+        assert checker.worker_pids != [pid] and (checker.timeouts, checker.failures) == (0, 0)
+
+
+@fault("busy machine around the answer checker")
+def test_a_busy_machine_changes_no_verdict():
+    """A worker that gets a small share of a processor needs long by the clock, and its limit is not the clock."""
+    with AnswerChecker(timeout_s=1.0) as checker:
+        checker.equivalent("a+b", "b+a")
+        (pid,) = checker.worker_pids
+        os.sched_setaffinity(pid, {min(os.sched_getaffinity(0))})
+        resting = threading.Event()
+
+        def throttle():
+            while not resting.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(0.1)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(0.005)
+
+        thread = threading.Thread(target=throttle)
+        thread.start()
+        try:
+            start = time.monotonic()
+            assert checker.equivalent(r"\frac{x^{2}-1}{x-1}+\sqrt{8}", r"x+1+2\sqrt{2}")
+            took = time.monotonic() - start
+        finally:
+            resting.set()
+            thread.join()
+        print(f"{took:.1f} s by the clock")
+        assert checker.timeouts == 0 and checker.worker_pids == [pid]
+        assert took > 0.5
