@@ -299,9 +299,9 @@ class MonitorConfig:
     than chance explains."""
     unparseable_share: float = 0.5
     """Alarm when this share of rollouts has no answer, and twice what it was at the start."""
-    retention_drop: float = 0.13
+    retention_drop: float = 0.15
     """Alarm when this share of the answers that the model was sure of at the start has changed."""
-    retention_prompts: int = 144
+    retention_prompts: int = 160
     """Training prompts asked for such answers, in the first steps."""
     retention_every: int = 20
     """Steps between greedy repetitions of these prompts, half as many once answers slip; 0 never asks."""

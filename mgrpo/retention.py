@@ -12,7 +12,7 @@ from typing import Any
 from mgrpo.answers import AnswerChecker
 from mgrpo.config import MonitorConfig
 
-MIN_SHARE = 0.5  # of the votes, for an answer to be remembered
+MIN_SHARE = 0.6  # of the votes, for an answer to be remembered
 MIN_ANSWERS = 32  # fewer say nothing
 
 

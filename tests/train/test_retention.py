@@ -24,7 +24,7 @@ def fill(retention: Retention, count: int = MIN_ANSWERS) -> None:
 def test_only_answers_that_are_greedy_and_elected_by_most_are_remembered():
     checker, retention = AnswerChecker(mode="exact"), make()
     batch, greedy = [5, 3, 8, 1], ["12", "12", None, "7"]
-    retention.collect(batch, greedy, ["12", "13", "9", "7"], [0.5, 0.9, 0.9, 0.49], checker)
+    retention.collect(batch, greedy, ["12", "13", "9", "7"], [0.6, 0.9, 0.9, 0.59], checker)
     assert retention.answers == {5: "12"}
     retention.collect([5, 3], ["4", "013"], ["4", "13"], [1.0, 1.0], checker)
     assert retention.answers == {5: "12", 3: "13"}

@@ -1,0 +1,61 @@
+"""What checkpoints and the collapse monitor cost a step of the arithmetic task."""
+
+import time
+from dataclasses import replace
+
+from mgrpo.presets import make_preset
+from mgrpo.run import Session
+from mgrpo.trainer import Trainer
+
+STEPS = 100
+BLOCK = 25  # steps that one of the two takes before the other does
+WARM_UP = 25
+
+
+def test_overhead(benchmark, tmp_path):
+    """Two runs of the same steps in turn, one bare; the other asks for retention, judges every row, logs, and saves
+    a checkpoint in the background in the middle of every second block."""
+    config = make_preset("arithmetic")
+    config = replace(
+        config, data=replace(config.data, probe=None), log=replace(config.log, kl_initial_every=0, backends=())
+    )
+    bare = Trainer(replace(config, monitor=replace(config.monitor, retention_every=0)))
+    watched = Session(Trainer(config), tmp_path, [])
+    seconds = {"bare": [0.0] * (STEPS // BLOCK), "watched": [0.0] * (STEPS // BLOCK)}
+
+    def run(name: str, block: int) -> None:
+        start = time.perf_counter()
+        for step in range(BLOCK):
+            if name == "bare":
+                bare.train_step()
+                continue
+            watched.take_step()
+            if block % 2 and step == BLOCK // 2:
+                watched.save()
+        watched.writer.check()
+        seconds[name][block] = time.perf_counter() - start
+
+    for _ in range(WARM_UP):
+        bare.train_step()
+        watched.take_step()
+
+    def interleave() -> None:
+        for block in range(STEPS // BLOCK):
+            for name in sorted(seconds, reverse=bool(block % 2)):
+                run(name, block)
+
+    benchmark.pedantic(interleave, rounds=1)
+    watched.__exit__(None, None, None)
+    rows = watched.rows[WARM_UP:]
+    total = sum(row["step_s"] for row in rows)
+    monitor = sum(row["time_monitor_s"] for row in rows) / total
+    held_up = sum(row["time_checkpoint_s"] or 0.0 for row in rows) / total
+    overhead = sum(seconds["watched"]) / sum(seconds["bare"]) - 1
+    print(
+        f"\n{STEPS} steps: {sum(seconds['bare']):.1f} s bare, {sum(seconds['watched']):.1f} s watched with "
+        f"{STEPS // BLOCK // 2} checkpoints, {overhead:+.1%}; of the steps, the monitor {monitor:.2%}, "
+        f"checkpoints {held_up:.2%}"
+    )
+    benchmark.extra_info |= {"overhead": overhead, "monitor": monitor, "checkpoints": held_up}
+    for trainer in (bare, watched.trainer):
+        trainer.close()
