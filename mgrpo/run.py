@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -126,13 +127,11 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         with ExitStack() as stack:
             for tracker in self.trackers:
                 stack.callback(tracker.close)
-            self.writer.__exit__(kind, error, trace)
+            self.writer.__exit__(*error)
 
     def take_step(self) -> Metrics:
         """One step, its metrics logged and judged."""
@@ -167,7 +166,7 @@ class Session:
         if self.config.monitor.on_collapse == "rollback":
             # The newest sound one, and those that will be, once the steps after them have raised no alarm.
             sound = self.monitor.good_before()
-            best += [step for step in steps if step <= sound][-1:] + [step for step in steps if step > sound]
+            best += [s for s in steps if s <= sound][-1:] + [s for s in steps if s > sound]
         write = self.trainer.snapshot() if c.background else self.trainer.save
         self.writer.save(step, write, keep_last=c.keep_last, best=best)
         self.checkpoint_s = time.perf_counter() - start
@@ -214,7 +213,16 @@ def write_fault(run_dir: Path, fault: dict[str, Any]) -> None:
     folder = run_dir / "faults"
     folder.mkdir(exist_ok=True)
     if len(list(folder.iterdir())) < MAX_FAULTS:
-        write_aside(folder / f"step_{fault['step']}.json", json.dumps(fault, indent=1))
+        write_aside(folder / f"step_{fault['step']}.json", json.dumps(_spelled(fault), indent=1))
+
+
+def _spelled(value: Any) -> Any:
+    """The same with NaN and infinity as text, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _spelled(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_spelled(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _due(every: int, step: int) -> bool:

@@ -141,7 +141,8 @@ class Trainer:
         metrics["kl_initial"] = scores.kl_initial
         metrics |= parity
         metrics["rollbacks"] = self.rollbacks
-        metrics["retention"] = self.watch_retention(prompts, greedy, outcome)
+        with timer("monitor"):
+            metrics["retention"] = self.watch_retention(prompts, greedy, outcome)
         if isinstance(self.engine, CheckedEngine | EnginePair):
             metrics |= {"kv_cache_usage": self.engine.kv_cache_usage, "redrawn": self.engine.redrawn}
         metrics["logprob_gap"] = mean(
@@ -151,7 +152,8 @@ class Trainer:
             with timer("eval"):
                 metrics |= self.probe_metrics()
             if self.config.log.samples:
-                self.samples = self._collect_samples(prompts, trajectories, outcome)
+                rows = range(min(self.config.log.samples, len(prompts)) * outcome.keep.shape[1])
+                self.samples = self._describe(rows, prompts, trajectories, outcome)
         metrics |= timer.metrics()
         metrics["step_s"] = time.perf_counter() - start
         metrics["tokens_per_s"] = int(trajectories.mask.sum()) / (metrics["step_s"] - timer.seconds.get("eval", 0.0))
@@ -184,8 +186,7 @@ class Trainer:
         prompts = [self.data.prompts[i].ids for i in indices]
         sampling = Sampling(temperature=0.0, max_new_tokens=self.config.rollout.max_new_tokens)
         rollouts = self.engine.generate(prompts, 1, sampling, source="policy", version=self.version)
-        responses = [rollouts.response(row) for row in range(len(prompts))]
-        return [self.extract(t) for t in self.loaded.tokenizer.batch_decode(responses, skip_special_tokens=True)]
+        return self._extract([rollouts.response(row) for row in range(len(prompts))])
 
     def watch_retention(self, prompts: Sequence[Prompt], greedy: list[str | None], outcome: Outcome) -> float | None:
         """Remembers sure answers in the first steps; later the share of them that is left, where it was asked for."""
@@ -298,10 +299,7 @@ class Trainer:
     def read_answers(self, trajectories: Trajectories) -> list[list[str | None]]:
         """Answers of every trajectory, [B][G]; None where there is none."""
         num_prompts, group = trajectories.truncated.shape
-        texts = self.loaded.tokenizer.batch_decode(
-            [trajectories.response(row) for row in range(num_prompts * group)], skip_special_tokens=True
-        )
-        answers = [self.extract(text) for text in texts]
+        answers = self._extract([trajectories.response(row) for row in range(num_prompts * group)])
         return [answers[b * group : (b + 1) * group] for b in range(num_prompts)]
 
     def probe_metrics(self) -> Metrics:
@@ -354,7 +352,9 @@ class Trainer:
         """Copies everything that the next step depends on, on the host; the result writes it, from any thread."""
         return self._make_writer(checkpoint.copy_tensors)
 
-    def _make_writer(self, take: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable:
+    def _make_writer(
+        self, take: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+    ) -> Callable[[Path], None]:
         """`save` of what `take` makes of the tensors of this moment."""
         model, tokenizer = self.model, self.loaded.tokenizer
         weights = {"policy": take(model.state_dict()), "momentum": take(self.momentum.state_dict())}
@@ -467,45 +467,15 @@ class Trainer:
         """A copy of the starting weights, in the precision of forward passes."""
         return {name: p.detach().to(self.loaded.dtype, copy=True) for name, p in self.model.named_parameters()}
 
-    def _describe_faults(
-        self, prompts: Sequence[Prompt], t: Trajectories, scores: Scores, o: Outcome
-    ) -> dict[str, Any]:
-        """What helps to find out why optimiser steps were not finite: their trajectories, the suspect ones first."""
-        group = o.keep.shape[1]
-        sound = (scores.old_logprob.isfinite() & t.rollout_logprob.isfinite() | ~t.mask).all(1)
-        sound &= (o.rewards.isfinite() & o.advantage.isfinite()).flatten()
-        rows = sorted({row for fault in self.learner.faults for row in fault.rows}, key=lambda row: bool(sound[row]))
-        rows = rows[:MAX_FAULT_ROWS]
-        return {
-            "step": self.step,
-            "optimizer_steps": [
-                {"optimizer_step": f.optimizer_step, "loss": str(f.loss), "grad_norm": str(f.grad_norm)}
-                for f in self.learner.faults
-            ],
-            "trajectories": [
-                {
-                    "prompt": prompts[row // group].text,
-                    "source": "momentum" if row % group >= o.num_policy else "policy",
-                    "response": response,
-                    "tokens": t.response(row),
-                    "finite": bool(sound[row]),
-                    "old_logprob": str(scores.old_logprob[row, t.mask[row]].tolist()),
-                    "rollout_logprob": str(t.rollout_logprob[row, t.mask[row]].tolist()),
-                    "reward": str(float(o.rewards[row // group, row % group])),
-                    "advantage": str(float(o.advantage[row // group, row % group])),
-                }
-                for row, response in zip(
-                    rows, self.loaded.tokenizer.batch_decode([t.response(row) for row in rows]), strict=True
-                )
-            ],
-        }
+    def _extract(self, responses: list[list[int]]) -> list[str | None]:
+        """Answers in responses of token ids; None where there is none."""
+        return [self.extract(t) for t in self.loaded.tokenizer.batch_decode(responses, skip_special_tokens=True)]
 
-    def _collect_samples(self, prompts: Sequence[Prompt], t: Trajectories, o: Outcome) -> list[dict[str, Any]]:
-        """Rollouts of the first --log.samples prompts, as rows."""
+    def _describe(
+        self, rows: Sequence[int], prompts: Sequence[Prompt], t: Trajectories, o: Outcome
+    ) -> list[dict[str, Any]]:
+        """What a person wants to know of trajectories `rows`."""
         group = o.keep.shape[1]
-        responses = self.loaded.tokenizer.batch_decode(
-            [t.response(row) for row in range(min(self.config.log.samples, len(prompts)) * group)]
-        )
         return [
             {
                 "step": self.step,
@@ -519,9 +489,34 @@ class Trainer:
                 "entropy": float(o.entropy[b, i]),
                 "kept": bool(o.keep[b, i]),
             }
-            for row, response in enumerate(responses)
+            for row, response in zip(
+                rows, self.loaded.tokenizer.batch_decode([t.response(row) for row in rows]), strict=True
+            )
             for b, i in [divmod(row, group)]
         ]
+
+    def _describe_faults(
+        self, prompts: Sequence[Prompt], t: Trajectories, scores: Scores, o: Outcome
+    ) -> dict[str, Any]:
+        """What helps to find out why optimiser steps were not finite: their trajectories, the suspect ones first."""
+        sound = (scores.old_logprob.isfinite() & t.rollout_logprob.isfinite() | ~t.mask).all(1)
+        sound &= (o.rewards.isfinite() & o.advantage.isfinite()).flatten()
+        rows = sorted({row for fault in self.learner.faults for row in fault.rows}, key=lambda row: bool(sound[row]))
+        rows = rows[:MAX_FAULT_ROWS]
+        return {
+            "step": self.step,
+            "optimizer_steps": [vars(fault) for fault in self.learner.faults],
+            "trajectories": [
+                entry
+                | {
+                    "finite": bool(sound[row]),
+                    "tokens": t.response(row),
+                    "old_logprob": scores.old_logprob[row, t.mask[row]].tolist(),
+                    "rollout_logprob": t.rollout_logprob[row, t.mask[row]].tolist(),
+                }
+                for row, entry in zip(rows, self._describe(rows, prompts, t, o), strict=True)
+            ],
+        }
 
 
 def needs_initial(config: Config) -> bool:

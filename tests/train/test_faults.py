@@ -36,7 +36,7 @@ from mgrpo.checkpoint import (
 from mgrpo.equivalence import EquivalenceWorker
 from mgrpo.metrics import StorageError
 from mgrpo.policy import load_model
-from mgrpo.run import Exit
+from mgrpo.run import Exit, write_fault
 from mgrpo.trainer import Trainer
 
 WEIGHTS = ("policy/model.safetensors", "momentum/model.safetensors", "optimizer.safetensors")
@@ -54,10 +54,6 @@ def weights(run_dir, step):
 
 def steps_saved(run_dir):
     return [step_of(folder) for folder in list_checkpoints(run_dir)]
-
-
-def fault(name):
-    return pytest.mark.fault(name)
 
 
 # ---- checkpoints
@@ -130,7 +126,7 @@ print(len(found), found[-1])
 """
 
 
-@fault("kill -9 at every file boundary of a save")
+@pytest.mark.fault("kill -9 at every file boundary of a save")
 @pytest.mark.parametrize("where", ["new", "replaces"])
 def test_a_save_killed_anywhere_leaves_a_sound_checkpoint(tmp_path, where):
     """Whatever is left verifies; the save that nobody kills succeeds in the same place."""
@@ -142,7 +138,7 @@ def test_a_save_killed_anywhere_leaves_a_sound_checkpoint(tmp_path, where):
     assert newest == 2
 
 
-@fault("kill -9 in the middle of a step")
+@pytest.mark.fault("kill -9 in the middle of a step")
 def test_a_run_killed_within_a_step_resumes_to_the_same_bits(launch, resume, command_line, tmp_path, rows_of):
     options = {"steps": 5, "checkpoint.every": 2}
     assert launch(options, run_dir=tmp_path / "straight") == 0
@@ -163,7 +159,7 @@ def test_a_run_killed_within_a_step_resumes_to_the_same_bits(launch, resume, com
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
 
 
-@fault("kill -9 of a run again and again")
+@pytest.mark.fault("kill -9 of a run again and again")
 @pytest.mark.long
 def test_a_run_killed_at_any_time_ends_with_the_same_bits(launch, resume, command_line, tmp_path, rows_of):
     """Killed twelve times, at moments that know nothing of what the run is doing."""
@@ -199,7 +195,7 @@ def test_a_run_killed_at_any_time_ends_with_the_same_bits(launch, resume, comman
     assert rows_of(run_dir) == rows_of(tmp_path / "straight")
 
 
-@fault("disk full under a checkpoint (the kernel refuses the bytes)")
+@pytest.mark.fault("disk full under a checkpoint (the kernel refuses the bytes)")
 def test_files_that_may_not_grow_cost_one_checkpoint(resume, launch, command_line, tmp_path):
     """A limit of the process on the size of files stands for the full disk: every writer gets its error."""
     options = {"steps": 4, "checkpoint.every": 2}
@@ -218,7 +214,7 @@ def test_files_that_may_not_grow_cost_one_checkpoint(resume, launch, command_lin
     assert weights(tmp_path / "run", 4) == weights(tmp_path / "straight", 4)
 
 
-@fault("directory that may not be written")
+@pytest.mark.fault("directory that may not be written")
 def test_a_directory_turned_read_only_is_named(tmp_path):
     save_checkpoint(tmp_path, 1, lambda folder: (folder / "a").write_text("1"))
     (tmp_path / "checkpoints").chmod(0o555)
@@ -237,7 +233,7 @@ def test_a_directory_turned_read_only_is_named(tmp_path):
     assert newest_valid(tmp_path) == (tmp_path / "checkpoints" / "step_1", {})
 
 
-@fault("one byte flipped, or the end missing, in any file of a checkpoint")
+@pytest.mark.fault("one byte flipped, or the end missing, in any file of a checkpoint")
 @pytest.mark.parametrize("damage", ["flipped", "truncated"])
 def test_every_damaged_file_is_named_and_the_one_before_used(small, trained, tmp_path, damage):
     trainer, _ = trained(small(), 1)
@@ -258,7 +254,7 @@ def test_every_damaged_file_is_named_and_the_one_before_used(small, trained, tmp
     assert newest_valid(tmp_path) == (newer, {})
 
 
-@fault("pickle planted in a checkpoint")
+@pytest.mark.fault("pickle planted in a checkpoint")
 def test_a_planted_pickle_is_never_read(launch, resume, tmp_path):
     """Neither beside the weights nor in their place: a file that no manifest names does nothing."""
     assert launch({"steps": 2}, "--stop-after", "1") == 0
@@ -302,7 +298,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(small, trained, tmp_path
     assert (tmp_path / "after" / WEIGHTS[0]).read_bytes() != (tmp_path / "expected" / WEIGHTS[0]).read_bytes()
 
 
-@fault("disk full under a checkpoint in the background")
+@pytest.mark.fault("disk full under a checkpoint in the background")
 def test_an_error_of_the_thread_reaches_the_run(tmp_path):
     def fail(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -330,10 +326,12 @@ def test_an_error_of_the_thread_reaches_the_run(tmp_path):
     assert "step_6 could not be written" in raised.value.__notes__[0]
 
 
-def test_checkpoints_without_a_thread_are_the_same(launch, tmp_path):
-    for name, background in (("thread", "True"), ("none", "False")):
-        flag = "--checkpoint.background" if background == "True" else "--checkpoint.no-background"
-        assert launch({"steps": 4, "checkpoint.every": 2}, flag, run_dir=tmp_path / name) == 0
+def test_checkpoints_without_a_copy_are_the_same(launch, tmp_path, monkeypatch):
+    """Without the background nothing is copied, and training waits."""
+    assert launch({"steps": 4, "checkpoint.every": 2}, run_dir=tmp_path / "thread") == 0
+    monkeypatch.delattr(Trainer, "snapshot")
+    flag = "--checkpoint.no-background"
+    assert launch({"steps": 4, "checkpoint.every": 2}, flag, run_dir=tmp_path / "none") == 0
     assert weights(tmp_path / "thread", 4) == weights(tmp_path / "none", 4)
     assert steps_saved(tmp_path / "thread") == steps_saved(tmp_path / "none") == [2, 4]
 
@@ -363,7 +361,7 @@ def test_a_half_replaced_checkpoint_comes_back(tmp_path):
 # ---- what changes under a run
 
 
-@fault("data file changed under the run")
+@pytest.mark.fault("data file changed under the run")
 def test_a_data_file_that_changes_is_read_once(launch, resume, tmp_path, rows_of, monkeypatch, capsys):
     """The run goes on with what it read at its start; a resumed run refuses the other file."""
     data, lines = tmp_path / "data.jsonl", [json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(10, 34)]
@@ -385,7 +383,7 @@ def test_a_data_file_that_changes_is_read_once(launch, resume, tmp_path, rows_of
     assert "--data.train must hold the prompts that" in capsys.readouterr().err
 
 
-@fault("clock jumping back")
+@pytest.mark.fault("clock jumping back")
 def test_a_clock_that_jumps_back_changes_nothing(launch, tmp_path, rows_of, monkeypatch):
     options = {"steps": 3, "checkpoint.every": 1, "log.backends": ("tensorboard",)}
     assert launch(options, run_dir=tmp_path / "straight") == 0
@@ -400,7 +398,7 @@ def test_a_clock_that_jumps_back_changes_nothing(launch, tmp_path, rows_of, monk
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "old log-prob", "rollout log-prob", "reward"])
-@fault("numbers that are not finite")
+@pytest.mark.fault("numbers that are not finite")
 def test_a_number_that_is_not_finite_moves_nothing_and_is_written_down(
     small, trained, weights_of, monkeypatch, tmp_path, where
 ):
@@ -416,7 +414,9 @@ def test_a_number_that_is_not_finite_moves_nothing_and_is_written_down(
     assert all(torch.equal(tensor, moments[name]) for name, tensor in trainer_moments(trainer).items())
     fault = trainer.fault
     assert fault is not None and fault["step"] == 2
-    json.loads(json.dumps(fault, allow_nan=False))
+    write_fault(tmp_path, fault)
+    written = json.loads((tmp_path / "faults" / "step_2.json").read_text(), parse_constant=pytest.fail)
+    assert len(written["trajectories"]) == len(fault["trajectories"])
     suspects = [entry for entry in fault["trajectories"] if not entry["finite"]]
     assert suspects == fault["trajectories"][: len(suspects)]
     assert bool(suspects) == (where not in ("loss", "gradient"))
@@ -451,7 +451,7 @@ def plant(where, trainer, monkeypatch):
 
         def bad_score(trajectories):
             scores = score(trajectories)
-            scores.old_logprob[first_trained(trajectories), 0] = math.nan
+            scores.old_logprob[by_policy(trajectories), 0] = math.nan
             return scores
 
         monkeypatch.setattr(trainer, "score", bad_score)
@@ -460,7 +460,7 @@ def plant(where, trainer, monkeypatch):
 
         def bad_roll_out(*args):
             trajectories = roll_out(*args)
-            trajectories.rollout_logprob[first_trained(trajectories), 0] = -math.inf
+            trajectories.rollout_logprob[by_policy(trajectories), 0] = -math.inf
             return trajectories
 
         monkeypatch.setattr(trainer, "roll_out", bad_roll_out)
@@ -476,12 +476,12 @@ def plant(where, trainer, monkeypatch):
         monkeypatch.setattr(trainer, "judge", bad_judge)
 
 
-def first_trained(trajectories):
-    """Every policy trajectory: whichever trains is among them."""
+def by_policy(trajectories):
+    """The trajectories that train, and the policy's others."""
     return ~trajectories.is_momentum.flatten()
 
 
-@fault("numbers that stay not finite")
+@pytest.mark.fault("numbers that stay not finite")
 def test_steps_that_are_not_finite_in_a_row_stop_the_run(launch, tmp_path, rows_of, monkeypatch):
     def bad_score(trainer, trajectories, score=Trainer.score):
         scores = score(trainer, trajectories)
@@ -502,7 +502,7 @@ def test_steps_that_are_not_finite_in_a_row_stop_the_run(launch, tmp_path, rows_
 # ---- the answer checker
 
 
-@fault("worker of the answer checker stopped, and so silent")
+@pytest.mark.fault("worker of the answer checker stopped, and so silent")
 def test_a_stopped_worker_is_replaced_and_changes_no_verdict():
     worker = EquivalenceWorker(timeout_s=20.0, hang_s=1.0)
     try:
@@ -518,7 +518,7 @@ def test_a_stopped_worker_is_replaced_and_changes_no_verdict():
         worker.close()
 
 
-@fault("worker of the answer checker killed in the middle of a pair")
+@pytest.mark.fault("worker of the answer checker killed in the middle of a pair")
 def test_a_worker_killed_at_work_is_asked_again():
     """The verdict is that of an undisturbed comparison, which takes about a second here."""
     pair = ("(x+y+z)^{9}", r"(z+y+x)^{9}+0*\sin(x)")
@@ -535,7 +535,7 @@ def test_a_worker_killed_at_work_is_asked_again():
         assert checker.worker_pids != [pid] and (checker.timeouts, checker.failures) == (0, 0)
 
 
-@fault("busy machine around the answer checker")
+@pytest.mark.fault("busy machine around the answer checker")
 def test_a_busy_machine_changes_no_verdict():
     """A worker that gets a small share of a processor needs long by the clock, and its limit is not the clock."""
     with AnswerChecker(timeout_s=1.0) as checker:

@@ -104,10 +104,29 @@ def test_after_the_last_rollback_an_alarm_stops_the_run(launch, tmp_path, rows_o
     assert rows[-1]["alarm"] == ["planted"] and [row["step"] for row in rows] == list(range(1, 10))
 
 
-def test_an_early_alarm_goes_back_to_the_start(launch, tmp_path, rows_of, alarm_at):
+def test_an_early_alarm_goes_back_to_the_start(small, trained, launch, tmp_path, rows_of, alarm_at):
+    """The optimiser too forgets what it has seen."""
     alarm_at(3, times=1)
     assert launch(ROLLING | {"checkpoint.every": 0}) == Exit.DONE
     assert [row["rollbacks"] for row in rows_of(tmp_path / "run")] == [1] * 14
+    expected, _ = trained(small(ROLLING), 0)
+    for _ in range(3):
+        expected.sampler.next()
+    list(expected.train(14))
+    expected.save(tmp_path)
+    for name in ("policy/model.safetensors", "optimizer.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "run" / "checkpoints" / "step_14" / name).read_bytes()
+
+
+def test_tensorboard_forgets_the_steps_that_were_taken_back(launch, tmp_path, alarm_at):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    alarm_at(9, times=1)
+    assert launch(ROLLING | {"log.backends": ("tensorboard",)}, "--log.backends", "tensorboard") == Exit.DONE
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("rollbacks")]
+    assert found == [(step, float(step > 4)) for step in range(1, 15)]
 
 
 def test_a_damaged_checkpoint_is_passed_over(launch, tmp_path, rows_of, alarm_at, monkeypatch):
