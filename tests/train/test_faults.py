@@ -271,6 +271,19 @@ def test_a_planted_pickle_is_never_read(launch, resume, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(small, trained, tmp_path, monkeypatch):
+    """What a power cut leaves can not be tested; the order of flushing and renaming can."""
+    trainer, done = trained(small(), 1)[0], []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    monkeypatch.setattr(Path, "rename", lambda old, new: (done.append("renamed"), rename(old, new))[1])
+    folder = save_checkpoint(tmp_path, 1, trainer.save)
+    flushed, after = done[: done.index("renamed")], done[done.index("renamed") + 1 :]
+    inside = {str(path.relative_to(folder)) for path in folder.rglob("*")} | {"."}
+    assert {os.path.relpath(path, folder.with_name(".step_1.tmp")) for path in flushed} == inside
+    assert after == [str(folder.parent)]
+
+
 # ---- checkpoints in the background
 
 
