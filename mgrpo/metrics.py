@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from mgrpo.config import Config, ConfigError, to_dict
-from mgrpo.voting import Vote
+from mgrpo.judging import Judgement
 
 Metrics = dict[str, Any]
 
@@ -60,21 +60,12 @@ class Timer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Outcome(Judgement):
     """What one rollout batch came to, before the update; policy rollouts first in G."""
 
-    answers: list[list[str | None]]  # [B][G]
-    answer_ids: torch.Tensor  # [B, G] int64
-    labels: list[str | None]  # [B], text of the pseudo-label
     lengths: torch.Tensor  # [B, G] int64
     truncated: torch.Tensor  # [B, G] bool
     entropy: torch.Tensor  # [B, G] fp32, mean token entropy under the policy
-    keep: torch.Tensor  # [B, G] bool, passed the filter
-    trains: torch.Tensor  # [B, G] bool, enters the loss
-    vote: Vote
-    rewards: torch.Tensor  # [B, G] fp32
-    advantage: torch.Tensor  # [B, G] fp32
-    num_policy: int
     label_correct: list[bool]  # pseudo-label equals the true answer, for prompts that have one
 
 

@@ -25,14 +25,14 @@ from mgrpo.answers import AnswerChecker, make_extractor
 from mgrpo.config import Config
 from mgrpo.data import Prompt, Sampler
 from mgrpo.evaluate import Evaluation, evaluate
+from mgrpo.judging import judge
 from mgrpo.learner import Learner
 from mgrpo.metrics import KEYS, Metrics, Outcome, Timer, mean, outcome_metrics
 from mgrpo.momentum import Momentum
-from mgrpo.objective import Batch, group_advantage
+from mgrpo.objective import Batch
 from mgrpo.policy import LoadedModel, borrowed_weights, load_model, load_weights, save_model
 from mgrpo.prompts import load_prompts, require_answers
 from mgrpo.retention import Retention
-from mgrpo.reward import Evidence, reward
 from mgrpo.rollout.checked import CheckedEngine
 from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source
 from mgrpo.rollout.parity import check_parity
@@ -40,7 +40,6 @@ from mgrpo.rollout.server import EnginePair
 from mgrpo.rollout.start import start_engine
 from mgrpo.scoring import Scorer, TokenScores
 from mgrpo.trajectories import Trajectories, join
-from mgrpo.voting import filter_trajectories, first_of_class, vote
 
 # After the first loads an engine is compared with the trainer at every step; later now and then.
 PARITY_STEPS = 2
@@ -256,42 +255,29 @@ class Trainer:
 
     def judge(self, prompts: Sequence[Prompt], trajectories: Trajectories, scores: Scores) -> Outcome:
         """Filters, votes, rewards and compares within groups. True answers reach metrics and reward `labels` alone."""
-        c, backend = self.config, self.config.kernels.backend
-        answers = self.read_answers(trajectories)
-        answer_ids = torch.tensor(self.checker.group_classes(answers))
-        keep = filter_trajectories(scores.judged_entropy, c.filter, backend=backend)
-        voters = torch.ones_like(keep) if c.filter.applies_to == "loss" else keep
-        elected = vote(answer_ids, voters, trajectories.num_policy, c.vote, backend=backend)
-        correct = None
-        if c.objective.reward == "labels":
-            is_right = self.checker.is_correct
-            correct = torch.tensor(
-                [[is_right(a, p.answer) for a in row] for p, row in zip(prompts, answers, strict=True)]
-            )
-        evidence = Evidence(
-            answer_ids=answer_ids, entropy=scores.entropy, self_certainty=scores.self_certainty, correct=correct
+        c = self.config
+        judged = judge(
+            self.read_answers(trajectories),
+            scores.judged_entropy,
+            trajectories.num_policy,
+            filter=c.filter,
+            vote=c.vote,
+            objective=c.objective,
+            checker=self.checker,
+            may_train=self._may_train(trajectories),
+            mean_entropy=scores.entropy,
+            self_certainty=scores.self_certainty,
+            true_answers=[prompt.answer for prompt in prompts] if c.objective.reward == "labels" else None,
+            backend=c.kernels.backend,
         )
-        rewards = reward(c.objective.reward, elected, evidence)
-        trains = keep & self._may_train(trajectories)
-        labels = [
-            first_of_class(*row) for row in zip(answer_ids.tolist(), answers, elected.label.tolist(), strict=True)
-        ]
         return Outcome(
-            answers=answers,
-            answer_ids=answer_ids,
-            labels=labels,
+            **vars(judged),
             lengths=trajectories.lengths,
             truncated=trajectories.truncated,
             entropy=scores.entropy,
-            keep=keep,
-            trains=trains,
-            vote=elected,
-            rewards=rewards,
-            advantage=group_advantage(rewards, keep, trains, c.objective, backend=backend),
-            num_policy=trajectories.num_policy,
             label_correct=[
                 self.checker.is_correct(label, prompt.answer)
-                for label, prompt in zip(labels, prompts, strict=True)
+                for label, prompt in zip(judged.labels, prompts, strict=True)
                 if prompt.answer is not None
             ],
         )

@@ -60,8 +60,8 @@ def scaled(function, factor):
 
 # Small mistakes in what a step computes.
 MISTAKES = {
-    "advantage of the other sign": ("mgrpo.trainer.group_advantage", scaled(mgrpo.objective.group_advantage, -1)),
-    "advantage scaled": ("mgrpo.trainer.group_advantage", scaled(mgrpo.objective.group_advantage, 0.999)),
+    "advantage of the other sign": ("mgrpo.judging.group_advantage", scaled(mgrpo.objective.group_advantage, -1)),
+    "advantage scaled": ("mgrpo.judging.group_advantage", scaled(mgrpo.objective.group_advantage, 0.999)),
     "loss scaled": ("mgrpo.learner.normalizer", scaled(mgrpo.objective.normalizer, 1.001)),
     "learning rate scaled": ("mgrpo.learner.learning_rate", scaled(mgrpo.learner.learning_rate, 0.999)),
     "decay": ("mgrpo.momentum.decay_at", lambda *_: 0.901),
