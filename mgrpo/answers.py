@@ -260,7 +260,8 @@ class AnswerChecker:
     numbers or fractions, as text where one is made of words, and otherwise by math-verify in both directions in a
     worker process, so that the verdict is symmetric. It is not transitive (rounding), which `classes` allows for.
     Forms of more than 300 characters are equivalent only where equal. A pair that hits the limit, or kills its
-    worker, is not equivalent. Verdicts are kept (the last 65,536 pairs).
+    worker, is not equivalent. Where no worker can be started at all, the call raises StartError. Verdicts are kept
+    (the last 65,536 pairs).
 
     Args:
         mode: `exact` (equal canonical forms only) or `math`.

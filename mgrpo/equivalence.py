@@ -10,22 +10,29 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
 import re
 import resource
+import select
 import selectors
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 MEMORY_LIMIT_BYTES = 2 << 30
-STARTUP_LIMIT_S = 120.0
+# A worker that holds more than this after a pair would leave less than a fresh one to the next.
+MEMORY_KEPT_BYTES = MEMORY_LIMIT_BYTES // 2
+# By the clock, because a stopped process uses no processor time; loading takes about a second of it.
+START_LIMIT_S = 300.0
+START_TRIES = 3
 # A worker that gets less than this share of a processor counts as hung.
 LEAST_CPU_SHARE = 1 / 20
 LEAST_HANG_S = 30.0
@@ -35,12 +42,19 @@ class WorkerError(RuntimeError):
     """A worker process died, or could not decide, on a pair."""
 
 
+class StartError(RuntimeError):
+    """No worker process can be started, so that no pair can be decided."""
+
+
 class _LostError(Exception):
     """A worker process is gone, or does not answer."""
 
 
 class EquivalenceWorker:
     """One worker process, started at the first pair and replaced whenever it is lost. Not for two threads at once.
+
+    A worker that ran out of memory or stack, or that keeps much memory, is replaced too: no verdict depends on the
+    pairs before it. It has a session of its own, so that a Ctrl-C is the trainer's, and ends when the trainer ends.
 
     Args:
         timeout_s: limit of one pair in seconds of processor time, above 0: a busy machine changes no verdict. Starting
@@ -64,6 +78,7 @@ class EquivalenceWorker:
         Raises:
             TimeoutError: the limit passed; the process is gone.
             WorkerError: the process died or hung on the pair twice, or ran out of memory or stack.
+            StartError: the process died or hung three times in a row while it started.
             ImportError: math-verify is not installed, or does not load.
         """
         try:
@@ -76,10 +91,8 @@ class EquivalenceWorker:
         except _LostError as error:
             self.close()
             raise WorkerError(f"the worker process {error} on {first!r} and {second!r}") from error
-        except WorkerError:
-            raise
         except BaseException:
-            # A late reply would otherwise be read as the verdict of the next pair.
+            # A late reply would otherwise be read as the verdict of the next pair, and what ran out is not as it was.
             self.close()
             raise
 
@@ -109,24 +122,48 @@ class EquivalenceWorker:
             raise _LostError("died") from error
         if "error" in reply:
             raise WorkerError(f"math-verify failed on {first!r} and {second!r}: {reply['error']}")
+        if reply["spent"]:
+            self.close()
         return reply["equivalent"]
 
     def _start(self) -> subprocess.Popen[bytes]:
+        """Starts the process, again where it is lost on the way."""
+        reasons = []
+        for tries in range(START_TRIES):
+            time.sleep(tries / 2)  # what ended the one before may pass
+            try:
+                return self._start_once()
+            except _LostError as error:
+                self.close()
+                reasons.append(str(error))
+        raise StartError(
+            f"AnswerChecker: a worker process must start, got {START_TRIES} in a row that were lost: "
+            f"{'; '.join(reasons)}. Free memory and processes, and try python -c 'import math_verify'."
+        )
+
+    def _start_once(self) -> subprocess.Popen[bytes]:
         """Starts the process and waits until math-verify is loaded."""
         # -P keeps this folder, whose files may be named like standard modules, off the worker's path. A fixed hash
         # seed fixes the order of SymPy's sets, and with it the verdicts.
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(self._timeout_s), str(self._hang_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            env={**os.environ, "PYTHONHASHSEED": "0"},
-        )
         try:
-            reply = _receive(process, STARTUP_LIMIT_S)
-        except (EOFError, TimeoutError) as error:
-            reply = {"error": error}
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-P", __file__, str(self._timeout_s), str(self._hang_s)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                env={**os.environ, "PYTHONHASHSEED": "0"},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise _LostError(f"no process could be made ({error})") from error
+        try:
+            reply = _receive(process, START_LIMIT_S)
+        except TimeoutError as error:
+            raise _LostError(f"not ready within {START_LIMIT_S:g} s") from error
+        except EOFError as error:
+            code = process.wait()
+            raise _LostError(f"killed by signal {-code}" if code < 0 else f"ended with code {code}") from error
         if "error" in reply:
             raise ImportError(
                 f"AnswerChecker: mode 'math' must have a working math-verify, got {reply['error']}. "
@@ -166,6 +203,7 @@ def _receive(process: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]
 
 def serve(timeout_s: float, hang_s: float) -> None:
     """Answers pairs from standard input until it closes, which it does when the parent ends."""
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for limit in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(limit, signal.SIG_DFL)
@@ -187,12 +225,33 @@ def serve(timeout_s: float, hang_s: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, timeout_s)
         signal.setitimer(signal.ITIMER_REAL, hang_s + 1)
         try:
-            reply = {"equivalent": compare(*pair)}
+            reply = {"equivalent": compare(*pair), "spent": _address_space() > MEMORY_KEPT_BYTES}
         except Exception as error:
             reply = {"error": type(error).__name__}
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(_pack(reply))
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as the other end of standard input is closed, whatever it does then."""
+    closed = select.poll()
+    closed.register(0, 0)  # nothing but the hang-up, which is always reported
+
+    def wait() -> None:
+        closed.poll()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _address_space() -> int:
+    """Bytes of this process that count for the memory limit, 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def _read_request(requests: BinaryIO) -> list[str] | None:
@@ -218,24 +277,42 @@ def _load_comparison() -> Callable[[str, str], bool]:
     """Imports math-verify and returns the symmetric comparison of two canonical answers."""
     import sympy
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from sympy.core.cache import clear_cache
     from sympy.core.random import seed
 
     logging.disable(logging.CRITICAL)
 
+    def attempt(step: Callable[[], Any], failed: Any) -> Any:
+        """What math-verify does on errors, but for those that say nothing about the answer."""
+        try:
+            return step()
+        except (MemoryError, RecursionError):
+            raise
+        except Exception:
+            return failed
+
     # The limits of math-verify itself are off throughout: they use the alarm that guards the whole pair.
+    def parse_as(text: str, config: Any) -> list[Any]:
+        return attempt(lambda: parse(text, [config], parsing_timeout=None, raise_on_error=True), [])  # pyright: ignore[reportArgumentType]
+
     @functools.lru_cache(maxsize=512)
     def parse_answer(answer: str) -> list[Any]:
-        parsed = parse(f"${answer}$", [LatexExtractionConfig()], parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        parsed = parse_as(f"${answer}$", LatexExtractionConfig())
         # On other text the plain parser would pick one number out of many.
         if not any(isinstance(item, sympy.Basic) for item in parsed) and _is_arithmetic(answer):
-            plain = parse(answer, [ExprExtractionConfig()], parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-            return plain or parsed
+            return parse_as(answer, ExprExtractionConfig()) or parsed
         return parsed
 
+    def equal(gold: Any, target: Any) -> bool:
+        return attempt(lambda: verify(gold, target, timeout_seconds=None, raise_on_error=True), False)
+
     def compare(first: str, second: str) -> bool:
-        seed(0)  # SymPy tests some identities at random points
+        # SymPy tests some identities at random points, and what it keeps of earlier pairs saves stack and memory.
+        seed(0)
+        clear_cache()
         one, other = parse_answer(first), parse_answer(second)
-        return verify(one, other, timeout_seconds=None) or verify(other, one, timeout_seconds=None)
+        pairs = list(itertools.product(one, other))
+        return any(equal(a, b) for a, b in pairs) or any(equal(b, a) for a, b in pairs)
 
     compare(r"\frac{x}{2}+\sqrt{3}", r"0.5x+3^{1/2}")  # loads what is loaded late, outside the limit of any pair
     return compare

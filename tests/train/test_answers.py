@@ -15,6 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from mgrpo.answers import AnswerChecker, canonicalize, make_extractor
+from mgrpo.equivalence import StartError
 
 SPECS = ("boxed", "hash", "last-number", r"regex:#(\d\d)", "regex:[a-z]+")
 TEXT = st.text(alphabet=st.characters(exclude_categories=()), max_size=60)
@@ -71,16 +72,23 @@ DIFFERENT = [
 ]
 
 FAKE_MATH_VERIFY = """
-import os
+import mmap, os
 print("noise on standard output")
+kept = []
 class LatexExtractionConfig: pass
 class ExprExtractionConfig: pass
-def parse(text, config, parsing_timeout):
+def parse(text, config, parsing_timeout, raise_on_error=False):
     if "exit" in text: os._exit(3)
-    if "memory" in text: raise MemoryError
+    if "keeps" in text: kept.append(mmap.mmap(-1, 1200 << 20))
+    if "memory" in text:
+        kept.append(text)
+        raise MemoryError
+    if "deep" in text:
+        kept.append(text)
+        return parse(text, config, parsing_timeout, raise_on_error)
     return [text]
-def verify(gold, target, timeout_seconds):
-    return "same" in gold[0] and "same" in target[0]
+def verify(gold, target, timeout_seconds, raise_on_error=False):
+    return bool(kept) or "same" in gold and "same" in target
 """
 
 
@@ -452,9 +460,19 @@ def test_pair_that_kills_its_worker_counts_as_failure(fake_math_verify):
         assert not fresh.equivalent("exit+1", "2+x")
         assert (fresh.timeouts, fresh.failures) == (0, 1)
         assert fresh.equivalent("same+1", "same+2")
-        pids = fresh.worker_pids
-        assert not fresh.equivalent("memory+1", "2+x")
-        assert (fresh.failures, fresh.worker_pids) == (2, pids)
+
+
+@pytest.mark.fault("answer that runs its worker out of memory or stack, or leaves it without memory")
+@pytest.mark.parametrize(("answer", "failures"), [("memory+1", 1), ("deep+1", 1), ("keeps+1", 0)])
+def test_no_verdict_depends_on_the_pairs_before(fake_math_verify, answer, failures):
+    """The stand-in finds everything equal once it has run out; a real one would have less left for the next pair."""
+    with AnswerChecker(timeout_s=30.0) as fresh:
+        assert not fresh.equivalent("1+x", "2+x")
+        (pid,) = fresh.worker_pids
+        fresh.equivalent(answer, "2+x")
+        assert fresh.worker_pids == [] and not is_running(pid)
+        assert not fresh.equivalent("3+x", "2+x")
+        assert (fresh.timeouts, fresh.failures) == (0, failures)
 
 
 def test_undecided_pairs_of_one_call_are_limited(fake_math_verify):
@@ -464,13 +482,118 @@ def test_undecided_pairs_of_one_call_are_limited(fake_math_verify):
         assert (fresh.failures, fresh.skipped) == (3, 12)
 
 
-@pytest.mark.parametrize("source", ["raise ImportError('No module')", "import os; os._exit(1)"])
+@pytest.mark.parametrize("source", ["raise ImportError('No module')", "import nowhere_to_be_found", "1/0"])
 def test_math_verify_that_does_not_load_is_an_error(fake_math_verify, source):
     fake_math_verify.write_text(source)
     with AnswerChecker() as fresh:
         with pytest.raises(ImportError, match=r"Install mgrpo\[train\]"):
             fresh.equivalent("x+1", "1+x")
         assert fresh.worker_pids == []
+
+
+SLOW_IMPORT = """
+import os, time
+with open(os.path.join(os.path.dirname(__file__), "starts"), "a") as file: file.write(f"{os.getpid()}\\n")
+while not os.path.exists(os.path.join(os.path.dirname(__file__), "go")): time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def slow_start(fake_math_verify):
+    """A math-verify that takes as long to import as the test wants; returns the folder of `starts` and `go`."""
+    fake_math_verify.write_text(SLOW_IMPORT + FAKE_MATH_VERIFY)
+    return fake_math_verify.parent
+
+
+def wait_for_start(folder, number):
+    """Process id of the worker that began to start as the given one, counted from 1."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        starts = (folder / "starts").read_text().split() if (folder / "starts").exists() else []
+        if len(starts) >= number:
+            return int(starts[number - 1])
+        time.sleep(0.01)
+    raise AssertionError(f"start {number} never came")
+
+
+@pytest.mark.fault("worker of the answer checker killed while it starts")
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_killed_while_it_starts_is_replaced(slow_start, kill):
+    verdicts = []
+    with AnswerChecker(timeout_s=30.0) as fresh:
+        thread = threading.Thread(target=lambda: verdicts.append(fresh.equivalent("same+1", "same+2")))
+        thread.start()
+        for number in (1, 2):
+            os.kill(wait_for_start(slow_start, number), kill)
+        third = wait_for_start(slow_start, 3)
+        (slow_start / "go").touch()
+        thread.join()
+        assert verdicts == [True] and (fresh.timeouts, fresh.failures) == (0, 0)
+        assert fresh.worker_pids == [third]
+
+
+@pytest.mark.fault("worker of the answer checker killed or stopped at every start")
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import os; os._exit(7)", "ended with code 7; ended with code 7; ended with code 7"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9; killed by signal 9; killed by signal 9"),
+        ("import os; os.kill(os.getpid(), 19)", "not ready within 1 s; not ready within 1 s; not ready within 1 s"),
+    ],
+    ids=["ended", "killed", "stopped"],
+)
+def test_workers_that_never_start_are_an_error_after_three(fake_math_verify, monkeypatch, source, reason):
+    """No verdict is made up: without a worker every pair would count as different."""
+    monkeypatch.setattr("mgrpo.equivalence.START_LIMIT_S", 1.0)
+    fake_math_verify.write_text(source)
+    with AnswerChecker() as fresh:
+        with pytest.raises(StartError, match=f"a worker process must start, got 3 in a row that were lost: {reason}"):
+            fresh.equivalent("x+1", "1+x")
+        assert fresh.worker_pids == [] and fresh.failures == 0
+        fake_math_verify.write_text(FAKE_MATH_VERIFY)
+        assert fresh.equivalent("same+1", "same+2")
+
+
+def test_a_machine_without_room_for_a_process_is_an_error_after_three(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with AnswerChecker() as fresh:
+        monkeypatch.setattr(subprocess, "Popen", refuse)
+        with pytest.raises(StartError, match=r"no process could be made \(\[Errno 11\] Resource temporarily unav"):
+            fresh.equivalent("x+1", "1+x")
+
+
+def run_parent(folder):
+    """A process in a group of its own that ignores SIGINT, as a trainer with a step to end does, and asks one pair."""
+    code = "\n".join(
+        [
+            "import signal",
+            "from mgrpo.answers import AnswerChecker",
+            "signal.signal(signal.SIGINT, lambda *_: None)",
+            "with AnswerChecker(timeout_s=30.0) as checker:",
+            "    print(checker.equivalent('same+1', 'same+2'), checker.failures, checker.worker_pids[0])",
+        ]
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.fault("Ctrl-C while a worker of the answer checker starts")
+def test_a_ctrl_c_does_not_reach_a_worker_that_starts(slow_start):
+    with run_parent(slow_start) as parent:
+        worker = wait_for_start(slow_start, 1)
+        os.killpg(parent.pid, signal.SIGINT)
+        time.sleep(0.2)
+        (slow_start / "go").touch()
+        assert parent.communicate(timeout=30)[0].split() == ["True", "0", str(worker)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_starts_ends_with_its_parent(slow_start):
+    with run_parent(slow_start) as parent:
+        worker = wait_for_start(slow_start, 1)
+        parent.kill()
+    assert wait_until_gone(worker, 5.0)
 
 
 @pytest.mark.parametrize(
