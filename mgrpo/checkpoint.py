@@ -40,8 +40,11 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None]) -> 
     shutil.rmtree(aside, ignore_errors=True)
     try:
         _write_aside(aside, step, write)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
+        # Of a full disk the tokenizers' library says so in the text of an error of no class of its own.
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+            raise
         raise StorageError(
             f"checkpoint: {final} could not be written: {error}. Earlier ones are as they were."
         ) from error
@@ -49,7 +52,7 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None]) -> 
     if final.exists():
         final.rename(replaced)
     aside.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
@@ -61,7 +64,7 @@ def _write_aside(aside: Path, step: int, write: Callable[[Path], None]) -> None:
     digests = {str(p.relative_to(aside)): _sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
     (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=1))
     for path in [*aside.rglob("*"), aside]:
-        _fsync(path)
+        fsync(path)
 
 
 def verify_checkpoint(folder: Path) -> int:
@@ -71,6 +74,8 @@ def verify_checkpoint(folder: Path) -> int:
         step, digests = int(manifest["step"]), dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint: {folder / MANIFEST} must be as it was written, got {error!r}.") from error
+    if step != step_of(folder):
+        raise CheckpointError(f"checkpoint: {folder / MANIFEST} must be of step {step_of(folder)}, got {step}.")
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file() or _sha256(path) != digest:
@@ -248,13 +253,27 @@ def _from_hex(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of named tensors' bytes."""
+    total = hashlib.sha256()
+    for name, tensor in tensors.items():
+        total.update(name.encode())
+        total.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
 def _sha256(path: Path) -> str:
     """Digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flushes a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -37,7 +37,7 @@ class Fault:
     optimizer_step: int
     loss: float
     grad_norm: float
-    rows: list[int]  # trajectories of its minibatch
+    rows: list[int]  # trajectories of its minibatch that train, and those that are not finite
 
 
 class Learner:
@@ -55,18 +55,40 @@ class Learner:
         self.nonfinite_in_row = 0
         self.faults: list[Fault] = []  # of the last update
 
-    def update(self, trajectories: Trajectories, batch: Batch, trains: torch.Tensor, timer: Timer) -> Metrics:
-        """Takes every optimiser step of one rollout batch; `trains` [B, G] says which trajectories enter the loss."""
+    def update(
+        self,
+        trajectories: Trajectories,
+        batch: Batch,
+        trains: torch.Tensor,
+        timer: Timer,
+        *,
+        sound: torch.Tensor | None = None,
+    ) -> Metrics:
+        """Takes every optimiser step of one rollout batch.
+
+        Args:
+            trajectories, batch: what was rolled out, and what the loss needs of it.
+            trains: [B, G] bool, which trajectories enter the loss.
+            timer: clocks the EMA.
+            sound: [B, G] bool, which have finite scores and rewards; one that has not spoils the step of its prompt,
+                even where the filter has dropped it. All by default.
+        """
         c = self.config.optim
+        spoilt = torch.zeros_like(trains) if sound is None else ~sound
         rows = torch.arange(trains.numel()).view(trains.shape)
         steps, self.faults = [], []
         for _ in range(c.num_epochs):
             for part in torch.arange(len(rows)).tensor_split(c.num_minibatches):
-                steps.append(self.optimizer_step(trajectories, batch, rows[part][trains[part]], timer))
+                chosen = rows[part][trains[part]], rows[part][spoilt[part]]
+                steps.append(self.optimizer_step(trajectories, batch, *chosen, timer))
         return _mean_of_known(steps) | {"nonfinite_steps": self.nonfinite_steps}
 
-    def optimizer_step(self, trajectories: Trajectories, batch: Batch, rows: torch.Tensor, timer: Timer) -> Metrics:
-        """One optimiser step on trajectories `rows` [r], then the EMA. A non-finite one touches no weight."""
+    def optimizer_step(
+        self, trajectories: Trajectories, batch: Batch, rows: torch.Tensor, spoilt: torch.Tensor, timer: Timer
+    ) -> Metrics:
+        """One optimiser step on trajectories `rows` [r], then the EMA. A non-finite one touches no weight, nor does one
+        with trajectories that are `spoilt` [s].
+        """
         c = self.config
         divisor = normalizer(batch.mask[rows], c.objective.reduce, c.rollout.max_new_tokens)
         kl_cov = kl_cov_tokens(batch, rows, c.objective.kl_cov) if c.objective.kl_cov else None
@@ -95,7 +117,7 @@ class Learner:
             weights.append(len(scores.logprob))
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.optim.grad_clip))
         logprobs = (batch.old_logprob, batch.rollout_logprob)
-        sound = all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
+        sound = not len(spoilt) and all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
         if sound and math.isfinite(loss) and math.isfinite(norm):
             # A step on which nothing had a gradient says nothing about the weights.
             self.nonfinite_in_row = 0 if weights else self.nonfinite_in_row
@@ -105,7 +127,8 @@ class Learner:
         else:
             self.nonfinite_in_row += 1
             self.nonfinite_steps += 1
-            self.faults.append(Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=rows.tolist()))
+            suspects = sorted({*rows.tolist(), *spoilt.tolist()})
+            self.faults.append(Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=suspects))
         self.step += 1
         return {"loss": loss, "grad_norm": norm, "lr": lr, **_weighted_means(metrics, weights)}
 

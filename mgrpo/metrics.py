@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -132,9 +133,12 @@ def to_json(metrics: Metrics) -> str:
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Replaces a text file at once or not at all."""
+    """Replaces a text file at once or not at all, power cut or not."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)
 
 

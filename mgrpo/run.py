@@ -63,6 +63,8 @@ def run(config: Config) -> Exit:
         torch.set_num_threads(config.threads)
     run_dir = Path(config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     with storage_errors(), locked(run_dir, config):
+        if config.resume and (before := resumed_config(run_dir)):
+            check_resumable(config, before)
         trainer = Trainer(config)
         try:
             return _train(trainer, run_dir)
@@ -144,10 +146,7 @@ class Session:
         except EngineError as error:
             if before == self.first_step:
                 raise
-            # The engine died before anything changed: this is the state after the last whole step.
-            self.save()
-            self.writer.wait()
-            raise EngineError(f"{error} Step {before} is saved: go on with --resume.") from error
+            raise self._saved(error) from error
         row["alarm"], row["time_checkpoint_s"] = self.monitor.observe(row) or None, self.checkpoint_s
         self.checkpoint_s = None
         for tracker in self.trackers:
@@ -155,7 +154,15 @@ class Session:
         self.rows.append(row)
         if self.trainer.fault:
             write_fault(self.run_dir, self.trainer.fault)
+        if error := self.trainer.lost_engine:
+            raise self._saved(error)
         return row
+
+    def _saved(self, error: EngineError) -> EngineError:
+        """Saves the state, which is that after a whole step, and says so beside what the engine died of."""
+        self.save()
+        self.writer.wait()
+        return EngineError(f"{error} Step {self.trainer.step} is saved: go on with --resume.")
 
     def save(self) -> None:
         """Starts a checkpoint of this step."""
@@ -295,11 +302,14 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
     for complaint in complaints.values():
         print(f"resume: skipped {complaint}")
     if folder is None:
-        if any(path.name != ".lock" for path in run_dir.iterdir()):
+        # A run that died before its first checkpoint has its configuration and perhaps some rows.
+        was_started = (run_dir / "config.json").is_file() and not any((run_dir / "checkpoints").glob("*step_*"))
+        if not was_started and any(path.name != ".lock" for path in run_dir.iterdir()):
             raise checkpoint.CheckpointError(
                 f"resume: {run_dir} must hold a valid checkpoint or nothing, got neither. Start in another directory."
             )
-        print(f"resume: {run_dir} is empty, starting from step 0")
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+        print(f"resume: {run_dir} holds no checkpoint, starting from step 0")
         return []
     if not (run_dir / "config.json").is_file():
         raise checkpoint.CheckpointError(
@@ -307,7 +317,9 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
         )
     trainer.restore(folder)
     for damaged in complaints:  # out of the way, so that it never takes the place of a sound one
-        damaged.rename(damaged.with_name("damaged_" + damaged.name))
+        aside = damaged.with_name("damaged_" + damaged.name)
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        damaged.rename(aside)
     rows = read_metrics(run_dir / "metrics.jsonl", up_to=trainer.step)
     write_aside(run_dir / "metrics.jsonl", "".join(to_json(row) + "\n" for row in rows))
     print(f"resume: step {trainer.step} of {trainer.config.steps}, weights, optimiser and sampler from {folder}")

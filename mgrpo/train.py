@@ -52,13 +52,13 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """Value of a flag, given as `--flag value` or `--flag=value`."""
+    """Value of a flag, given as `--flag value` or `--flag=value`, with `-` or `_` as tyro has it; the last counts."""
+    found = None
     for i, argument in enumerate(arguments):
-        if argument == name and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(name + "="):
-            return argument.removeprefix(name + "=")
-    return None
+        given, equals, value = argument.partition("=")
+        if given.replace("_", "-") == name:
+            found = value if equals else next(iter(arguments[i + 1 :]), None)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

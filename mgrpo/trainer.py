@@ -23,7 +23,7 @@ import mgrpo_kernels as K
 from mgrpo import checkpoint
 from mgrpo.answers import AnswerChecker, make_extractor
 from mgrpo.config import Config
-from mgrpo.data import Prompt, Sampler
+from mgrpo.data import Dataset, Prompt, Sampler
 from mgrpo.evaluate import Evaluation, evaluate
 from mgrpo.judging import judge
 from mgrpo.learner import Learner
@@ -34,7 +34,7 @@ from mgrpo.policy import LoadedModel, borrowed_weights, load_model, load_weights
 from mgrpo.prompts import load_prompts, require_answers
 from mgrpo.retention import Retention
 from mgrpo.rollout.checked import CheckedEngine
-from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source
+from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source, StaleWeightsError
 from mgrpo.rollout.parity import check_parity
 from mgrpo.rollout.server import EnginePair
 from mgrpo.rollout.start import start_engine
@@ -86,11 +86,13 @@ class Trainer:
         self.momentum = Momentum(self.model, config.momentum, seed=config.seed, kernels=config.kernels, publish=publish)
         self.learner = Learner(config, self.loaded, self.momentum, self.scorer)
         self.initial = self._copy_initial() if needs_initial(config) else None
+        self.fingerprints = self._fingerprints()
         self.retention = Retention(config.monitor, num_prompts=config.rollout.prompts)
         self.step = 0
         self.rollbacks = 0
         self.fault: dict[str, Any] | None = None  # what is known of the newest step, if it was not finite
         self.samples: list[dict[str, Any]] = []  # of the newest sampled step
+        self.lost_engine: EngineError | None = None  # of an evaluation, after which no other step can be taken
 
     @property
     def version(self) -> int:
@@ -133,8 +135,10 @@ class Trainer:
                 rollout_logprob=trajectories.rollout_logprob,
                 ref_logprob=scores.ref_logprob,
             )
-            update_metrics = self.learner.update(trajectories, batch, outcome.trains, timer)
-        self.fault = self._describe_faults(prompts, trajectories, scores, outcome) if self.learner.faults else None
+            sound = find_sound(trajectories, scores, outcome)
+            update_metrics = self.learner.update(trajectories, batch, outcome.trains, timer, sound=sound)
+        faults = self.learner.faults
+        self.fault = self._describe_faults(prompts, trajectories, scores, outcome, sound) if faults else None
         metrics: Metrics = dict.fromkeys(KEYS) | {"step": self.step, **outcome_metrics(outcome), **update_metrics}
         metrics["kl"] = metrics["kl"] if scores.ref_logprob is not None else None
         metrics["kl_initial"] = scores.kl_initial
@@ -149,7 +153,7 @@ class Trainer:
         )
         if self._due(self.config.eval.every):
             with timer("eval"):
-                metrics |= self.probe_metrics()
+                metrics |= self.probe_metrics_if_alive()
             if self.config.log.samples:
                 rows = range(min(self.config.log.samples, len(prompts)) * outcome.keep.shape[1])
                 self.samples = self._describe(rows, prompts, trajectories, outcome)
@@ -302,6 +306,16 @@ class Trainer:
             metrics[f"probe_pass_{source}"] = result.pass_at_k
         return metrics
 
+    def probe_metrics_if_alive(self) -> Metrics:
+        """`probe_metrics`; {} of an engine that dies, for by then the step is taken. `lost_engine` has the error."""
+        try:
+            return self.probe_metrics()
+        except StaleWeightsError:
+            raise
+        except EngineError as error:
+            self.lost_engine = error
+            return {}
+
     def evaluate_probe(self, source: Source) -> Evaluation:
         """Evaluates one source's weights on the probe."""
         assert self.probe is not None
@@ -356,7 +370,7 @@ class Trainer:
                 "sampler": self.sampler.state_dict(),
                 "retention": self.retention.state_dict(),
                 "rollbacks": self.rollbacks,
-                "fingerprint": self.data.fingerprint,
+                "fingerprints": self.fingerprints,
                 "rng": checkpoint.rng_state(),
             }
         )
@@ -373,12 +387,14 @@ class Trainer:
         return write
 
     def restore(self, folder: Path) -> None:
-        """Restores what `save` wrote; raises CheckpointError where the data set is another one."""
+        """Restores what `save` wrote; raises CheckpointError where data or base model are others."""
         state = json.loads((folder / "state.json").read_text())
-        if state["fingerprint"] != self.data.fingerprint:
-            raise checkpoint.CheckpointError(
-                f"resume: --data.train must hold the prompts that {folder} was trained on, got others."
-            )
+        for name, digest in self.fingerprints.items():
+            if None not in (digest, saved := state["fingerprints"][name]) and saved != digest:
+                option, content = name.split("/")
+                raise checkpoint.CheckpointError(
+                    f"resume: --{option} must hold the {content} that {folder} was trained with, got others."
+                )
         trusted = self.config.model.trust_remote_code
         policy = load_weights(folder / "policy", trust_remote_code=trusted)
         with torch.no_grad():
@@ -453,6 +469,22 @@ class Trainer:
         """A copy of the starting weights, in the precision of forward passes."""
         return {name: p.detach().to(self.loaded.dtype, copy=True) for name, p in self.model.named_parameters()}
 
+    def _fingerprints(self) -> dict[str, str | None]:
+        """Digests of what a resumed run reads anew and must find as it was, by option and content; None of what it does
+        not use.
+        """
+
+        def of_answers(data: Dataset) -> str:
+            return checkpoint.digest(json.dumps([prompt.answer for prompt in data.prompts]).encode())
+
+        return {
+            "data.train/prompts": self.data.fingerprint,
+            "data.train/labels": of_answers(self.data) if self.config.objective.reward == "labels" else None,
+            "data.probe/prompts": self.probe.fingerprint if self.probe else None,
+            "data.probe/answers": of_answers(self.probe) if self.probe else None,
+            "model.path/weights": checkpoint.digest_tensors(self.initial) if self.initial else None,
+        }
+
     def _extract(self, responses: list[list[int]]) -> list[str | None]:
         """Answers in responses of token ids; None where there is none."""
         return [self.extract(t) for t in self.loaded.tokenizer.batch_decode(responses, skip_special_tokens=True)]
@@ -482,11 +514,10 @@ class Trainer:
         ]
 
     def _describe_faults(
-        self, prompts: Sequence[Prompt], t: Trajectories, scores: Scores, o: Outcome
+        self, prompts: Sequence[Prompt], t: Trajectories, scores: Scores, o: Outcome, sound: torch.Tensor
     ) -> dict[str, Any]:
         """What helps to find out why optimiser steps were not finite: their trajectories, the suspect ones first."""
-        sound = (scores.old_logprob.isfinite() & t.rollout_logprob.isfinite() | ~t.mask).all(1)
-        sound &= (o.rewards.isfinite() & o.advantage.isfinite()).flatten()
+        sound = sound.flatten()
         rows = sorted({row for fault in self.learner.faults for row in fault.rows}, key=lambda row: bool(sound[row]))
         rows = rows[:MAX_FAULT_ROWS]
         return {
@@ -503,6 +534,15 @@ class Trainer:
                 for row, entry in zip(rows, self._describe(rows, prompts, t, o), strict=True)
             ],
         }
+
+
+def find_sound(trajectories: Trajectories, scores: Scores, outcome: Outcome) -> torch.Tensor:
+    """[B, G] bool, trajectories all of whose numbers are finite, at response tokens."""
+    tokens = [scores.old_logprob, trajectories.rollout_logprob]
+    tokens += [] if scores.ref_logprob is None else [scores.ref_logprob]
+    finite = torch.stack([(values.isfinite() | ~trajectories.mask).all(1) for values in tokens]).all(0)
+    whole = (scores.entropy, scores.judged_entropy, outcome.rewards, outcome.advantage)
+    return finite.view(outcome.rewards.shape) & torch.stack([values.isfinite() for values in whole]).all(0)
 
 
 def needs_initial(config: Config) -> bool:

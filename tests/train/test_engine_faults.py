@@ -10,6 +10,7 @@ import torch
 from mgrpo.rollout import EngineError, StaleWeightsError
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.run import Exit
+from mgrpo.trainer import Trainer
 
 
 @pytest.mark.parametrize("error", [EngineError, StaleWeightsError])
@@ -35,6 +36,28 @@ def test_an_engine_that_dies_costs_one_step(launch, resume, tmp_path, monkeypatc
         for name in ("policy/model.safetensors", "momentum/model.safetensors", "optimizer.safetensors"):
             whole, cut = (tmp_path / run / "checkpoints" / "step_3" / name for run in ("whole", "cut"))
             assert whole.read_bytes() == cut.read_bytes(), name
+
+
+@pytest.mark.fault("rollout engine that dies while it is evaluated")
+def test_an_engine_that_dies_in_an_evaluation_costs_its_numbers(launch, resume, tmp_path, monkeypatch, capsys, rows_of):
+    """By then the step is taken: it is logged and saved, without the probe."""
+    options = {"steps": 4, "data.probe": "arithmetic:4:2:9", "eval.every": 3}
+    assert launch(options, run_dir=tmp_path / "whole") == Exit.DONE
+    evaluate = Trainer.evaluate_probe
+
+    def die(trainer, source):
+        if trainer.step == 3:
+            raise EngineError("generate: it is gone.")
+        return evaluate(trainer, source)
+
+    monkeypatch.setattr(Trainer, "evaluate_probe", die)
+    assert launch(options, run_dir=tmp_path / "cut") == Exit.ENGINE
+    assert "it is gone. Step 3 is saved: go on with --resume." in " ".join(capsys.readouterr().err.split())
+    assert resume(run_dir=tmp_path / "cut") == Exit.DONE
+    whole, cut = rows_of(tmp_path / "whole"), rows_of(tmp_path / "cut")
+    assert [row["step"] for row in cut] == [1, 2, 3, 4]
+    assert cut[2]["probe_accuracy_policy"] is None and whole[2]["probe_accuracy_policy"] is not None
+    assert [row for i, row in enumerate(cut) if i != 2] == [row for i, row in enumerate(whole) if i != 2]
 
 
 @pytest.mark.parametrize("liar", ["policy", "momentum"])

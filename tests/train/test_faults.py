@@ -35,7 +35,7 @@ from mgrpo.checkpoint import (
 )
 from mgrpo.equivalence import EquivalenceWorker
 from mgrpo.metrics import StorageError
-from mgrpo.policy import load_model
+from mgrpo.policy import load_model, load_weights
 from mgrpo.run import Exit, write_fault
 from mgrpo.trainer import Trainer
 
@@ -166,7 +166,7 @@ def test_a_run_killed_at_any_time_ends_with_the_same_bits(launch, resume, comman
     options = {"steps": 40, "checkpoint.every": 3}
     assert launch(options, run_dir=tmp_path / "straight") == 0
     flags, run_dir = [*command_line(tmp_path / "run", options), "--threads", "1"], tmp_path / "run"
-    killed = 0
+    killed, reached = 0, []
     for attempt in range(40):
         command = [sys.executable, "-m", "mgrpo.train", *flags]
         if (run_dir / "config.json").exists():
@@ -176,11 +176,10 @@ def test_a_run_killed_at_any_time_ends_with_the_same_bits(launch, resume, comman
         before = metrics.read_text() if metrics.exists() else ""
         if killed < 12:
             deadline = time.monotonic() + 120
+            # A resumed run cuts the rows back to its checkpoint, so their number changes first of all.
             while process.poll() is None and time.monotonic() < deadline:
-                lines = (
-                    (run_dir / "metrics.jsonl").read_text().count("\n") if (run_dir / "metrics.jsonl").exists() else 0
-                )
-                if lines != len(before):
+                now = metrics.read_text() if metrics.exists() else ""
+                if now != before and now.count("\n") > (0 if killed else -1):
                     break
                 time.sleep(0.01)
             time.sleep(0.137 * attempt % 0.7)
@@ -190,7 +189,8 @@ def test_a_run_killed_at_any_time_ends_with_the_same_bits(launch, resume, comman
             break
         assert process.returncode == -signal.SIGKILL, errors.decode()
         killed += 1
-    assert killed >= 5
+        reached.append(len(metrics.read_text().splitlines()) if metrics.exists() else 0)
+    assert killed >= 5 and len(set(reached)) >= 4, reached
     assert weights(run_dir, 40) == weights(tmp_path / "straight", 40)
     assert rows_of(run_dir) == rows_of(tmp_path / "straight")
 
@@ -256,7 +256,7 @@ def test_every_damaged_file_is_named_and_the_one_before_used(small, trained, tmp
 
 @pytest.mark.fault("pickle planted in a checkpoint")
 def test_a_planted_pickle_is_never_read(launch, resume, tmp_path):
-    """Neither beside the weights nor in their place: a file that no manifest names does nothing."""
+    """A file that no manifest names does nothing, beside the weights or, where those are gone, in their place."""
     assert launch({"steps": 2}, "--stop-after", "1") == 0
     import pickle
 
@@ -267,7 +267,12 @@ def test_a_planted_pickle_is_never_read(launch, resume, tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "step_1"
     for place in ("policy/pytorch_model.bin", "momentum/pytorch_model.bin", "optimizer.pt", "state.pkl"):
         (folder / place).write_bytes(pickle.dumps(Trap()))
-    assert resume() == 0
+    assert resume("--stop-after", "1") == 0
+    for source in ("policy", "momentum"):
+        (folder / source / "model.safetensors").unlink()
+        with pytest.raises(OSError, match="safetensors"):
+            load_weights(folder / source)
+    assert resume() == Exit.BAD_INPUT
     assert not (tmp_path / "sprung").exists()
 
 
@@ -309,6 +314,46 @@ def test_training_goes_on_while_a_checkpoint_is_written(small, trained, tmp_path
         assert saved.keys() == expected.keys() and all(torch.equal(saved[key], expected[key]) for key in saved), name
     trainer.save(tmp_path / "after")
     assert (tmp_path / "after" / WEIGHTS[0]).read_bytes() != (tmp_path / "expected" / WEIGHTS[0]).read_bytes()
+
+
+@pytest.mark.fault("disk full under a tokenizer")
+def test_a_tokenizer_that_can_not_be_written_is_a_full_disk(small, trained, tmp_path, monkeypatch):
+    """The tokenizers' library raises a bare Exception."""
+    trainer, _ = trained(small(), 1)
+    save_checkpoint(tmp_path, 1, trainer.save)
+    tokenizer = trainer.loaded.tokenizer
+
+    def to_full_disk(folder):
+        tokenizer.backend_tokenizer.save("/dev/full")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", to_full_disk)
+    with pytest.raises(StorageError, match=r"step_2 could not be written: No space left on device"):
+        save_checkpoint(tmp_path, 2, trainer.save)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_1"]
+
+
+@pytest.mark.fault("disk full under a checkpoint, found at the next step")
+def test_a_failed_checkpoint_ends_the_run_at_the_next_step(launch, tmp_path, rows_of, monkeypatch):
+    """And not at the next checkpoint, which may be hours away."""
+    from mgrpo.run import Session
+
+    def fail(trainer):
+        def write(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        return write
+
+    take_step = Session.take_step
+
+    def after_the_thread(session):
+        if pending := session.writer._pending:
+            pending.exception(30)
+        return take_step(session)
+
+    monkeypatch.setattr(Trainer, "snapshot", fail)
+    monkeypatch.setattr(Session, "take_step", after_the_thread)
+    assert launch({"steps": 9, "checkpoint.every": 4}) == Exit.STORAGE
+    assert len(rows_of(tmp_path / "run")) == 4
 
 
 @pytest.mark.fault("disk full under a checkpoint in the background")
@@ -492,6 +537,43 @@ def plant(where, trainer, monkeypatch):
 def by_policy(trajectories):
     """The trajectories that train, and the policy's others."""
     return ~trajectories.is_momentum.flatten()
+
+
+@pytest.mark.parametrize("row", ["one", "all"])
+@pytest.mark.fault("logits that are not finite")
+def test_a_model_whose_logits_are_not_finite_moves_nothing(small, trained, weights_of, row):
+    """The filter drops such trajectories, so that nothing of them reaches the loss; they are counted all the same."""
+    trainer, _ = trained(small({"optim.lr": 1e-3, "steps": 3}), 1)
+    before, moments = weights_of(trainer), copy_tensors(trainer_moments(trainer))
+    decoder = trainer.model.get_decoder()
+
+    def spoil(module, args, kwargs, output):
+        output.last_hidden_state[0 if row == "one" else slice(None)] = math.nan
+        return output
+
+    hook = decoder.register_forward_hook(spoil, with_kwargs=True)
+    step = trainer.train_step()
+    hook.remove()
+    assert step["nonfinite_steps"] == trainer.learner.nonfinite_in_row == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in trainer_moments(trainer).items())
+    suspects = [entry["finite"] for entry in trainer.fault["trajectories"]].count(False)
+    assert suspects == (1 if row == "one" else 24)
+    assert trainer.train_step()["nonfinite_steps"] == 1 and trainer.learner.nonfinite_in_row == 0
+
+
+@pytest.mark.fault("weights that are not finite")
+def test_a_model_that_is_lost_stops_the_run(launch, tmp_path, rows_of, monkeypatch):
+    def spoil(trainer, prompts, timer, roll_out=Trainer.roll_out):
+        found = roll_out(trainer, prompts, timer)
+        trainer.model.model.norm.weight.data.fill_(math.nan)
+        return found
+
+    monkeypatch.setattr(Trainer, "roll_out", spoil)
+    assert launch({"steps": 9, "optim.max_nonfinite": 3}) == Exit.NON_FINITE
+    assert [row["nonfinite_steps"] for row in rows_of(tmp_path / "run")] == [1, 2, 3]
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step_3" / WEIGHTS[1])
+    assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
 @pytest.mark.fault("numbers that stay not finite")

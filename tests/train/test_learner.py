@@ -156,7 +156,7 @@ def test_minibatches_times_epochs(minibatches, epochs):
     setting = Setting(configure(lr=1e-3, num_minibatches=minibatches, num_epochs=epochs))
     seen, averaged, steps = [], [], []
     take, average = setting.learner.optimizer_step, setting.momentum.update
-    setting.learner.optimizer_step = lambda t, b, rows, timer: seen.append(rows.tolist()) or take(t, b, rows, timer)
+    setting.learner.optimizer_step = lambda t, b, rows, *rest: seen.append(rows.tolist()) or take(t, b, rows, *rest)
     setting.momentum.update = lambda step, num: averaged.append((step, num)) or average(step, num)
     setting.learner.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     setting.update()

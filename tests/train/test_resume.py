@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import call
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mgrpo.checkpoint import list_checkpoints, step_of
+from mgrpo.checkpoint import CheckpointError, list_checkpoints, step_of, verify_checkpoint
+from mgrpo.config import ConfigError
+from mgrpo.policy import resolve_path
+from mgrpo.run import Exit, run
 from mgrpo.trainer import Trainer
 
 # Everything that is carried from step to step: a schedule, moments, a momentum of its own, a filter, an epoch's end.
@@ -109,7 +113,7 @@ def test_a_finished_run_resumes_to_nothing(launch, resume, tmp_path, rows_of):
 
 def test_resume_in_an_empty_directory_starts(launch, resume, tmp_path, rows_of, capsys):
     assert launch({"steps": 1}, "--resume") == 0
-    assert "is empty, starting from step 0" in " ".join(capsys.readouterr().out.split())
+    assert "holds no checkpoint, starting from step 0" in " ".join(capsys.readouterr().out.split())
     assert len(rows_of(tmp_path / "run")) == 1
 
 
@@ -240,6 +244,100 @@ def test_a_damaged_checkpoint_never_crowds_out_a_sound_one(launch, resume, run_o
     assert resume(*flags) == 0
 
 
+def test_a_checkpoint_damaged_a_second_time_is_put_away_again(resume, run_of_two, capsys):
+    for last in ("3", "4"):
+        flip_a_byte(run_of_two / "checkpoints" / "step_2" / "state.json")
+        assert resume("--stop-after", last, "--checkpoint.keep-last", "5") == 0
+        shutil.rmtree(run_of_two / "checkpoints" / f"step_{last}")
+        shutil.rmtree(run_of_two / "checkpoints" / "step_3", ignore_errors=True)
+    assert capsys.readouterr().out.count("resume: skipped") == 2
+
+
+def test_a_manifest_of_another_step_is_damaged(run_of_two):
+    manifest = run_of_two / "checkpoints" / "step_2" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))
+    with pytest.raises(CheckpointError, match="must be of step 2, got 3"):
+        verify_checkpoint(manifest.parent)
+
+
+@pytest.mark.fault("kill -9 before the first checkpoint")
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(launch, resume, tmp_path, rows_of, monkeypatch):
+    judge = Trainer.judge
+
+    def die(self, *args):
+        if self.step == 3:
+            raise KeyboardInterrupt  # ends it at once, with nothing saved
+        return judge(self, *args)
+
+    monkeypatch.setattr(Trainer, "judge", die)
+    with pytest.raises(KeyboardInterrupt):
+        launch({"steps": 4})
+    monkeypatch.setattr(Trainer, "judge", judge)
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    assert resume() == 0
+    assert launch({"steps": 4}, run_dir=tmp_path / "straight") == 0
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("spelling", ["--run_dir", "--run-dir"])
+def test_flags_with_underscores_are_checked_too(run_of_two, capsys, spelling):
+    before = (run_of_two / "config.json").read_text()
+    for directory in ([spelling, str(run_of_two)], [f"{spelling}={run_of_two}"]):
+        assert call([*directory, "--resume", "--optim.lr", "0.5"]) == 2
+        assert "--optim.lr must be 0.0002, as the run was started, got 0.5" in " ".join(capsys.readouterr().err.split())
+    assert (run_of_two / "config.json").read_text() == before
+
+
+def test_a_run_started_from_python_is_checked_too(small, run_of_two):
+    options = {"steps": 4, "resume": True, "run_dir": str(run_of_two), "checkpoint.every": 1}
+    with pytest.raises(ConfigError, match=r"--optim\.lr must be 0\.0002, as the run was started, got 0\.5"):
+        run(small(options | {"data.train": str(run_of_two.parent / "train.jsonl"), "optim.lr": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"objective.reward": "labels"}, "data.train must hold the labels"),
+        ({"data.probe": "probe.jsonl"}, "data.probe must hold the answers"),
+        ({"log.kl_initial_every": 2}, "model.path must hold the weights"),
+    ],
+    ids=str,
+)
+def test_other_content_under_the_same_name_is_refused(launch, resume, tmp_path, capsys, changes, name):
+    """Labels that are rewards, answers of a probe, and the initial model that a run is compared with."""
+    data, model = tmp_path / "train.jsonl", tmp_path / "base"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "answer": f"{2 * i}"}) + "\n" for i in range(10, 18)))
+    shutil.copy(data, tmp_path / "probe.jsonl")
+    shutil.copytree(resolve_path("builtin:arithmetic"), model)
+    changes = {key: str(tmp_path / value) if value == "probe.jsonl" else value for key, value in changes.items()}
+    options = {"steps": 4, "data.train": data, "model.path": model} | changes
+    assert launch(options, "--stop-after", "2") == 0
+    edited = {"data.train": data, "data.probe": tmp_path / "probe.jsonl"}.get(name.split()[0])
+    if edited:
+        edited.write_text(edited.read_text().replace('"answer": "20"', '"answer": "21"'))
+    else:
+        weights = load_file(model / "model.safetensors")
+        weights["model.norm.weight"][0] += 1e-3
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert resume() == 2
+    assert f"--{name} that {tmp_path}" in capsys.readouterr().err
+
+
+def test_what_counts_in_a_row_is_restored(launch, resume, tmp_path, rows_of, monkeypatch):
+    """Four steps that are not finite are too many, however many processes they took."""
+
+    def bad_score(trainer, trajectories, score=Trainer.score):
+        scores = score(trainer, trajectories)
+        scores.old_logprob.fill_(float("nan"))
+        return scores
+
+    monkeypatch.setattr(Trainer, "score", bad_score)
+    options = {"steps": 9, "optim.max_nonfinite": 4}
+    assert launch(options, "--stop-after", "2") == 0
+    assert resume("--stop-after", "9") == Exit.NON_FINITE
+    assert [row["nonfinite_steps"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
 def test_no_sound_checkpoint_is_an_error(resume, run_of_two, capsys):
     for step in (1, 2):
         flip_a_byte(run_of_two / "checkpoints" / f"step_{step}" / "state.json")
@@ -268,17 +366,18 @@ def test_rows_past_the_checkpoint_are_taken_again(resume, run_of_two, rows_of):
 @pytest.mark.fault("disk full at the start")
 def test_a_full_disk_at_the_start_leaves_the_configuration(resume, run_of_two, monkeypatch):
     """A configuration that can not be written anew must stay what it was, or the run can not be resumed again."""
-    write_text = Path.write_text
+    open_file = Path.open
 
-    def fill(path, text, *args, **options):
-        if path.name.startswith("config.json"):
-            write_text(path, text[:10])
+    def fill(path, mode="r", *args, **options):
+        if path.name.startswith("config.json") and mode == "w":
+            with open_file(path, mode) as file:
+                file.write("{")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_text(path, text, *args, **options)
+        return open_file(path, mode, *args, **options)
 
-    monkeypatch.setattr(Path, "write_text", fill)
+    monkeypatch.setattr(Path, "open", fill)
     assert resume("--stop-after", "4") == 6
-    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(Path, "open", open_file)
     assert resume("--stop-after", "4") == 0
 
 

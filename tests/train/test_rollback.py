@@ -167,3 +167,24 @@ def test_a_signal_during_a_rollback_is_kept(launch, resume, tmp_path, rows_of, a
     monkeypatch.setattr(Trainer, "restore", restore)
     assert resume() == Exit.DONE
     assert [row["rollbacks"] for row in rows_of(tmp_path / "run")] == [0] * 4 + [1] * 10
+
+
+@pytest.mark.fault("kill -9 after a rollback")
+def test_a_run_that_dies_after_a_rollback_does_not_go_the_same_way_again(
+    launch, resume, tmp_path, rows_of, alarm_at, monkeypatch
+):
+    alarm_at(9, times=1)
+    judge = Trainer.judge
+
+    def die(self, *args):
+        if self.rollbacks:
+            raise KeyboardInterrupt  # ends it at once, with nothing saved
+        return judge(self, *args)
+
+    monkeypatch.setattr(Trainer, "judge", die)
+    with pytest.raises(KeyboardInterrupt):
+        launch(ROLLING)
+    assert {step: state["rollbacks"] for step, state in states(tmp_path / "run").items()}[4] == 1
+    monkeypatch.setattr(Trainer, "judge", judge)
+    assert resume() == Exit.DONE
+    assert [row["rollbacks"] for row in rows_of(tmp_path / "run")] == [0] * 4 + [1] * 10
