@@ -299,16 +299,21 @@ class MonitorConfig:
     than chance explains."""
     unparseable_share: float = 0.5
     """Alarm when this share of rollouts has no answer, and twice what it was at the start."""
-    retention_drop: float = 0.15
-    """Alarm when this share of the answers that the model was sure of at the start has changed."""
+    retention_drop: float = 0.12
+    """Alarm when this share of the answers that the model was sure of at the start has changed; twice this share where
+    momentum rollouts vote, for such a run may stray and come back."""
     retention_prompts: int = 160
     """Training prompts asked for such answers, in the first steps."""
     retention_every: int = 20
-    """Steps between greedy repetitions of these prompts, half as many once answers slip; 0 never asks."""
+    """Steps between greedy repetitions of these prompts, a quarter as many once answers slip; 0 never asks."""
     length_change: float = 2.0
     """Alarm when responses are this many times longer or shorter than at the start."""
     probe_drop: float = 0.1
     """Alarm when probe accuracy is this far below its best."""
+
+    def most_changed(self, *, anchored: bool) -> float:
+        """Share of sure answers that may change, in a run with momentum rollouts (`anchored`) or without."""
+        return min(self.retention_drop * (2 if anchored else 1), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,8 @@ class Monitor:
                 f"policy and momentum elect the same answer for {agreement:.0%} of the prompts, "
                 f"at their best {self.best_agreement:.0%}"
             )
-        if (retention := row.get("retention")) is not None and retention < 1 - c.retention_drop:
+        limit = 1 - c.most_changed(anchored="vote_agreement" in start)
+        if (retention := row.get("retention")) is not None and retention < limit:
             reasons.append(f"{1 - retention:.0%} of the answers that the model was sure of at the start have changed")
         if self.probe is not None and self.best_probe is not None and self.probe < self.best_probe - c.probe_drop:
             reasons.append(f"probe accuracy fell to {self.probe:.2f} from {self.best_probe:.2f}")

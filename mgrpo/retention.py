@@ -22,15 +22,16 @@ class Retention:
     Args:
         config: number of prompts that are asked, and how often they are asked again.
         num_prompts: B, prompts a step.
+        anchored: whether momentum rollouts vote.
 
     Attributes:
         answers: the answers remembered, by index of the prompt.
         newest: what was measured last.
     """
 
-    def __init__(self, config: MonitorConfig, *, num_prompts: int):
+    def __init__(self, config: MonitorConfig, *, num_prompts: int, anchored: bool):
         self.every = config.retention_every
-        self.slipping_below = 1 - config.retention_drop / 2
+        self.slipping_below = 1 - config.most_changed(anchored=anchored) / 2
         self.newest = 1.0
         self.last_collected = -(-config.retention_prompts // num_prompts) if self.every else 0
         self.answers: dict[int, str] = {}
@@ -44,7 +45,7 @@ class Retention:
         """
         if step <= self.last_collected:
             return list(batch)
-        every = self.every if self.newest >= self.slipping_below else self.every // 2 or 1
+        every = self.every if self.newest >= self.slipping_below else self.every // 4 or 1
         due = self.every and step % every == 0 and len(self.answers) >= MIN_ANSWERS
         return list(self.answers) if due else []
 

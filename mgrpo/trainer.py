@@ -87,7 +87,9 @@ class Trainer:
         self.learner = Learner(config, self.loaded, self.momentum, self.scorer)
         self.initial = self._copy_initial() if needs_initial(config) else None
         self.fingerprints = self._fingerprints()
-        self.retention = Retention(config.monitor, num_prompts=config.rollout.prompts)
+        self.retention = Retention(
+            config.monitor, num_prompts=config.rollout.prompts, anchored=config.rollout.momentum > 0
+        )
         self.step = 0
         self.rollbacks = 0
         self.fault: dict[str, Any] | None = None  # what is known of the newest step, if it was not finite

@@ -111,11 +111,14 @@ def test_a_falling_probe_alarms_against_its_best():
     assert monitor.good_before() == 11 - 8
 
 
-def test_answers_that_change_alarm_at_once():
+@pytest.mark.parametrize(("agreement", "kept", "changed"), [(0.9, 0.761, 0.75), (None, 0.881, 0.87)])
+def test_answers_that_change_alarm_at_once(agreement, kept, changed):
     """Retention is measured now and then, over a whole set of prompts: no window averages it."""
-    rows = [CALM] * 6 + [CALM | {"retention": 0.851}, CALM, CALM | {"retention": 0.84}, CALM]
+    calm = CALM | {"vote_agreement": agreement}
+    rows = [calm] * 6 + [calm | {"retention": kept}, calm, calm | {"retention": changed}, calm]
     reasons, monitor = feed(rows, retention_every=20)
-    assert reasons == [[]] * 8 + [["16% of the answers that the model was sure of at the start have changed"], []]
+    alarm = f"{1 - changed:.0%} of the answers that the model was sure of at the start have changed"
+    assert reasons == [[]] * 8 + [[alarm], []]
     assert monitor.good_before() == 0
 
 

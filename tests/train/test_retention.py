@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from mgrpo.answers import AnswerChecker
@@ -13,8 +15,9 @@ ASKING = {"monitor.retention_every": 2, "monitor.retention_prompts": 44, "steps"
 EASY = {"data.train": "arithmetic:48:2:0", "rollout.max_new_tokens": 12, "rollout.prompts": 4}
 
 
-def make(**config) -> Retention:
-    return Retention(MonitorConfig(**{"retention_every": 4, "retention_prompts": 7} | config), num_prompts=4)
+def make(anchored: bool = False, **config) -> Retention:
+    limits = MonitorConfig(**{"retention_every": 4, "retention_prompts": 7} | config)
+    return Retention(limits, num_prompts=4, anchored=anchored)
 
 
 def fill(retention: Retention, count: int = MIN_ANSWERS) -> None:
@@ -40,8 +43,9 @@ def test_prompts_are_asked_in_the_first_steps_and_then_now_and_again():
     assert retention.asks(8, batch) == list(range(MIN_ANSWERS))
 
 
-def test_answers_that_slip_are_asked_twice_as_often():
-    retention, checker = make(retention_drop=0.25), AnswerChecker(mode="exact")
+@pytest.mark.parametrize(("anchored", "drop"), [(False, 0.25), (True, 0.125)])
+def test_answers_that_slip_are_asked_four_times_as_often(anchored, drop):
+    retention, checker = make(anchored, retention_drop=drop), AnswerChecker(mode="exact")
     fill(retention)
     kept = [str(index) for index in range(MIN_ANSWERS)]
     assert retention.measure(kept, checker) == 1.0
@@ -49,7 +53,17 @@ def test_answers_that_slip_are_asked_twice_as_often():
     assert retention.measure([None, "x", "", "99", *kept[4:]], checker) == 1 - 4 / MIN_ANSWERS
     assert [step for step in range(3, 13) if retention.asks(step, [])] == [4, 8, 12]  # an eighth is the half of 0.25
     assert retention.measure([None] * 5 + kept[5:], checker) < 0.875
-    assert [step for step in range(3, 13) if retention.asks(step, [])] == [4, 6, 8, 10, 12]
+    assert [step for step in range(3, 13) if retention.asks(step, [])] == [*range(3, 13)]
+
+
+def test_what_slips_is_restored_with_the_answers():
+    """A run that is resumed while answers slip goes on asking as often."""
+    retention, checker = make(retention_drop=0.25), AnswerChecker(mode="exact")
+    fill(retention)
+    retention.measure([None] * MIN_ANSWERS, checker)
+    resumed = make(retention_drop=0.25)
+    resumed.load_state_dict(json.loads(json.dumps(retention.state_dict())))
+    assert [step for step in range(3, 8) if resumed.asks(step, [])] == [3, 4, 5, 6, 7]
 
 
 def test_few_answers_say_nothing():
