@@ -102,11 +102,12 @@ $(VENV)/.built: $(VENV)/.made $(NATIVE)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.made: requirements.txt pyproject.toml
+$(VENV)/.made: requirements.txt requirements-openrlhf.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: PYTHON must be 3.11 or newer, got $$($(PYTHON) --version). Try make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-openrlhf.txt
 	@touch $@
 
 clean:

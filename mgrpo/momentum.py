@@ -39,17 +39,17 @@ class Momentum:
         self.policy = policy
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
         device = torch.device("cpu") if config.device == "cpu" else None
-        # named_parameters() yields a tied weight once, which is how often it is to be averaged.
+        # named_parameters() yields a tied weight once, which is how often it is to be averaged. Frozen ones never move.
+        trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
         self.weights = {
-            name: weight.detach().to(device=device, dtype=dtype, copy=True)
-            for name, weight in policy.named_parameters()
+            name: weight.detach().to(device=device, dtype=dtype, copy=True) for name, weight in trained.items()
         }
         self.compensation = None
         if config.dtype == "bf16-kahan":
             # What rounding to bf16 lost at the start is the first thing to remember.
             self.compensation = {
                 name: (weight.detach().to(self.weights[name].device) - self.weights[name].float()).to(dtype)
-                for name, weight in policy.named_parameters()
+                for name, weight in trained.items()
             }
 
         # What an engine of another dtype takes, written by the same pass that averages.
@@ -81,7 +81,8 @@ class Momentum:
         With `published`, the weights are those rounded for the engine, where it has a dtype of its own.
         """
         weights = self.published if published and self.published else self.weights
-        averaged = {id(parameter): weights[name] for name, parameter in self.policy.named_parameters()}
+        parameters = self.policy.named_parameters()
+        averaged = {id(parameter): weights[name] for name, parameter in parameters if name in weights}
         full: dict[str, torch.Tensor] = self.policy.state_dict(keep_vars=True)
         return {name: averaged.get(id(tensor), tensor.detach()) for name, tensor in full.items()}
 

@@ -77,9 +77,15 @@ def test_kernels_know_no_training(name):
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in KERNELS])
 def test_transformers_is_known_in_one_layer_only(name):
-    if name in KNOW_TRANSFORMERS or name.startswith("mgrpo.tasks."):
+    if name in KNOW_TRANSFORMERS or name.startswith(("mgrpo.tasks.", "mgrpo.integrations.")):
         return
     assert not top_level(SOURCES[name]) & {"transformers", "vllm"}
+
+
+def test_nothing_needs_the_plug_ins():
+    for name in (name for name in SOURCES if not name.startswith("mgrpo.integrations")):
+        assert not {module for module in own(imported(SOURCES[name])) if module.startswith("mgrpo.integrations")}, name
+        assert not top_level(SOURCES[name]) & {"trl", "verl", "openrlhf", "accelerate"}, name
 
 
 def test_configuration_is_at_the_bottom():

@@ -1,0 +1,42 @@
+"""Which versions of other trainers the plug-ins are made for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from packaging.specifiers import SpecifierSet
+
+# What the contract tests have run against, and the releases that follow it until a hook may change.
+SUPPORTED = {
+    "trl": ">=1.16,<1.17",
+    "verl": ">=0.9.1,<0.10",
+    "openrlhf": ">=0.11,<0.12",
+}
+
+
+class UnsupportedVersion(ImportError):
+    """A package that is absent, or of a version that the plug-in does not know."""
+
+
+def require(package: str, specifier: str | None = None) -> str:
+    """Version of an installed package.
+
+    Args:
+        package: name of the distribution.
+        specifier: versions to accept, as in a requirement; those of SUPPORTED by default.
+
+    Raises:
+        UnsupportedVersion: not installed, or another version.
+    """
+    specifier = specifier or SUPPORTED[package]
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UnsupportedVersion(
+            f"mgrpo.integrations: {package}{specifier} must be installed, got none. pip install 'mgrpo[{package}]'."
+        ) from error
+    if not SpecifierSet(specifier).contains(version, prereleases=True):
+        raise UnsupportedVersion(
+            f"mgrpo.integrations: {package} must be {specifier}, got {version}. pip install '{package}{specifier}'."
+        )
+    return version

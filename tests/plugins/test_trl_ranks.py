@@ -1,0 +1,51 @@
+"""Votes over whole groups where processes share them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+
+
+def run(folder: Path, world: int) -> list[dict]:
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script = Path(__file__).with_name("ranks.py")
+    shared = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(script.parents[2])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder)],
+            env=shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.mark.slow
+def test_two_processes_elect_what_one_does(tmp_path):
+    (alone,), pair = run(tmp_path / "one", 1), run(tmp_path / "two", 2)
+    assert pair[0]["verdicts"] == pair[1]["verdicts"] == alone["verdicts"]
+    assert [len(verdict["labels"]) for verdict in alone["verdicts"]] == [3, 3]
+    assert len({str(verdict["labels"]) for verdict in alone["verdicts"]}) == 2
+    assert any(not all(row) for verdict in alone["verdicts"] for row in verdict["keep"])  # the filter had work to do
+    assert pair[0]["weights"] == pair[1]["weights"] and pair[0]["momentum"] == pair[1]["momentum"]
+    assert pair[0]["advantage"] == pair[1]["advantage"] == pytest.approx(alone["advantage"])
+    for kind in ("weights", "momentum"):
+        assert pair[0][kind] == pytest.approx(alone[kind], rel=1e-5, abs=1e-4)
+    assert pair[0]["loss"] == pytest.approx(alone["loss"], rel=1e-3, abs=1e-4)
