@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import mgrpo_kernels as K
 from mgrpo.config import KernelsConfig, MomentumConfig
@@ -41,9 +42,7 @@ class Momentum:
         device = torch.device("cpu") if config.device == "cpu" else None
         # named_parameters() yields a tied weight once, which is how often it is to be averaged. Frozen ones never move.
         trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
-        self.weights = {
-            name: weight.detach().to(device=device, dtype=dtype, copy=True) for name, weight in trained.items()
-        }
+        self.weights = {name: w.detach().to(device=device, dtype=dtype, copy=True) for name, w in trained.items()}
         self.compensation = None
         if config.dtype == "bf16-kahan":
             # What rounding to bf16 lost at the start is the first thing to remember.
@@ -63,13 +62,17 @@ class Momentum:
             return
         names = list(self.weights)
         parameters = dict(self.policy.named_parameters())
+
+        def listed(tensors: Mapping[str, torch.Tensor] | None) -> list[torch.Tensor] | None:
+            return [local(tensors[name]) for name in names] if tensors else None
+
         K.ema_update_(
-            [self.weights[name] for name in names],
-            [parameters[name].detach().to(self.weights[name].device) for name in names],
+            [local(self.weights[name]) for name in names],
+            [local(parameters[name].detach().to(self.weights[name].device)) for name in names],
             decay_at(self.config, step, num_steps),
             rounding="stochastic" if self.config.dtype == "bf16-stochastic" else "nearest",
-            compensation=[self.compensation[name] for name in names] if self.compensation else None,
-            publish=[self.published[name] for name in names] if self.published else None,
+            compensation=listed(self.compensation),
+            publish=listed(self.published),
             seed=self.seed,
             step=step,
             backend=self.backend,
@@ -94,3 +97,8 @@ class Momentum:
                 self.published[name].copy_(weight)
         for name, term in (self.compensation or {}).items():
             term.copy_((compensation or {})[name])
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that lies here: of a DTensor its shard, for it is averaged where it lives."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

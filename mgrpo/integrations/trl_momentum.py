@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mgrpo.config import KernelsConfig, MomentumConfig
-from mgrpo.momentum import Momentum
+from mgrpo.momentum import Momentum, local
 
 FILE = "momentum.safetensors"  # in a checkpoint
 
@@ -127,8 +127,7 @@ def all_finite(module: torch.nn.Module) -> bool:
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         return True
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-    finite = torch.stack([p.isfinite().all() for p in local]).all()
+    finite = torch.stack([local(p).isfinite().all() for p in parameters]).all()
     if isinstance(parameters[0], DTensor):
         finite = finite.int()
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)

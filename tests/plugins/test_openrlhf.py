@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# deepspeed, flash-attn, peft and some more are imported at the top of OpenRLHF's modules, and not used by the two functions.
+# What OpenRLHF's modules import at their top and the two functions do not use.
 CODE = """
 import inspect, sys, types
 from importlib.machinery import ModuleSpec
@@ -24,7 +24,8 @@ class Anything(types.ModuleType):
 class Stand:
     ABSENT = {"flash_attn.ops"}  # so that OpenRLHF takes its own way on a CPU
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("deepspeed", "flash_attn", "peft", "pylatexenc", "ray", "ring_flash_attn") and name not in self.ABSENT:
+        absent = {"deepspeed", "flash_attn", "peft", "pylatexenc", "ray", "ring_flash_attn"}
+        if name.partition(".")[0] in absent and name not in self.ABSENT:
             return ModuleSpec(name, self, is_package=True)
     def create_module(self, spec):
         return Anything(spec.name)
