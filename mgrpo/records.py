@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-# What a data set may hold, so that no file can fill the memory: bytes of one record, and of all that is read of a file.
+# What a data set may hold, so that no file can fill the memory: bytes of one record and of all, and their number.
 MAX_RECORD_BYTES = 4 << 20
 MAX_TEXT_BYTES = 1 << 30
-READ_CHUNK = 64  # rows of a parquet file
+MAX_RECORDS = 10_000_000
+# Files that are parsed as a whole may take 25 times their size meanwhile.
+MAX_WHOLE_BYTES = 64 << 20
+NAMED_KEYS = 20  # in messages
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Bounded digits: a slip of the finger cannot ask for a billion operands.
 ARITHMETIC = re.compile(r"arithmetic:([0-9]{1,9}):([0-9]{1,2})(?:-([0-9]{1,2}))?:([0-9]{1,18})")
@@ -29,7 +32,7 @@ class InputError(ValueError):
     """Bad input of the user: the message names the file, the line and the remedy."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One raw record: text or chat messages, the answer if known, and where it was read (counted from 1)."""
 
@@ -38,10 +41,45 @@ class Record:
     origin: str
 
 
+class Budget:
+    """What may still be read of a source; asking for more raises InputError."""
+
+    def __init__(self) -> None:
+        self.num_bytes, self.num_records = MAX_TEXT_BYTES, MAX_RECORDS
+
+    def spend(self, num_bytes: int, where: str) -> None:
+        """Takes off the bytes of what is read up to a place."""
+        self.num_bytes -= num_bytes
+        if self.num_bytes < 0:
+            raise _too_large(f"{where}: data up to here", MAX_TEXT_BYTES)
+
+    def expect(self, num_bytes: int, where: str) -> None:
+        """Asks for the bytes that a file claims to hold, which are taken off as they are read."""
+        if num_bytes > self.num_bytes:
+            raise _too_large(f"{where}: data up to the end of the file", MAX_TEXT_BYTES)
+
+    def check_record(self, num_bytes: int, where: str) -> None:
+        """Asks for the bytes of one record."""
+        if num_bytes > MAX_RECORD_BYTES:
+            raise _too_large(f"{where}: record", MAX_RECORD_BYTES)
+
+    def check_records(self, num_records: int, where: str) -> None:
+        """Asks for the records that a file claims to hold."""
+        if num_records > self.num_records:
+            raise InputError(f"{where}: data set must have at most {MAX_RECORDS} records, got more. Split the data.")
+
+
 def load_records(
     source: str, *, prompt_key: str = "prompt", answer_key: str | None = "answer", split: str = "train"
 ) -> list[Record]:
-    """Reads all records of a source, in order.
+    """All records of a source as a list; `read_records` says the rest."""
+    return list(read_records(source, prompt_key=prompt_key, answer_key=answer_key, split=split))
+
+
+def read_records(
+    source: str, *, prompt_key: str = "prompt", answer_key: str | None = "answer", split: str = "train"
+) -> Iterator[Record]:
+    """Reads the records of a source in order, one at a time.
 
     Args:
         source: a .jsonl, .json, .parquet or .csv file; a folder (every such file in it, sorted by name, hidden files
@@ -51,38 +89,49 @@ def load_records(
         answer_key: key of the answer; None reads no answers, and a record without the key has none.
         split: split of a hub data set; files ignore it.
 
-    Returns:
+    Yields:
         At least one record.
 
     Raises:
-        InputError: the source cannot be found or read, is empty, or holds a bad record.
+        InputError: the source cannot be found or read, is empty, holds a bad record, or more than 4 MiB a record,
+            1 GiB of text, 10 million records, or 64 MiB of .json or .csv. What was read before is yielded.
 
     """
     if not source.strip():
         raise InputError("data: source must be a file, a folder or a hub data set, got an empty name. Name one.")
     if source.startswith("arithmetic:"):
-        return _make_arithmetic(source)
+        yield from _make_arithmetic(source)
+        return
     keys = [prompt_key] if answer_key is None else [prompt_key, answer_key]
-    records = []
+    budget = Budget()
+    try:
+        for where, origin, row in _read_source(source, keys, split, budget):
+            budget.check_records(1, where)
+            budget.num_records -= 1
+            yield _make_record(row, keys, where=where, origin=origin)
+    except MemoryError as error:
+        raise InputError(f"{source}: data must fit into the memory of this machine, got more. Split it.") from error
+    if budget.num_records == MAX_RECORDS:
+        raise InputError(f"{source}: data set must hold at least one record, got none. Add records or name other data.")
+
+
+def _read_source(source: str, keys: list[str], split: str, budget: Budget) -> Iterator[tuple[str, str, Any]]:
+    """Yields the raw rows of files or of a hub data set, each with its place and its origin."""
     if os.path.exists(source):
         for path in _list_files(Path(source)):
             try:
-                for position, row in _read_rows(path, keys):
-                    records.append(_make_record(row, keys, where=f"{path}{position}", origin=f"{path.name}{position}"))
+                for position, row in _read_rows(path, keys, budget):
+                    yield f"{path}{position}", f"{path.name}{position}", row
             except OSError as error:
                 raise InputError(f"{path}: cannot be read: {error}. Check the file and its permissions.") from error
     elif Path(source).suffix.lower() not in SUFFIXES and HUB_ID.fullmatch(source):
-        for position, row in _read_hub(source, keys, split):
-            origin = f"{source}{position}"
-            records.append(_make_record(row, keys, where=origin, origin=origin))
+        for position, row in _read_hub(source, keys, split, budget):
+            yield f"{source}{position}", f"{source}{position}", row
     else:
         raise InputError(f"{source}: no such file or folder.{_suggest_path(source)} Check the path.")
-    if not records:
-        raise InputError(f"{source}: data set must hold at least one record, got none. Add records or name other data.")
-    return records
 
 
-def _make_arithmetic(source: str) -> list[Record]:
+def _make_arithmetic(source: str) -> Iterator[Record]:
     """Draws the built-in problems that `arithmetic:NUM:OPERANDS:SEED` describes."""
     from mgrpo.tasks.arithmetic import make_problems
 
@@ -91,9 +140,9 @@ def _make_arithmetic(source: str) -> list[Record]:
         num, low, high, seed = (int(group) for group in (match[1], match[2], match[3] or match[2], match[4]))
         if num >= 1 and 2 <= low <= high:
             problems = make_problems(num, operands=tuple(range(low, high + 1)), seed=seed)
-            return [
+            return (
                 Record(prompt=p.prompt, answer=p.answer, origin=f"arithmetic:{i}") for i, p in enumerate(problems, 1)
-            ]
+            )
     raise InputError(
         f"data: source must be arithmetic:NUM:OPERANDS:SEED with NUM of 1 or more and OPERANDS from 2 to 99, "
         f"got {source!r}. Write for example arithmetic:4096:3-7:0."
@@ -123,17 +172,17 @@ def _suggest_path(source: str) -> str:
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _read_rows(path: Path, keys: list[str]) -> Iterator[tuple[str, Any]]:
+def _read_rows(path: Path, keys: list[str], budget: Budget) -> Iterator[tuple[str, Any]]:
     """Yields the raw rows of a file, each with its position: `:LINE`, ` row N` or ` record N`."""
     match path.suffix.lower():
         case ".jsonl":
-            return _read_jsonl(path)
+            return _read_jsonl(path, budget)
         case ".json":
-            return _read_json(path)
+            return _read_json(path, budget)
         case ".csv":
-            return _read_csv(path)
+            return _read_csv(path, budget)
         case _:
-            return _read_parquet(path, keys)
+            return _read_parquet(path, keys, budget)
 
 
 def _decode(raw: bytes, path: Path, first_line: int = 1) -> str:
@@ -161,34 +210,35 @@ def _too_large(what: str, limit: int) -> InputError:
     return InputError(f"{what} must have at most {limit >> 20} MiB, got more. Split or shorten the data.")
 
 
-def _read_whole(path: Path) -> bytes:
+def _read_whole(path: Path, budget: Budget) -> bytes:
     """The bytes of a file that is parsed as one."""
     with path.open("rb") as file:
-        content = file.read(MAX_TEXT_BYTES + 1)
-    if len(content) > MAX_TEXT_BYTES:
-        raise _too_large(str(path), MAX_TEXT_BYTES)
+        content = file.read(MAX_WHOLE_BYTES + 1)
+    if len(content) > MAX_WHOLE_BYTES:
+        raise InputError(
+            f"{path}: {path.suffix.lower()} file must have at most {MAX_WHOLE_BYTES >> 20} MiB, got more. "
+            "Turn it into .jsonl, which is read line by line."
+        )
+    budget.spend(len(content), str(path))
     return content
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(path: Path, budget: Budget) -> Iterator[tuple[str, Any]]:
     """Reads one JSON value a line; blank lines are allowed."""
-    total = 0
     with path.open("rb") as file:
         for line, raw in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES + 1), b""), 1):
             if len(raw) > MAX_RECORD_BYTES:
                 raise _too_large(f"{path}:{line}: line", MAX_RECORD_BYTES)
-            total += len(raw)
-            if total > MAX_TEXT_BYTES:
-                raise _too_large(str(path), MAX_TEXT_BYTES)
+            budget.spend(len(raw), f"{path}:{line}")
             text = _decode(raw, path, line).rstrip()
             if text:
                 yield f":{line}", _parse_json(text, path, line, "Each line must be one whole JSON object.")
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_json(path: Path, budget: Budget) -> Iterator[tuple[str, Any]]:
     """Reads the list at the top of a JSON file, under `data`, or under the only key that holds a list."""
     remedy = "Write a list of objects, or one object a line in a .jsonl file."
-    content = _parse_json(_decode(_read_whole(path), path), path, 1, remedy)
+    content = _parse_json(_decode(_read_whole(path, budget), path), path, 1, remedy)
     if isinstance(content, dict):
         lists = {key: value for key, value in content.items() if isinstance(value, list)}
         if "data" in lists:
@@ -196,18 +246,18 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         elif len(lists) == 1:
             (content,) = lists.values()
         else:
-            found = ", ".join(content) or "none"
-            raise InputError(f"{path}: file must hold one list of records, got an object with keys {found}. {remedy}")
+            found = f"keys {_list_keys(list(content))}" if content else "no keys"
+            raise InputError(f"{path}: file must hold one list of records, got an object with {found}. {remedy}")
     if not isinstance(content, list):
         raise InputError(f"{path}: file must hold a list of records, got {_name_type(content)}. {remedy}")
     for i, row in enumerate(content, 1):
         yield f" record {i}", row
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_csv(path: Path, budget: Budget) -> Iterator[tuple[str, Any]]:
     """Reads comma-separated rows under a header; a row's position is its first line."""
     csv.field_size_limit(MAX_RECORD_BYTES)
-    reader = csv.reader(io.StringIO(_decode(_read_whole(path), path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(_decode(_read_whole(path, budget), path), newline=""), strict=True)
     header: list[str] = []
     line = 1
     try:
@@ -229,59 +279,21 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}:{line}: not valid CSV: {error}. Correct the row or use .jsonl.") from error
 
 
-def _read_parquet(path: Path, keys: list[str]) -> Iterator[tuple[str, Any]]:
-    """Reads the wanted columns of a parquet file, a batch of rows at a time."""
-    import pyarrow
-    import pyarrow.parquet
+def _read_parquet(path: Path, keys: list[str], budget: Budget) -> Iterator[tuple[str, Any]]:
+    """Reads the wanted columns of a parquet file."""
+    from mgrpo.tables import TableError, read_rows
 
-    position = total = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            leaves = [file.schema.column(i) for i in range(len(file.schema))]
-            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        # A text that comes again and again is kept once, so that its copies can be counted before they are made.
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
-            columns = _choose_columns(file.schema_arrow.names, keys)
-            if _declared_bytes(file.metadata, columns) > MAX_TEXT_BYTES:
-                raise _too_large(str(path), MAX_TEXT_BYTES)
-            for batch in file.iter_batches(batch_size=READ_CHUNK, columns=columns):
-                total += sum(_text_bytes(column) for column in batch.columns)
-                if total > MAX_TEXT_BYTES:
-                    raise _too_large(f"{path}: text up to row {position + batch.num_rows}", MAX_TEXT_BYTES)
-                for row in batch.to_pylist():
-                    position += 1
-                    yield f" row {position}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        message = f"{path}: not a readable parquet file after row {position}: {error}. Write or download it again."
-        raise InputError(message) from error
+        yield from read_rows(path, keys, budget)
+    except TableError as error:
+        raise InputError(str(error)) from error
 
 
-def _declared_bytes(metadata: Any, columns: list[str]) -> int:
-    """Bytes of the columns of a parquet file without compression, as its footer says."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
-
-
-def _text_bytes(column: Any) -> int:
-    """Bytes of the texts in a column of arrow data, each counted as often as it comes."""
-    import pyarrow
-    import pyarrow.compute
-
-    compute: Any = pyarrow.compute  # its functions are made when it is imported
-    if pyarrow.types.is_dictionary(column.type):
-        lengths = compute.cast(compute.binary_length(column.dictionary), pyarrow.int64())
-        return compute.sum(lengths.take(column.indices)).as_py() or 0
-    if pyarrow.types.is_struct(column.type):
-        return sum(_text_bytes(part) for part in column.flatten())
-    if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
-        return _text_bytes(column.flatten())
-    return column.nbytes
-
-
-def _read_hub(source: str, keys: list[str], split: str) -> Iterator[tuple[str, Any]]:
-    """Reads the wanted columns of a hub data set."""
+def _read_hub(source: str, keys: list[str], split: str, budget: Budget) -> Iterator[tuple[str, Any]]:
+    """Reads the wanted columns of a hub data set, which lies on the disk as arrow tables."""
     import datasets
+
+    from mgrpo.tables import TableError, read_table
 
     try:
         dataset = datasets.load_dataset(source, split=split)
@@ -291,14 +303,10 @@ def _read_hub(source: str, keys: list[str], split: str) -> Iterator[tuple[str, A
             f"{source}: neither a path nor a reachable hub data set with split {split!r}: {reason}."
             f"{_suggest_path(source)} Check the name and the network, or name a local file."
         ) from error
-    columns = _choose_columns(dataset.column_names, keys)
-    for i, row in enumerate(dataset.select_columns(columns), 1):
-        yield f" row {i}", row
-
-
-def _choose_columns(names: list[str], keys: list[str]) -> list[str]:
-    """Keeps the wanted columns, or all where the prompt is missing, so that the error can list them."""
-    return [key for key in keys if key in names] if keys[0] in names else names
+    try:
+        yield from read_table(dataset, source, keys, budget)
+    except TableError as error:
+        raise InputError(str(error)) from error
 
 
 def _make_record(row: Any, keys: list[str], *, where: str, origin: str) -> Record:
@@ -310,11 +318,17 @@ def _make_record(row: Any, keys: list[str], *, where: str, origin: str) -> Recor
         close = difflib.get_close_matches(keys[0], names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise InputError(
-            f"{where}: record must have the key {keys[0]!r}, got {', '.join(names) or 'no keys'}.{hint} "
+            f"{where}: record must have the key {keys[0]!r}, got {_list_keys(names)}.{hint} "
             "Name the key with --data.prompt-key."
         )
     answer = _normalize_answer(row.get(keys[1]), keys[1], where) if len(keys) > 1 else None
     return Record(prompt=_check_prompt(row[keys[0]], keys[0], where), answer=answer, origin=origin)
+
+
+def _list_keys(names: list[str]) -> str:
+    """The first keys, each cut short, as a part of a sentence."""
+    shown = [f"{name:.80}" for name in names[:NAMED_KEYS]]
+    return ", ".join(shown + ["..."] * (len(names) > NAMED_KEYS)) or "no keys"
 
 
 def _check_prompt(prompt: Any, key: str, where: str) -> str | list[dict[str, Any]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import socket
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mgrpo.records import InputError, load_records
+from mgrpo.records import InputError, load_records, read_records
 from mgrpo.tasks.arithmetic import make_problems
 
 ROWS = [{"prompt": "12+34=", "answer": "46"}, {"prompt": "50-08=", "answer": "42"}]
@@ -305,3 +307,151 @@ def test_unreachable_hub_data_set(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match=match):
         load_records("trian", split="test")
+
+
+def test_records_come_one_at_a_time(tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\nno json\n')
+    records = read_records(path)
+    assert [next(records).prompt, next(records).prompt] == ["a", "b"]
+    with pytest.raises(InputError, match=r"x\.jsonl:3: not valid JSON"):
+        next(records)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        (pyarrow.binary(), "binary"),
+        (pyarrow.timestamp("s"), r"timestamp\[ms\]"),
+        (pyarrow.list_(pyarrow.string()), "list<"),
+        (pyarrow.struct({"role": pyarrow.string()}), "struct<role"),
+        (
+            pyarrow.list_(pyarrow.struct({"parts": pyarrow.list_(pyarrow.string())})),
+            r"list<element: struct<parts: list",
+        ),
+        (pyarrow.map_(pyarrow.string(), pyarrow.string()), "map<"),
+        (pyarrow.json_(), r"extension<arrow\.json>"),
+    ],
+)
+@pytest.mark.parametrize("key", ["prompt", "answer"])
+def test_columns_of_other_types_are_named(tmp_path, key, kind, shown):
+    table = {"prompt": ["a"], "answer": ["b"]} | {key: pyarrow.nulls(1, kind)}
+    path = write_parquet(tmp_path / "x.parquet", table)
+    with pytest.raises(InputError, match=rf"x\.parquet: column '{key}' must be text, a number or .*, got {shown}"):
+        load_records(path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+    ],
+)
+def test_every_kind_of_text_is_read(tmp_path, kind):
+    prompts = pyarrow.array(["a", "b", "a"]).cast(kind)
+    messages = pyarrow.array([[{"role": "user", "content": p}] for p in "aba"])
+    large = messages.cast(pyarrow.large_list(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})))
+    path = write_parquet(tmp_path / "x.parquet", {"prompt": prompts, "chat": large})
+    assert [record.prompt for record in load_records(path)] == ["a", "b", "a"]
+    records = load_records(path, prompt_key="chat", answer_key="prompt")
+    assert pairs(records) == [([{"role": "user", "content": p}], p) for p in "aba"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "answer"),
+    [
+        (pyarrow.decimal128(5, 2), Decimal("1.50"), "1.50"),
+        (pyarrow.decimal256(60, 2), Decimal("1.50"), "1.50"),
+        (pyarrow.float16(), 1.5, "1.5"),
+        (pyarrow.uint64(), 2**64 - 1, str(2**64 - 1)),
+        (pyarrow.bool_(), True, "True"),
+        (pyarrow.null(), None, None),
+    ],
+)
+def test_every_kind_of_number_is_an_answer(tmp_path, kind, value, answer):
+    path = write_parquet(tmp_path / "x.parquet", {"prompt": ["a"], "answer": pyarrow.array([value], kind)})
+    assert load_records(path)[0].answer == answer
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=r"x\.parquet: column names must differ, got 'prompt' twice"):
+        load_records(str(tmp_path / "x.parquet"))
+
+
+def test_parquet_without_rows_or_key(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", {"question": pyarrow.array([], pyarrow.string())})
+    with pytest.raises(InputError, match=r"x\.parquet: data set must hold at least one record"):
+        load_records(path)
+
+
+def test_a_message_lists_no_more_than_twenty_keys(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{f"{'key' * 99}{i}": 0 for i in range(1000)}])
+    with pytest.raises(InputError, match=r"got keykey.*, \.\.\.\. Name the key") as error:
+        load_records(path)
+    assert len(str(error.value)) < 2500
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.json", "x.csv", "hub"])
+def test_limits_hold_for_the_whole_source(tmp_path, monkeypatch, name):
+    """Two files of a folder may together hold no more than one, and a hub data set no more than a file."""
+    import datasets
+
+    rows = [{"prompt": f"{i:03d}" + "x" * 1000, "answer": "1"} for i in range(100)]
+    source = str(tmp_path)
+    for number in (1, 2):
+        path = tmp_path / f"{number}{name}"
+        if name == "hub":
+            source = "owner/name"
+            monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows + rows))
+        elif name == "x.parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        elif name == "x.csv":
+            write(path, "prompt,answer\n" + "".join(f"{row['prompt']},1\n" for row in rows))
+        else:
+            write(path, json.dumps(rows) if name == "x.json" else "".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_records(source)) == 200
+    monkeypatch.setattr("mgrpo.records.MAX_TEXT_BYTES", 150_000)
+    match = r"owner/name row 192: data up to here" if name == "hub" else rf"2{name}.*: data up to "
+    with pytest.raises(InputError, match=match + r".* must have at most 0 MiB, got more\. Split or shorten"):
+        load_records(source)
+    monkeypatch.setattr("mgrpo.records.MAX_TEXT_BYTES", 1 << 30)
+    monkeypatch.setattr("mgrpo.records.MAX_RECORDS", 150)
+    with pytest.raises(InputError, match=r"(2x|owner).*: data set must have at most 150 records, got more\. Split"):
+        load_records(source)
+
+
+def test_hub_columns_of_other_types_are_named(monkeypatch):
+    import datasets
+
+    rows = [{"prompt": ["a", "b"], "answer": "1"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    with pytest.raises(InputError, match=r"owner/name: column 'prompt' must be text, a number .*, got list<"):
+        load_records("owner/name")
+
+
+def test_hub_messages_and_selected_rows(monkeypatch):
+    import datasets
+
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+1="}], "answer": i, "noise": [[i]]} for i in range(200)]
+    dataset = datasets.Dataset.from_list(rows).select(range(199, 99, -1))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: dataset)
+    records = load_records("owner/name")
+    assert pairs(records) == [([{"role": "user", "content": f"{i}+1="}], str(i)) for i in range(199, 99, -1)]
+    assert records[-1].origin == "owner/name row 100"
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet"])
+def test_a_machine_without_memory_is_an_input_error(tmp_path, monkeypatch, name):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    path = write_rows(tmp_path / name)
+    monkeypatch.setattr(csv, "reader", fail)
+    monkeypatch.setattr(json, "loads", fail)
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", fail)
+    with pytest.raises(InputError, match=rf"{name}: data must fit into the memory of this machine, got more"):
+        load_records(path)
