@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 from mgrpo.records import InputError, Record, check_unicode
 
 PLACEHOLDER = "{prompt}"
+# Prompts that are encoded in one call, at most.
 ENCODE_CHUNK = 1024
+ENCODE_CHARS = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """One prompt as the model reads it; `text` is rendered and `index` is its place in the data set."""
 
@@ -40,7 +42,7 @@ class Dataset:
 
 
 def make_dataset(
-    records: Sequence[Record],
+    records: Iterable[Record],
     tokenizer: Any,
     *,
     template: str | None,
@@ -51,7 +53,7 @@ def make_dataset(
     r"""Renders the records through the template and encodes them; no prompt is ever truncated.
 
     Args:
-        records: what `load_records` returned.
+        records: what `read_records` yields; each is let go once it is encoded.
         tokenizer: a transformers tokenizer.
         template: None takes text as it is; "chat" applies the tokenizer's chat template, as chat messages always do;
             any other string holds `{prompt}` once, and the two characters `\n` in it stand for a newline.
@@ -60,7 +62,8 @@ def make_dataset(
         source: name of the data in messages.
 
     Returns:
-        At least one prompt; an end-of-text token that the tokenizer appends to text is left off.
+        At least one prompt; an end-of-text token that the tokenizer appends to text is left off. In memory each
+        takes its text, 8 bytes a token and some 300 bytes more.
 
     Raises:
         InputError: template and tokenizer or records do not fit, a prompt has no tokens, or prompts are too long.
@@ -75,29 +78,30 @@ def make_dataset(
             "Set a smaller --rollout.max-new-tokens."
         )
     template = _check_template(template, source)
-    rendered = [_render(record, tokenizer, template) for record in records]
     prompts: list[Prompt] = []
-    too_long: list[tuple[str, int]] = []
+    num_overlong, first_overlong = 0, ""
     digest = hashlib.sha256()
     shared: dict[int, int] = {}  # one int object a token id in use: a prompt then costs 8 bytes a token
-    for record, (text, _), ids in zip(records, rendered, _encode(rendered, tokenizer), strict=True):
+    rendered = ((record, *_render(record, tokenizer, template)) for record in records)
+    for record, text, ids in _encode(rendered, tokenizer):
         if not ids:
             raise InputError(f"{source}: {record.origin}: prompt must have tokens, got none. Correct the record.")
         if len(ids) > max_prompt_tokens:
-            too_long.append((record.origin, len(ids)))
+            num_overlong += 1
+            first_overlong = first_overlong or f"{record.origin} with {len(ids)}"
             continue
         digest.update(struct.pack(f"<{len(ids) + 1}q", len(ids), *ids))
         ids = tuple(map(shared.setdefault, ids, ids))
         prompts.append(Prompt(ids=ids, text=text, answer=record.answer, index=len(prompts)))
-    if too_long and (overlong == "error" or not prompts):
+    if num_overlong and (overlong == "error" or not prompts):
         raise InputError(
-            f"{source}: prompts must have at most {max_prompt_tokens} tokens, got {len(too_long)} of {len(records)} "
-            f"longer ones, the first {too_long[0][0]} with {too_long[0][1]}. "
+            f"{source}: prompts must have at most {max_prompt_tokens} tokens, got {num_overlong} of "
+            f"{len(prompts) + num_overlong} longer ones, the first {first_overlong}. "
             f"Set {'--data.overlong drop or ' if prompts else ''}a smaller --rollout.max-new-tokens."
         )
     if not prompts:
         raise InputError(f"{source}: data set must hold at least one record, got none. Add records.")
-    return Dataset(prompts=tuple(prompts), num_overlong=len(too_long), fingerprint=digest.hexdigest())
+    return Dataset(prompts=tuple(prompts), num_overlong=num_overlong, fingerprint=digest.hexdigest())
 
 
 def _check_template(template: str | None, source: str) -> str | None:
@@ -137,15 +141,26 @@ def _render(record: Record, tokenizer: Any, template: str | None) -> tuple[str, 
         raise InputError(message) from error
 
 
-def _encode(rendered: Iterable[tuple[str, bool]], tokenizer: Any) -> Iterator[list[int]]:
+def _encode(rendered: Iterable[tuple[Record, str, bool]], tokenizer: Any) -> Iterator[tuple[Record, str, list[int]]]:
     """Encodes texts in order; those of a chat template get no second set of special tokens."""
     probe, bare = tokenizer("0").input_ids, tokenizer("0", add_special_tokens=False).input_ids
     eos = [tokenizer.eos_token_id]
     appends_eos = probe[-1:] == eos and bare[-1:] != eos
-    for is_chat, run in itertools.groupby(rendered, key=lambda item: item[1]):
-        while texts := [text for text, _ in itertools.islice(run, ENCODE_CHUNK)]:
-            rows = tokenizer(texts, add_special_tokens=not is_chat, verbose=False).input_ids
-            yield from (row[:-1] for row in rows) if appends_eos and not is_chat else rows
+    for is_chat, run in itertools.groupby(rendered, key=lambda item: item[2]):
+        while chunk := list(_take(run)):
+            rows = tokenizer([text for _, text, _ in chunk], add_special_tokens=not is_chat, verbose=False).input_ids
+            for (record, text, _), row in zip(chunk, rows, strict=True):
+                yield record, text, row[:-1] if appends_eos and not is_chat else row
+
+
+def _take(rendered: Iterator[tuple[Record, str, bool]]) -> Iterator[tuple[Record, str, bool]]:
+    """The prompts of one call of the tokenizer."""
+    num_chars = 0
+    for item in itertools.islice(rendered, ENCODE_CHUNK):
+        yield item
+        num_chars += len(item[1])
+        if num_chars > ENCODE_CHARS:
+            return
 
 
 class Sampler:
