@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := CMakeLists.txt setup.py mgrpo_kernels/_sources.py $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: train test test-vllm chaos chaos-full lint format bench bench-peers fuzz emulate old-cpus sanitize gpu study clean
+.PHONY: train test test-vllm test-verl chaos chaos-full lint format bench bench-peers fuzz emulate old-cpus sanitize gpu study clean
 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
@@ -22,6 +22,17 @@ $(VLLM)/.made: requirements.txt requirements-vllm.txt
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --requirement requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
+	@touch $@
+
+# Stock verl with the plug-in on the CPU, likewise; the plug-in is found as an installed one is.
+VERL := .venv-verl
+test-verl: $(VENV)/.built $(VERL)/.made
+	$(VERL)/bin/python -m pytest tests/verl_plugin $(ARGS)
+
+$(VERL)/.made: requirements-verl.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(VERL)
+	$(VERL)/bin/python -m pip install --quiet --no-deps --requirement requirements-verl.txt
+	MGRPO_SKIP_NATIVE=1 $(VERL)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Every fault that a run must survive, injected; a line each. chaos-full adds the tests that take minutes.
@@ -111,4 +122,4 @@ $(VENV)/.made: requirements.txt requirements-openrlhf.txt pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info mgrpo_kernels/*.so
+	rm -rf $(VENV) $(VLLM) $(VERL) build dist *.egg-info mgrpo_kernels/*.so

@@ -1,0 +1,113 @@
+"""verl's log-probs and entropies by our kernels.
+
+Letters: T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mgrpo_kernels as K
+from mgrpo.integrations.patching import Replacement, replace_everywhere
+from mgrpo.integrations.versions import require
+
+
+def kernel_patches() -> list[Replacement]:
+    """What to replace in verl: functions of whole logits under each name they have, and the fused head.
+
+    An engine keeps the entropy function that it found when it was built, so patch before.
+
+    Raises:
+        UnsupportedVersion: verl is absent, or of a version whose hooks are not known.
+    """
+    require("verl")
+    functional = importlib.import_module("verl.utils.torch_functional")
+    fused = importlib.import_module("verl.utils.experimental.torch_functional")
+    # These import the names, so they have to be there; the second where its own package is.
+    importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
+    if importlib.util.find_spec("prefix_grouper") is not None:
+        importlib.import_module("verl.trainer.ppo.prefix_grouper_utils")
+    head = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    return [
+        *replace_everywhere(functional.logprobs_from_logits, logprobs_from_logits, "verl"),
+        *replace_everywhere(functional.entropy_from_logits, entropy_from_logits, "verl"),
+        *replace_everywhere(functional.entropy_from_logits_with_chunking, entropy_from_logits_with_chunking, "verl"),
+        Replacement(fused.FusedLinearForPPO, "forward", fused_forward),
+        *replace_everywhere(head.linear_cross_entropy, make_linear_cross_entropy(head.linear_cross_entropy), "verl"),
+    ]
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """Log softmax(logits) at labels, fp32; logits [..., V], labels [...].
+
+    With `inplace_backward` the gradient overwrites the logits, as on verl's path by flash-attention.
+    """
+    # A leaf may not be written in place.
+    inplace = inplace_backward and logits.requires_grad and not logits.is_leaf
+    rows = logits.reshape(-1, logits.shape[-1])
+    return K.token_logprob(rows, labels.reshape(-1), inplace_backward=inplace).logprob.view(labels.shape)
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Entropy in nats of each row of logits [..., V], fp32."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    targets = torch.zeros(rows.shape[0], dtype=torch.int64, device=logits.device)
+    return K.token_logprob(rows, targets).entropy.view(logits.shape[:-1])
+
+
+def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    """As `entropy_from_logits`; `chunk_size` is ours to choose."""
+    return entropy_from_logits(logits)
+
+
+def fused_forward(
+    self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [...] of hidden [..., D] under weight [V, D], without the logits; `self` is not read."""
+    return _fused(hidden_states, vocab_weights, input_ids, temperature)
+
+
+def make_linear_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A stand-in for verl's Triton head; what we do not compute is left to `original`."""
+
+    def linear_cross_entropy(*args: Any, **kwargs: Any) -> Any:
+        """Takes hidden, weight, labels, temperature, reduction and process group, as `original` does."""
+
+        def ours(
+            hidden: Tensor,
+            weight: Tensor,
+            labels: Tensor,
+            temperature: float = 1.0,
+            reduction: str = "none",
+            dist_process_group: Any = None,
+        ) -> Any:
+            # A vocabulary over several processes has hidden states and gradients laid out in Megatron's way.
+            if reduction != "none" or dist_process_group is not None:
+                return original(hidden, weight, labels, temperature, reduction, dist_process_group)
+            # Flat, as the original gives them.
+            logprob, entropy = _fused(hidden, weight, labels, temperature)
+            return logprob.view(-1), entropy.view(-1)
+
+        return ours(*args, **kwargs)
+
+    return linear_cross_entropy
+
+
+def _fused(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`linear_token_logprob` with the shape of `labels`, in the dtype in which autocast would multiply."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        scores = K.linear_token_logprob(
+            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
+            weight.to(dtype),
+            labels.reshape(-1).to(torch.int64),
+            temperature=temperature,
+        )
+    return scores.logprob.view(labels.shape), scores.entropy.view(labels.shape)

@@ -1,0 +1,41 @@
+"""Accuracy for verl's metrics and validation. Training takes no reward from here: the vote overwrites it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from mgrpo.answers import AnswerChecker, make_extractor
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any = None,
+    extra_info: Any = None,
+    *,
+    extract: str = "boxed",
+    equivalence: str = "math",
+    timeout_s: float = 5.0,
+    **_: Any,
+) -> dict[str, float]:
+    """1 where the answer in a response equals the true one, else 0, under verl's names `score` and `acc`.
+
+    Args:
+        data_source: not read; every data set is judged alike.
+        solution_str: the response.
+        ground_truth: the true answer; None, as in data without labels, scores 0.
+        extra_info: not read.
+        extract, equivalence, timeout_s: as `answer.extract`, `answer.equivalence` and `answer.timeout_s`.
+    """
+    if ground_truth is None:
+        return {"score": 0.0, "acc": 0.0}
+    find, checker = _judge(extract, equivalence, timeout_s)
+    correct = float(checker.is_correct(find(solution_str), str(ground_truth)))
+    return {"score": correct, "acc": correct}
+
+
+@functools.lru_cache
+def _judge(extract: str, equivalence: str, timeout_s: float) -> tuple[Any, AnswerChecker]:
+    """Extractor and checker of this process; the checker's own worker ends with it."""
+    return make_extractor(extract), AnswerChecker(mode=equivalence, timeout_s=timeout_s)
