@@ -20,11 +20,12 @@ from trl.trainer import grpo_trainer
 
 import mgrpo_kernels as K
 from mgrpo.answers import AnswerChecker, make_extractor
+from mgrpo.integrations.outcome import judged_metrics
 from mgrpo.integrations.trl_config import MGRPOConfig
 from mgrpo.integrations.trl_momentum import MomentumCallback
 from mgrpo.integrations.versions import require
 from mgrpo.judging import Judgement, judge
-from mgrpo.metrics import Metrics, Outcome, mean, outcome_metrics
+from mgrpo.metrics import Metrics
 from mgrpo.monitor import Monitor
 from mgrpo.objective import group_advantage
 from mgrpo.policy import save_model
@@ -184,7 +185,6 @@ class MGRPOTrainer(_GRPOTrainer):
             return [[getattr(rollout, name) for rollout in group] for group in groups]
 
         c = self.recipe
-        mean_entropy = torch.tensor(values("mean_entropy"))
         judged = judge(
             values("answer"),
             torch.tensor(values("entropy")),
@@ -194,26 +194,14 @@ class MGRPOTrainer(_GRPOTrainer):
             objective=c.objective,
             checker=self.checker,
         )
-        true = [None if answer is None else str(answer) for answer in answers[::num_policy]]
-        outcome = Outcome(
-            **vars(judged),
+        metrics = judged_metrics(
+            judged,
             lengths=torch.tensor(values("length")),
             truncated=torch.tensor(values("truncated")),
-            entropy=mean_entropy,
-            label_correct=[
-                self.checker.is_correct(label, answer)
-                for label, answer in zip(judged.labels, true, strict=True)
-                if answer is not None
-            ],
-        )
-        metrics = outcome_metrics(outcome) | {"step": self.state.global_step + 1}
-        right = [
-            self.checker.is_correct(given, answer)
-            for row, answer in zip(judged.answers, true, strict=True)
-            for given in row[:num_policy]
-            if answer is not None
-        ]
-        metrics["accuracy"] = mean(right) if right else None
+            entropy=torch.tensor(values("mean_entropy")),
+            true_answers=[None if answer is None else str(answer) for answer in answers[::num_policy]],
+            checker=self.checker,
+        ) | {"step": self.state.global_step + 1}
         alarms = self.monitor.observe(metrics) if self.model.training else []
         return Verdict(judged=judged, metrics=metrics, alarms=alarms)
 

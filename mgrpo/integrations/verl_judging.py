@@ -13,8 +13,9 @@ import torch
 import mgrpo_kernels as K
 from mgrpo.answers import AnswerChecker
 from mgrpo.config import Config
+from mgrpo.integrations.outcome import judged_metrics
 from mgrpo.judging import Judgement, judge
-from mgrpo.metrics import Metrics, Outcome, mean, outcome_metrics
+from mgrpo.metrics import Metrics
 
 # A momentum rollout's prompt, so that no key of verl's queue is that of a policy rollout. It may hold no underscore.
 MOMENTUM = "-momentum"
@@ -150,25 +151,14 @@ def judge_rows(
         true_answers=true,
         backend=backend,
     )
-    label_correct = [
-        checker.is_correct(label, answer)
-        for label, answer in zip(judged.labels, true, strict=True)
-        if answer is not None
-    ]
-    outcome = Outcome(
-        **vars(judged),
+    metrics = judged_metrics(
+        judged,
         lengths=lengths[group],
         truncated=rows.truncated[group],
         entropy=entropy[group],
-        label_correct=label_correct,
+        true_answers=true,
+        checker=checker,
     )
-    right = [
-        checker.is_correct(given, answer)
-        for row, answer in zip(judged.answers, true, strict=True)
-        for given in row[:num_policy]
-        if answer is not None
-    ]
-    metrics = outcome_metrics(outcome) | {"accuracy": mean(right) if right else None}
     return Verdict(
         rewards=_by_row(judged.rewards, group),
         advantage=_by_row(judged.advantage, group),

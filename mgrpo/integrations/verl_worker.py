@@ -13,14 +13,13 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, register  # pyright: ignore[reportMissingImports]
 from verl.workers.engine_workers import ActorRolloutRefWorker  # pyright: ignore[reportMissingImports]
 
 from mgrpo.config import KernelsConfig, MomentumConfig
 from mgrpo.integrations import patch_kernels
 from mgrpo.integrations import verl as plugin
-from mgrpo.momentum import Momentum
+from mgrpo.momentum import Momentum, local
 
 
 class EngineMomentum:
@@ -75,7 +74,7 @@ class EngineMomentum:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / file_name()
         aside = path.with_name(f".{path.name}.tmp")
-        tensors = {name: _local(tensor).detach().cpu().contiguous() for name, tensor in self._tensors().items()}
+        tensors = {name: local(tensor).detach().cpu().contiguous() for name, tensor in self._tensors().items()}
         save_file(tensors, aside, metadata={"format": "mgrpo", "step": str(self.step)})
         os.replace(aside, path)
 
@@ -96,7 +95,7 @@ class EngineMomentum:
         targets = self._tensors()
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            wanted = {name: tuple(_local(tensor).shape) for name, tensor in targets.items()}
+            wanted = {name: tuple(local(tensor).shape) for name, tensor in targets.items()}
             if shapes != wanted:
                 different = sorted(n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n))
                 raise ValueError(
@@ -104,7 +103,7 @@ class EngineMomentum:
                     f"{len(shapes)}, of which {different[0]} differs. Resume with the options of the run."
                 )
             for name, target in targets.items():
-                _local(target).copy_(file.get_tensor(name))
+                local(target).copy_(file.get_tensor(name))
             self.step = int(file.metadata()["step"])
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -117,11 +116,6 @@ def file_name() -> str:
     """File of this process' shards in a checkpoint, named as verl names its own."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return f"momentum_world_size_{size}_rank_{rank}.safetensors"
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def worker_options(given: Mapping[str, Any]) -> tuple[MomentumConfig, KernelsConfig]:

@@ -185,6 +185,26 @@ def test_every_module_of_trl_has_ours_and_then_its_own_again():
     assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
 
 
+def test_a_trainer_takes_the_same_steps(make_trainer):
+    """Loss, gradient and weights of whole steps, in fp32."""
+    logs, weights = [], []
+    for patched in (False, True):
+        trainer = make_trainer(bf16=False, optim="sgd", learning_rate=0.5)
+        if patched:
+            with patch_kernels(trl):
+                trainer.train()
+        else:
+            trainer.train()
+        logs.append([row for row in trainer.state.log_history if "grad_norm" in row])
+        weights.append({name: p.detach() for name, p in trainer.model.named_parameters()})
+    assert len(logs[0]) == len(logs[1]) == 2
+    for stock, ours in zip(*logs, strict=True):
+        assert ours["grad_norm"] == pytest.approx(stock["grad_norm"], rel=1e-4) and stock["grad_norm"] > 0
+        assert ours["entropy"] == pytest.approx(stock["entropy"], rel=1e-5)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-6)
+
+
 # Contracts: what of TRL the patches rely on.
 
 
