@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+import numpy
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-READ_CHUNK = 64  # rows at a time
+# Rows at a time. Arrow copies the texts of a row group that came before for each batch of a parquet file; of a mapped
+# table it may copy the batch.
+PARQUET_CHUNK, TABLE_CHUNK = 4096, 64
 # A row group is decoded with all values of a nested row at once, at up to 20 bytes each.
 MAX_NESTED_VALUES = 1 << 25
 MAX_MESSAGES = 1 << 14
 MAX_FOOTER_BYTES = 16 << 20
-SMALL_BATCH_BYTES = 1 << 20  # no record of such a batch can be too large
+MAX_PAGE_BYTES = 256 << 20  # a page is unpacked as a whole, and its texts copied up to three times
 types: Any = pyarrow.types
 compute: Any = pyarrow.compute  # its functions are made when it is imported
 
@@ -83,10 +86,11 @@ def read_rows(path: Path, keys: list[str], budget: Budget) -> Iterator[tuple[str
                 _check_sizes(path, {i: leaves[i].max_repetition_level > 0 for i in wanted}, budget)
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise _HeaderError("a footer or page header lacks a size") from error
-            for batch in file.iter_batches(batch_size=READ_CHUNK, columns=columns):
-                for row in unpack(batch, str(path), position, budget):
-                    position += 1
-                    yield f" row {position}", row
+            for group in range(file.metadata.num_row_groups):  # a batch over several would hold all their texts
+                for batch in file.iter_batches(PARQUET_CHUNK, [group], columns):
+                    for row in unpack(batch, str(path), position, budget):
+                        position += 1
+                        yield f" row {position}", row
     except MemoryError:  # arrow's own is an ArrowException too
         raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, _HeaderError, RecursionError) as error:
@@ -103,7 +107,7 @@ def read_table(dataset: Any, source: str, keys: list[str], budget: Budget) -> It
     columns = choose_columns(schema, keys, source)
     budget.check_records(len(dataset), source)
     try:
-        for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=READ_CHUNK):
+        for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=TABLE_CHUNK):
             for batch in table.to_batches():
                 for row in unpack(batch, source, position, budget):
                     position += 1
@@ -133,19 +137,19 @@ def choose_columns(schema: pyarrow.Schema, keys: list[str], where: str) -> list[
 
 def unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget) -> Iterator[dict[str, Any]]:
     """Yields the rows of a batch that follows `position` rows, their texts counted before they are made."""
-    total = sum(_text_bytes(column) for column in batch.columns)
-    budget.spend(total, f"{where} row {position + batch.num_rows}")
+    sizes = sum((_row_bytes(column) for column in batch.columns), numpy.zeros(batch.num_rows, numpy.int64))
+    budget.spend(int(sizes.sum()), f"{where} row {position + batch.num_rows}")
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
     for i in range(batch.num_rows):
-        place, columns = f"{where} row {position + i + 1}", batch.slice(i, 1).columns
-        if total > SMALL_BATCH_BYTES:
-            budget.check_record(sum(map(_text_bytes, columns)), place)
-        for name, column in zip(batch.schema.names, columns, strict=True):
-            if _is_messages(column.type) and len(column.flatten()) > MAX_MESSAGES:
+        place = f"{where} row {position + i + 1}"
+        budget.check_record(int(sizes[i]), place)
+        row = {name: column[i] for name, column in columns.items()}
+        for name, value in row.items():
+            if _is_messages(value.type) and value.is_valid and len(value) > MAX_MESSAGES:
                 raise TableError(
-                    f"{place}: {name!r} must have at most {MAX_MESSAGES} messages, got {len(column.flatten())}. "
-                    "Split the record."
+                    f"{place}: {name!r} must have at most {MAX_MESSAGES} messages, got {len(value)}. Split the record."
                 )
-        yield {name: column[0].as_py() for name, column in zip(batch.schema.names, columns, strict=True)}
+        yield {name: value.as_py() for name, value in row.items()}
 
 
 def _is_scalar(kind: pyarrow.DataType) -> bool:
@@ -168,16 +172,21 @@ def _is_messages(kind: pyarrow.DataType) -> bool:
     return all(_is_scalar(field.type) for field in kind.value_type)
 
 
-def _text_bytes(column: Any) -> int:
-    """Bytes of the texts in a column of arrow data, each counted as often as it comes."""
-    if types.is_dictionary(column.type):
-        lengths = compute.cast(compute.binary_length(column.dictionary), pyarrow.int64())
-        return compute.sum(lengths.take(column.indices)).as_py() or 0
-    if types.is_struct(column.type):
-        return sum(_text_bytes(part) for part in column.flatten())
-    if types.is_list(column.type) or types.is_large_list(column.type):
-        return _text_bytes(column.flatten())
-    return column.nbytes
+def _row_bytes(column: Any) -> numpy.ndarray:
+    """Bytes of each row of a column of arrow data, a text counted as often as it comes."""
+    kind = column.type
+    if types.is_dictionary(kind):
+        lengths = compute.binary_length(column.dictionary).take(column.indices)
+    elif _is_text(kind):
+        lengths = compute.binary_length(column)
+    elif types.is_struct(kind):
+        return sum(map(_row_bytes, column.flatten()), numpy.zeros(len(column), numpy.int64))
+    elif types.is_list(kind) or types.is_large_list(kind):
+        ends = numpy.concatenate([[0], numpy.cumsum(_row_bytes(column.values))])
+        return numpy.diff(ends[column.offsets.to_numpy()])
+    else:
+        return numpy.full(len(column), 8, numpy.int64)
+    return compute.fill_null(lengths, 0).to_numpy(zero_copy_only=False).astype(numpy.int64)
 
 
 def _num_leaves(kind: pyarrow.DataType) -> int:
@@ -244,6 +253,11 @@ def _count_pages(file: BinaryIO, chunk: dict[int, Any]) -> tuple[int, int]:
         data = header.get(5) or header.get(8) or {1: 0}  # a page of data in version 1 or 2, or any other page
         if min(header[2], header[3], data[1]) < 0:
             raise _HeaderError("a page header claims a negative size")
+        if header[2] > MAX_PAGE_BYTES:
+            raise TableError(
+                f"{file.name}: each page must have at most {MAX_PAGE_BYTES >> 20} MiB, got one of {header[2] >> 20}. "
+                "Write the file with smaller pages."
+            )
         size, values, position = size + header[2], values + data[1], file.tell() + header[3]
     return max(size, stored), values
 

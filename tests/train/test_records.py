@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from mgrpo.records import InputError, load_records, read_records
+from mgrpo.tables import unpack
 from mgrpo.tasks.arithmetic import make_problems
 
 ROWS = [{"prompt": "12+34=", "answer": "46"}, {"prompt": "50-08=", "answer": "42"}]
@@ -455,3 +456,34 @@ def test_a_machine_without_memory_is_an_input_error(tmp_path, monkeypatch, name)
     monkeypatch.setattr(pyarrow.parquet, "ParquetFile", fail)
     with pytest.raises(InputError, match=rf"{name}: data must fit into the memory of this machine, got more"):
         load_records(path)
+
+
+@pytest.mark.parametrize("key", ["prompt", "answer"])
+def test_a_row_beyond_the_limit_of_a_record_is_named(tmp_path, monkeypatch, key):
+    import datasets
+
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": "b", key: "x" * (5 << 20)}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    for source in (str(tmp_path / "x.parquet"), "owner/name"):
+        with pytest.raises(InputError, match=r" row 2: record must have at most 4 MiB, got more\. Split or shorten"):
+            load_records(source)
+
+
+def test_messages_of_sliced_and_null_lists_are_counted_where_they_are():
+    chat = [[{"role": "user", "content": "x" * n}] * k for n, k in ((10, 1), (20, 2), (30, 0), (40, 3))]
+    table = pyarrow.table({"prompt": [*chat, None], "answer": ["a", None, "ccc", "d", "e"]})
+    batch = table.to_batches()[0].slice(1, 4)
+    spent = []
+
+    class Budget:
+        def spend(self, num_bytes, where):
+            spent.append((num_bytes, where))
+
+        def check_record(self, num_bytes, where):
+            spent.append((num_bytes, where))
+
+    rows = list(unpack(batch, "x", 10, Budget()))
+    assert [row["prompt"] for row in rows] == [*chat[1:], None]
+    each = [(48, "x row 11"), (3, "x row 12"), (133, "x row 13"), (1, "x row 14")]
+    assert spent == [(185, "x row 14"), *each]
