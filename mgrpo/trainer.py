@@ -24,6 +24,7 @@ from mgrpo import checkpoint
 from mgrpo.answers import AnswerChecker, make_extractor
 from mgrpo.config import Config
 from mgrpo.data import Dataset, Prompt, Sampler
+from mgrpo.equivalence import StartError
 from mgrpo.evaluate import Evaluation, evaluate
 from mgrpo.judging import judge
 from mgrpo.learner import Learner
@@ -128,7 +129,12 @@ class Trainer:
             scores = self.score(trajectories)
             parity = self.check_parity(trajectories, scores)
         with timer("vote"):
-            outcome = self.judge(prompts, trajectories, scores)
+            try:
+                outcome = self.judge(prompts, trajectories, scores)
+            except StartError as error:
+                self.step -= 1
+                self.sampler.load_state_dict(place)
+                raise EngineError(f"answers: {error}") from error
         with timer("update"):
             batch = Batch(
                 mask=trajectories.mask,

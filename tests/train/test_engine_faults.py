@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mgrpo.answers import AnswerChecker
+from mgrpo.equivalence import StartError
 from mgrpo.rollout import EngineError, StaleWeightsError
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.run import Exit
@@ -36,6 +38,24 @@ def test_an_engine_that_dies_costs_one_step(launch, resume, tmp_path, monkeypatc
         for name in ("policy/model.safetensors", "momentum/model.safetensors", "optimizer.safetensors"):
             whole, cut = (tmp_path / run / "checkpoints" / "step_3" / name for run in ("whole", "cut"))
             assert whole.read_bytes() == cut.read_bytes(), name
+
+
+@pytest.mark.fault("answer checker that can not be started any more")
+def test_a_checker_that_is_gone_costs_one_step(launch, resume, tmp_path, monkeypatch, capsys, rows_of):
+    assert launch(run_dir=tmp_path / "whole") == Exit.DONE
+    group_classes, calls = AnswerChecker.group_classes, []
+
+    def die(checker, groups):
+        calls.append(groups)
+        if len(calls) == 3:
+            raise StartError("no worker.")
+        return group_classes(checker, groups)
+
+    monkeypatch.setattr(AnswerChecker, "group_classes", die)
+    assert launch(run_dir=tmp_path / "cut") == Exit.ENGINE
+    assert "no worker. Step 2 is saved: go on with --resume." in " ".join(capsys.readouterr().err.split())
+    assert resume(run_dir=tmp_path / "cut") == Exit.DONE
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
 
 
 @pytest.mark.fault("rollout engine that dies while it is evaluated")
