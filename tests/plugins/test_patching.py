@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 import types
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +104,11 @@ def test_other_packages_have_no_kernels_to_patch():
     with pytest.raises(ValueError, match=rf"package must be one of \['openrlhf', 'trl', 'verl'\], got {__name__}"):
         patch_kernels(sys.modules[__name__])
     assert set(SUPPORTED) == {"openrlhf", "trl", "verl"}
+
+
+def test_the_extras_ask_for_the_versions_that_are_supported():
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for package in ("trl", "verl"):
+        assert f"{package}{SUPPORTED[package]}" in extras[package]
