@@ -104,6 +104,7 @@ def each(rounds: int):
 
 
 @pytest.mark.fault("10,000 different hostile answers read and brought to one form")
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 def test_hostile_answers_are_read_and_canonicalized():
     """By every extractor; the form of a form is itself, and none takes longer than a second."""
     seen, slowest = set(HAND_MADE), 0.0
