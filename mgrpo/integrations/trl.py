@@ -25,7 +25,7 @@ from mgrpo.integrations.trl_config import MGRPOConfig
 from mgrpo.integrations.trl_momentum import MomentumCallback
 from mgrpo.integrations.versions import require
 from mgrpo.judging import Judgement, judge
-from mgrpo.metrics import Metrics
+from mgrpo.metrics import Metrics, mean
 from mgrpo.monitor import Monitor
 from mgrpo.objective import group_advantage
 from mgrpo.policy import save_model
@@ -172,6 +172,9 @@ class MGRPOTrainer(_GRPOTrainer):
             policy: R rollouts of the policy, M a prompt.
             momentum: P * N rollouts of the momentum model, N a prompt; none in evaluation.
             answers: R true answers, or None, for metrics alone.
+
+        Raises:
+            FloatingPointError: no trajectory has a finite entropy; one that has none is dropped and counted.
         """
         num_policy = self.num_generations if self.model.training else self.num_generations_eval
         num_prompts = len(policy) // num_policy
@@ -184,10 +187,14 @@ class MGRPOTrainer(_GRPOTrainer):
         def values(name: str) -> Any:
             return [[getattr(rollout, name) for rollout in group] for group in groups]
 
-        c = self.recipe
+        c, entropy = self.recipe, torch.tensor(values("entropy"))
+        if not entropy.isfinite().any():
+            raise FloatingPointError(
+                "MGRPOTrainer: the policy's logits must be finite, got none. Its weights are lost."
+            )
         judged = judge(
             values("answer"),
-            torch.tensor(values("entropy")),
+            entropy,
             num_policy,
             filter=c.filter,
             vote=c.vote if num_momentum else replace(c.vote, pool="policy"),
@@ -201,7 +208,8 @@ class MGRPOTrainer(_GRPOTrainer):
             entropy=torch.tensor(values("mean_entropy")),
             true_answers=[None if answer is None else str(answer) for answer in answers[::num_policy]],
             checker=self.checker,
-        ) | {"step": self.state.global_step + 1}
+        )
+        metrics |= {"step": self.state.global_step + 1, "nonfinite_share": mean(~entropy.isfinite())}
         alarms = self.monitor.observe(metrics) if self.model.training else []
         return Verdict(judged=judged, metrics=metrics, alarms=alarms)
 

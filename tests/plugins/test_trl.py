@@ -228,6 +228,16 @@ class Poison(__import__("transformers").TrainerCallback):
             next(iter(model.parameters())).data.view(-1)[3] = float("nan")
 
 
+def test_logits_that_are_not_finite_are_dropped_and_counted_and_never_all(make_trainer):
+    trainer = make_trainer()
+    trainer.model.train()
+    nan = float("nan")
+    verdict = trainer.judge(rollouts(["7"] * 16, [nan, *[1.0] * 15]), rollouts(["7"] * 8), [None] * 16)
+    assert verdict.metrics["nonfinite_share"] == 1 / 24 and not verdict.judged.keep[0, 0]
+    with pytest.raises(FloatingPointError, match="the policy's logits must be finite, got none"):
+        trainer.judge(rollouts(["7"] * 16, [nan] * 16), rollouts(["7"] * 8, [nan] * 8), [None] * 16)
+
+
 def test_frozen_weights_are_the_policys_own(make_trainer):
     trainer = make_trainer()
     frozen = [name for name, _ in trainer.model.named_parameters() if "layers.0" in name]
