@@ -79,12 +79,18 @@ class Learner:
         steps, self.faults = [], []
         for _ in range(c.num_epochs):
             for part in torch.arange(len(rows)).tensor_split(c.num_minibatches):
-                chosen = rows[part][trains[part]], rows[part][spoilt[part]]
-                steps.append(self.optimizer_step(trajectories, batch, *chosen, timer))
+                chosen, lost = rows[part][trains[part]], rows[part][spoilt[part]]
+                steps.append(self.optimizer_step(trajectories, batch, chosen, timer, spoilt=lost))
         return _mean_of_known(steps) | {"nonfinite_steps": self.nonfinite_steps}
 
     def optimizer_step(
-        self, trajectories: Trajectories, batch: Batch, rows: torch.Tensor, spoilt: torch.Tensor, timer: Timer
+        self,
+        trajectories: Trajectories,
+        batch: Batch,
+        rows: torch.Tensor,
+        timer: Timer,
+        *,
+        spoilt: torch.Tensor | None = None,
     ) -> Metrics:
         """One optimiser step on trajectories `rows` [r], then the EMA. A non-finite one touches no weight, nor does one
         with trajectories that are `spoilt` [s].
@@ -117,7 +123,8 @@ class Learner:
             weights.append(len(scores.logprob))
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.optim.grad_clip))
         logprobs = (batch.old_logprob, batch.rollout_logprob)
-        sound = not len(spoilt) and all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
+        lost = [] if spoilt is None else spoilt.tolist()
+        sound = not lost and all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
         if sound and math.isfinite(loss) and math.isfinite(norm):
             # A step on which nothing had a gradient says nothing about the weights.
             self.nonfinite_in_row = 0 if weights else self.nonfinite_in_row
@@ -127,7 +134,7 @@ class Learner:
         else:
             self.nonfinite_in_row += 1
             self.nonfinite_steps += 1
-            suspects = sorted({*rows.tolist(), *spoilt.tolist()})
+            suspects = sorted({*rows.tolist(), *lost})
             self.faults.append(Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=suspects))
         self.step += 1
         return {"loss": loss, "grad_norm": norm, "lr": lr, **_weighted_means(metrics, weights)}

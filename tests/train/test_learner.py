@@ -156,7 +156,9 @@ def test_minibatches_times_epochs(minibatches, epochs):
     setting = Setting(configure(lr=1e-3, num_minibatches=minibatches, num_epochs=epochs))
     seen, averaged, steps = [], [], []
     take, average = setting.learner.optimizer_step, setting.momentum.update
-    setting.learner.optimizer_step = lambda t, b, rows, *rest: seen.append(rows.tolist()) or take(t, b, rows, *rest)
+    setting.learner.optimizer_step = lambda t, b, rows, *rest, **options: (
+        seen.append(rows.tolist()) or take(t, b, rows, *rest, **options)
+    )
     setting.momentum.update = lambda step, num: averaged.append((step, num)) or average(step, num)
     setting.learner.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     setting.update()
@@ -305,7 +307,7 @@ def test_a_later_epoch_meets_the_clip():
     setting = Setting(configure(lr=5e-2, num_epochs=2))
     ratios = []
     take = setting.learner.optimizer_step
-    setting.learner.optimizer_step = lambda *args: ratios.append(take(*args)) or ratios[-1]
+    setting.learner.optimizer_step = lambda *args, **options: ratios.append(take(*args, **options)) or ratios[-1]
     setting.update()
     assert ratios[0]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     assert ratios[0]["clip_low_share"] == ratios[0]["clip_high_share"] == 0
