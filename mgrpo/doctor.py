@@ -25,8 +25,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import mgrpo_kernels as K
-from mgrpo.answers import AnswerChecker
 from mgrpo.config import ConfigError, ModelConfig
+from mgrpo.grading.checker import AnswerChecker
 from mgrpo.policy import load_model, pick_device, quiet_transformers
 from mgrpo.rollout.engine import Sampling
 from mgrpo.rollout.transformers import TransformersEngine

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mgrpo.answers import AnswerChecker, make_extractor
 from mgrpo.config import AnswerConfig, ConfigError, ModelConfig
 from mgrpo.data import Dataset, make_dataset
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
 from mgrpo.policy import LoadedModel, load_model, quiet_transformers
 from mgrpo.prompts import read_answers
 from mgrpo.records import InputError, load_records

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mgrpo.answers import AnswerChecker
 from mgrpo.config import FilterConfig, ObjectiveConfig, VoteConfig
+from mgrpo.grading.checker import AnswerChecker
 from mgrpo.objective import group_advantage
 from mgrpo.reward import Evidence, reward
 from mgrpo.voting import Vote, filter_trajectories, first_of_class
@@ -51,7 +51,7 @@ def judge(
     """Filters trajectories, elects pseudo-labels, rewards agreement and compares rewards within each group.
 
     Args:
-        answers: [B][G], what `mgrpo.answers.make_extractor` finds in each response; None where there is none.
+        answers: [B][G], what `mgrpo.grading.extract.make_extractor` finds in each response; None where there is none.
         entropy: [B, G] fp32 in nats, on the CPU; what the filter looks at.
         num_policy: M; the other G - M rollouts of a prompt are the momentum model's.
         filter, vote, objective: how; of `objective`, reward and advantage.

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from mgrpo.answers import make_extractor
 from mgrpo.config import Config, ConfigError
 from mgrpo.data import Dataset
+from mgrpo.grading.extract import make_extractor
 from mgrpo.policy import Tokenizer, load_tokenizer, pick_backend, pick_device
 from mgrpo.prompts import load_prompts, require_answers
 from mgrpo.records import InputError

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from mgrpo.answers import make_extractor
 from mgrpo.config import AnswerConfig, Config
 from mgrpo.data import Dataset, make_dataset
+from mgrpo.grading.extract import make_extractor
 from mgrpo.policy import LoadedModel, Tokenizer
 from mgrpo.records import InputError, Record, read_records
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mgrpo.answers import AnswerChecker
 from mgrpo.config import MonitorConfig
+from mgrpo.grading.checker import AnswerChecker
 
 MIN_SHARE = 0.6  # of the votes, for an answer to be remembered
 MIN_ANSWERS = 32  # fewer say nothing

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 
 import mgrpo_kernels as K
 from mgrpo import checkpoint
-from mgrpo.answers import AnswerChecker, make_extractor
 from mgrpo.config import Config
 from mgrpo.data import Dataset, Prompt, Sampler
-from mgrpo.equivalence import StartError
 from mgrpo.evaluate import Evaluation, evaluate
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
+from mgrpo.grading.worker import StartError
 from mgrpo.judging import judge
 from mgrpo.learner import Learner
 from mgrpo.metrics import KEYS, Metrics, Outcome, Timer, mean, outcome_metrics

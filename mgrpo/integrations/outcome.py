@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mgrpo.answers import AnswerChecker
+from mgrpo.grading.checker import AnswerChecker
 from mgrpo.judging import Judgement
 from mgrpo.metrics import Metrics, Outcome, mean, outcome_metrics
 

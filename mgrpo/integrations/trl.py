@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer import grpo_trainer
 
 import mgrpo_kernels as K
-from mgrpo.answers import AnswerChecker, make_extractor
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
 from mgrpo.integrations.outcome import judged_metrics
 from mgrpo.integrations.trl_config import MGRPOConfig
 from mgrpo.integrations.trl_momentum import MomentumCallback

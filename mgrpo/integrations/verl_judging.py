@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 import mgrpo_kernels as K
-from mgrpo.answers import AnswerChecker
 from mgrpo.config import Config
+from mgrpo.grading.checker import AnswerChecker
 from mgrpo.integrations.outcome import judged_metrics
 from mgrpo.judging import Judgement, judge
 from mgrpo.metrics import Metrics

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from mgrpo.answers import AnswerChecker, make_extractor
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
 
 
 def compute_score(

@@ -21,7 +21,8 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # pyright: ign
 from verl.utils import tensordict_utils as tu  # pyright: ignore[reportMissingImports]
 from verl.utils.debug import marked_timer  # pyright: ignore[reportMissingImports]
 
-from mgrpo.answers import AnswerChecker, make_extractor
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
 from mgrpo.integrations import verl as plugin
 from mgrpo.integrations.verl_judging import MOMENTUM, Verdict, judge_rows, merge_rows
 from mgrpo.integrations.verl_options import read_options

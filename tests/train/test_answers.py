@@ -14,8 +14,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from mgrpo.answers import AnswerChecker, canonicalize, make_extractor
-from mgrpo.equivalence import StartError
+from mgrpo.grading.canonical import canonicalize
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
+from mgrpo.grading.worker import StartError
 
 SPECS = ("boxed", "hash", "last-number", r"regex:#(\d\d)", "regex:[a-z]+")
 TEXT = st.text(alphabet=st.characters(exclude_categories=()), max_size=60)
@@ -419,7 +421,7 @@ def test_worker_ends_with_its_parent(hang):
     code = "\n".join(
         [
             "import time",
-            "from mgrpo.answers import AnswerChecker",
+            "from mgrpo.grading.checker import AnswerChecker",
             "checker = AnswerChecker(timeout_s=2.0)",
             "checker.equivalent('a+b', 'b+a')",
             "print(checker.worker_pids[0], flush=True)",
@@ -544,7 +546,7 @@ def test_a_worker_killed_while_it_starts_is_replaced(slow_start, kill):
 )
 def test_workers_that_never_start_are_an_error_after_three(fake_math_verify, monkeypatch, source, reason):
     """No verdict is made up: without a worker every pair would count as different."""
-    monkeypatch.setattr("mgrpo.equivalence.START_LIMIT_S", 1.0)
+    monkeypatch.setattr("mgrpo.grading.worker.START_LIMIT_S", 1.0)
     fake_math_verify.write_text(source)
     with AnswerChecker() as fresh:
         with pytest.raises(StartError, match=f"a worker process must start, got 3 in a row that were lost: {reason}"):
@@ -569,7 +571,7 @@ def run_parent(folder):
     code = "\n".join(
         [
             "import signal",
-            "from mgrpo.answers import AnswerChecker",
+            "from mgrpo.grading.checker import AnswerChecker",
             "signal.signal(signal.SIGINT, lambda *_: None)",
             "with AnswerChecker(timeout_s=30.0) as checker:",
             "    print(checker.equivalent('same+1', 'same+2'), checker.failures, checker.worker_pids[0])",

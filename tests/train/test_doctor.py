@@ -95,7 +95,7 @@ def test_needed_things_are_tried():
 
 
 def test_a_failing_need_is_reported(monkeypatch):
-    monkeypatch.setattr("mgrpo.answers.AnswerChecker.equivalent", lambda *_: False)
+    monkeypatch.setattr("mgrpo.grading.checker.AnswerChecker.equivalent", lambda *_: False)
     monkeypatch.setattr(doctor, "load_model", lambda _: 1 / 0)
     checks = {check.name: check for check in check_needed()}
     assert checks["answer checker"].detail.startswith("RuntimeError: math-verify did not find")

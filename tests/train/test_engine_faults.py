@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mgrpo.answers import AnswerChecker
-from mgrpo.equivalence import StartError
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.worker import StartError
 from mgrpo.rollout import EngineError, StaleWeightsError
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.run import Exit

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from mgrpo.answers import AnswerChecker, make_extractor
 from mgrpo.config import ModelConfig
 from mgrpo.data import Dataset, Prompt
 from mgrpo.evaluate import evaluate, main, summarize, to_dict
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
 from mgrpo.policy import load_model
 from mgrpo.records import InputError
 from mgrpo.rollout.engine import Rollouts, Sampling

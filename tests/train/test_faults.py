@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 import mgrpo
 from mgrpo import learner
-from mgrpo.answers import AnswerChecker
 from mgrpo.checkpoint import (
     Writer,
     copy_tensors,
@@ -33,7 +32,8 @@ from mgrpo.checkpoint import (
     step_of,
     sweep,
 )
-from mgrpo.equivalence import EquivalenceWorker
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.worker import EquivalenceWorker
 from mgrpo.metrics import StorageError
 from mgrpo.policy import load_model, load_weights
 from mgrpo.run import Exit, write_fault

@@ -21,9 +21,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mgrpo.answers import AnswerChecker, canonicalize, make_extractor
 from mgrpo.config import ModelConfig
 from mgrpo.data import make_dataset
+from mgrpo.grading.canonical import canonicalize
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
 from mgrpo.policy import load_model, load_tokenizer, resolve_path
 from mgrpo.records import InputError, load_records
 from mgrpo.tasks.arithmetic import make_tokenizer

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from mgrpo.answers import AnswerChecker
 from mgrpo.config import MonitorConfig
+from mgrpo.grading.checker import AnswerChecker
 from mgrpo.retention import MIN_ANSWERS, Retention
 from mgrpo.rollout.transformers import TransformersEngine
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import mgrpo_kernels as K
-from mgrpo.answers import AnswerChecker, make_extractor
 from mgrpo.config import from_dict
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
 from mgrpo.integrations.verl_judging import Rows, arrange, judge_rows, merge_rows, place_rewards, places_in_groups
 
 M, N = 4, 2

@@ -9,8 +9,8 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 
-from mgrpo.answers import AnswerChecker
 from mgrpo.config import from_dict
+from mgrpo.grading.checker import AnswerChecker
 from mgrpo.integrations import verl_queue, verl_trainer
 from mgrpo.integrations.verl_judging import judge_rows, merge_rows
 from mgrpo.integrations.verl_reward import compute_score

@@ -1,4 +1,4 @@
-"""Answers: taken out of responses, brought to one form, and grouped by mathematical equivalence."""
+"""Which answers are mathematically the same, pairs and groups."""
 
 from __future__ import annotations
 
@@ -6,209 +6,16 @@ import functools
 import queue
 import re
 import threading
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
-from mgrpo.equivalence import EquivalenceWorker, WorkerError
-from mgrpo.records import InputError
+from mgrpo.grading.canonical import canonicalize
+from mgrpo.grading.worker import EquivalenceWorker, WorkerError
 
-MAX_ANSWER_CHARS = 1000
 MAX_MATH_CHARS = 300
 MAX_UNDECIDED = 3
 CACHED_VERDICTS = 65536
-
-_BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([^\s{}$\\]+))?|\\.|([{}])", re.DOTALL)
-_LAST_NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])[+\-\u2212])?"
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))+|[0-9]+)(?:\.[0-9]+|/[0-9]+)?|(?<![0-9])\.[0-9]+)"
-)
-
-
-def make_extractor(spec: str) -> Callable[[str], str | None]:
-    r"""Returns the function that takes the answer out of a response, or None where the response has none.
-
-    Args:
-        spec: `boxed` (the content of the last complete \boxed{...} or \fbox{...}, or the word after a \boxed without
-            braces), `hash` (the rest of the line after the last ####), `last-number` (an integer, decimal or
-            fraction with its sign, without a percent sign), or `regex:PATTERN` (the last match; its group where
-            the pattern has one).
-
-    Returns:
-        A function of the response that never raises. Answers are stripped; an empty one, or one longer than
-        1,000 characters, is None.
-
-    Raises:
-        ValueError: unknown spec, or a pattern that is empty, invalid, or has more than one group.
-
-    Cost: linear in the response, but for `regex:`, whose cost is the pattern's.
-    """
-    if spec.startswith("regex:"):
-        find = functools.partial(_find_pattern, _compile_pattern(spec))
-    elif spec in _FINDERS:
-        find = _FINDERS[spec]
-    else:
-        raise InputError(
-            f"make_extractor: spec must be boxed, hash, last-number or regex:PATTERN, got {spec!r}. "
-            "Choose how the model is told to mark its answer."
-        )
-
-    def extract(text: str) -> str | None:
-        answer = (find(text) or "").strip()
-        return answer if 0 < len(answer) <= MAX_ANSWER_CHARS else None
-
-    return extract
-
-
-def _compile_pattern(spec: str) -> re.Pattern[str]:
-    """Compiles the pattern of a `regex:` spec."""
-    try:
-        pattern = re.compile(spec.removeprefix("regex:"))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(
-            f"make_extractor: spec must be regex: and a valid pattern, got {spec!r} ({error}). Correct the pattern."
-        ) from error
-    if not pattern.pattern or pattern.groups > 1:
-        raise InputError(
-            f"make_extractor: spec must be regex: and a pattern with at most one group, got {spec!r}. "
-            "Turn the other groups into (?:...)."
-        )
-    return pattern
-
-
-def _find_pattern(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last match, or its group."""
-    last = None
-    for match in pattern.finditer(text):
-        last = match
-    return last and last[pattern.groups]
-
-
-def _find_boxed(text: str) -> str | None:
-    """The content of the box that starts last among the complete ones."""
-    if "boxed" not in text and "fbox" not in text:
-        return None
-    start, answer = -1, None
-    open_boxes: list[int | None] = []  # one entry an open brace: where its content starts, None for no box
-    for token in _BOX_OR_BRACE.finditer(text):
-        box_brace, bare, brace = token.groups()
-        if box_brace:
-            open_boxes.append(token.end())
-        elif bare:
-            start, answer = token.start(2), bare
-        elif brace == "{":
-            open_boxes.append(None)
-        elif brace == "}" and open_boxes:
-            opened = open_boxes.pop()
-            # Slicing every box of a deep nest would be quadratic; a box around the best one is never wanted.
-            if opened is not None and opened > start:
-                start, answer = opened, text[opened : token.start()]
-    return answer
-
-
-def _find_hash(text: str) -> str | None:
-    """The rest of the line after the last ####."""
-    _, marker, rest = text.rpartition("####")
-    return re.split(r"[\r\n]", rest, maxsplit=1)[0] if marker else None
-
-
-_FINDERS: dict[str, Callable[[str], str | None]] = {
-    "boxed": _find_boxed,
-    "hash": _find_hash,
-    "last-number": functools.partial(_find_pattern, _LAST_NUMBER),
-}
-
-_SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁱⁿ]+")
-_SUBSCRIPTS = re.compile("[₀-₉₊₋₍₎]+")
-_VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞↉]")
-_SYMBOLS = str.maketrans(
-    {
-        "\u2044": "/",
-        "−": "-",  # noqa: RUF001
-        "∞": r"\infty ",
-        "π": r"\pi ",
-        "×": r"\times ",  # noqa: RUF001
-        "÷": "/",
-        "·": r"\cdot ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "°": r"^\circ ",
-        "~": " ",
-    }
-)
-_NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"√\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
-        (r"\\?\$", ""),
-        (r"\\%", "%"),
-        (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"(?<=[0-9])(?:\\[,!]|\{,\})(?=[0-9]{3})", ","),
-        (r"\\!", ""),
-        (r"\\q?quad(?![A-Za-z])|(?<!\\)\\[,;:>\s]", " "),
-        (r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox|fbox|boxed)\s*\{([^{}]*)\}", r" \1 "),
-        (r"\\frac\s*([0-9])(?=\s*[0-9{])", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"^\s*\\\((.*)\\\)\s*$|^\s*\\\[(.*)\\\]\s*$", r"\1\2"),
-        (r"\s+", " "),
-        (r" ?([^A-Za-z0-9 ]) ?", r"\1"),
-        (r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
-        (r"^\+|[. ]+$", ""),
-    )
-]
-
-
-def canonicalize(answer: str) -> str:
-    r"""Rewrites an answer to the form in which equal strings are the same answer; deterministic and idempotent.
-
-    Unicode is composed (NFKC; superscripts become powers), LaTeX spacing, `$`, \left, \right and text wrappers go,
-    \dfrac becomes \frac with braces, and a plain number loses thousands separators, a plus sign, leading zeros and
-    trailing decimal zeros. An answer of more than 1,000 characters is only stripped.
-    """
-    if len(answer) > MAX_ANSWER_CHARS:
-        return answer.strip()
-    return _normalize_number(answer) or _canonicalize(answer)
-
-
-@functools.lru_cache(maxsize=16384)
-def _canonicalize(answer: str) -> str:
-    """Repeats the rewrites until nothing changes, which makes them idempotent."""
-    while (rewritten := _rewrite(answer)) != answer:
-        answer = rewritten
-    return answer
-
-
-def _rewrite(text: str) -> str:
-    """One pass over all rewrites."""
-    # NFKC alone would turn x² into x2, log₂8 into log28 and 1½ into 11/2.
-    text = _SUPERSCRIPTS.sub(r"^{\g<0>}", text)
-    text = _SUBSCRIPTS.sub(r"_{\g<0>}", text)
-    text = _VULGAR_FRACTION.sub(_spell_fraction, text)
-    text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS).strip()
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    return _normalize_number(text) or text
-
-
-def _spell_fraction(match: re.Match[str]) -> str:
-    """The LaTeX of a one-character fraction."""
-    numerator, denominator = unicodedata.normalize("NFKC", match[0]).split("\u2044")
-    return rf"\frac{{{numerator}}}{{{denominator}}}"
-
-
-def _normalize_number(text: str) -> str | None:
-    """The shortest decimal notation of a plain number, None for any other text."""
-    match = _NUMBER.fullmatch(text)
-    if match is None or not (match[2] or match[3]):
-        return None
-    whole = match[2].replace(",", "").replace(" ", "").lstrip("0") or "0"
-    decimals = (match[3] or "").rstrip("0")
-    number = f"{whole}.{decimals}" if decimals else whole
-    return f"-{number}" if match[1] == "-" and number != "0" else number
-
 
 _RATIONAL = re.compile(
     r"(?P<decimal>-?[0-9]+(?:\.[0-9]+)?)"

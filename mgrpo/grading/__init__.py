@@ -1,0 +1,1 @@
+"""Answers: taken out of responses, brought to one form, and compared."""
