@@ -51,7 +51,7 @@ def judge(
     """Filters trajectories, elects pseudo-labels, rewards agreement and compares rewards within each group.
 
     Args:
-        answers: [B][G], what `mgrpo.grading.extract.make_extractor` finds in each response; None where there is none.
+        answers: [B][G], what `mgrpo.answers.make_extractor` finds in each response; None where there is none.
         entropy: [B, G] fp32 in nats, on the CPU; what the filter looks at.
         num_policy: M; the other G - M rollouts of a prompt are the momentum model's.
         filter, vote, objective: how; of `objective`, reward and advantage.
