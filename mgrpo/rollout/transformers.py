@@ -8,11 +8,13 @@ Letters: B prompts, n rollouts a prompt, R = B * n sequences, L response tokens,
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from mgrpo.rollout.decoding import Padded
 from mgrpo.rollout.engine import Rollouts, Sampling, Source, check_loaded, check_weights
 
 # A batch is compacted once this share of its sequences has finished: copying the cache costs about one step.
@@ -32,6 +34,7 @@ class TransformersEngine:
         self.eos_ids = torch.tensor(sorted(eos_ids), device=self.device)
         self.pad_id = pad_id
         self.batch_size = batch_size
+        self.way = Padded
         self.loaded: tuple[Source, int] | None = None
 
     def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
@@ -54,10 +57,7 @@ class TransformersEngine:
         logprobs = torch.zeros(num_rows, sampling.max_new_tokens)
         lengths = torch.zeros(num_rows, dtype=torch.int64)
         truncated = torch.zeros(num_rows, dtype=torch.bool)
-        order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
-        per_batch = max(self.batch_size // max(n, 1), 1)
-        for start in range(0, len(order), per_batch):
-            chosen = order[start : start + per_batch]
+        for chosen in self._batches(prompts, max(self.batch_size // max(n, 1), 1)):
             for samples in torch.arange(n).split(self.batch_size):
                 rows = (torch.tensor(chosen)[:, None] * n + samples).flatten()
                 batch = self._decode([prompts[b] for b in chosen], len(samples), sampling, generator)
@@ -77,12 +77,8 @@ class TransformersEngine:
         self, prompts: list[Sequence[int]], n: int, sampling: Sampling, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Decodes one batch; returns tokens and logprobs [R, L], lengths and truncated [R]."""
-        logits, cache, attention = self._prefill(prompts)
-        logits = logits.repeat_interleave(n, 0)
-        attention = attention.repeat_interleave(n, 0)
-        cache.batch_repeat_interleave(n)
+        batch = self.way(self.model, prompts, n, self.pad_id)
         num_rows = len(prompts) * n
-        position = attention.sum(1)
         tokens = torch.full((num_rows, sampling.max_new_tokens), self.pad_id, device=self.device)
         logprobs = torch.zeros(num_rows, sampling.max_new_tokens, device=self.device)
         lengths = torch.full((num_rows,), sampling.max_new_tokens, device=self.device)
@@ -90,7 +86,7 @@ class TransformersEngine:
         active = torch.arange(num_rows, device=self.device)  # rows still in the batch
         alive = torch.ones(num_rows, dtype=torch.bool, device=self.device)  # of those, the unfinished
         for t in range(sampling.max_new_tokens):
-            token, logprob = sample(logits, sampling, generator)
+            token, logprob = sample(batch.logits, sampling, generator)
             rows = active[alive]
             tokens[rows, t], logprobs[rows, t] = token[alive], logprob[alive]
             ended = alive & torch.isin(token, self.eos_ids)
@@ -99,41 +95,22 @@ class TransformersEngine:
             num_alive = int(alive.sum())
             if num_alive == 0 or t + 1 == sampling.max_new_tokens:
                 break
-            if num_alive <= (1 - COMPACT_SHARE) * len(active):
+            if batch.drops_rows and num_alive <= (1 - COMPACT_SHARE) * len(active):
                 kept = alive.nonzero().flatten()
-                cache.batch_select_indices(kept)
-                active, alive = active[kept], alive[kept]
-                attention, position, token = attention[kept], position[kept], token[kept]
-            attention = torch.cat([attention, attention.new_ones(len(active), 1)], 1)
-            logits = self.model(
-                input_ids=token[:, None],
-                attention_mask=attention,
-                position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
-            position = position + 1
+                batch.keep(kept)
+                active, alive, token = active[kept], alive[kept], token[kept]
+            batch.advance(token)
         return tokens, logprobs, lengths, truncated
 
-    def _prefill(self, prompts: list[Sequence[int]]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Runs the prompts, padded on the left; returns last logits [B, V], cache, attention mask [B, width]."""
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), width), self.pad_id)
-        attention = torch.zeros(len(prompts), width, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            attention[row, width - len(prompt) :] = 1
-        ids, attention = ids.to(self.device), attention.to(self.device)
-        cache = DynamicCache(config=self.model.config)
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=(attention.cumsum(1) - 1).clamp_min(0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return logits, cache, attention
+    def _batches(self, prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+        """Prompts that are decoded together, at most `size`: of similar length, or of one where the way wants that."""
+        order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
+        groups = [order]
+        if self.way.equal_lengths:
+            groups = [list(group) for _, group in groupby(order, key=lambda b: len(prompts[b]))]
+        for group in groups:
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,7 +59,13 @@ def top_level(path):
 
 KERNELS = [name for name in SOURCES if name.startswith("mgrpo_kernels")]
 # The layer that knows transformers; tasks make models and tokenizers of their own.
-KNOW_TRANSFORMERS = {"mgrpo.rollout.transformers", "mgrpo.policy", "mgrpo.scoring", "mgrpo.plan"}
+KNOW_TRANSFORMERS = {
+    "mgrpo.rollout.transformers",
+    "mgrpo.rollout.decoding",
+    "mgrpo.policy",
+    "mgrpo.scoring",
+    "mgrpo.plan",
+}
 
 
 def test_sources_are_found():

@@ -1,0 +1,35 @@
+"""The plain forward pass: token ids to logits, without a cache, a mask or positions, as any causal LM has it."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def accepted(model: PreTrainedModel) -> frozenset[str]:
+    """Names that the model's forward pass spells out."""
+    return _accepted(type(model))
+
+
+@lru_cache
+def _accepted(model: type) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)  # pyright: ignore
+
+
+def plain_options(model: PreTrainedModel) -> dict[str, Any]:
+    """What keeps a forward pass from filling a cache."""
+    return {"use_cache": False} if "use_cache" in accepted(model) else {}
+
+
+def plain_logits(model: PreTrainedModel, ids: torch.Tensor, *, last: bool = False) -> torch.Tensor:
+    """Logits [R, L, V] of ids [R, L], or with `last` [R, V] after the last one."""
+    if not last:
+        return model(input_ids=ids, **plain_options(model)).logits
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted(model) else {}
+    return model(input_ids=ids, **plain_options(model), **keep).logits[:, -1]
