@@ -23,8 +23,8 @@ from mgrpo import checkpoint
 from mgrpo.config import Config, ConfigError, flag, from_dict, to_dict
 from mgrpo.metrics import Metrics, StorageError, make_trackers, read_metrics, to_json, write_aside
 from mgrpo.monitor import Monitor
-from mgrpo.plan import refuse_distributed, refuse_used_directory
 from mgrpo.policy import pick_backend, pick_device
+from mgrpo.preflight import refuse_distributed, refuse_used_directory
 from mgrpo.progress import Progress
 from mgrpo.report import write_report
 from mgrpo.rollout import EngineError, StaleWeightsError

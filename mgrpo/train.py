@@ -13,8 +13,9 @@ from rich.console import Console
 from mgrpo.checkpoint import CheckpointError
 from mgrpo.config import Config, ConfigError
 from mgrpo.metrics import StorageError
-from mgrpo.plan import find_problems, print_plan
+from mgrpo.plan import print_plan
 from mgrpo.policy import quiet_transformers
+from mgrpo.preflight import find_problems
 from mgrpo.presets import PRESETS, make_preset
 from mgrpo.records import InputError
 from mgrpo.rollout import EngineError

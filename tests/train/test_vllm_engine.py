@@ -320,12 +320,12 @@ def test_parity_stops_at_the_bound_and_names_the_weights(dtype):
 
 
 def test_dry_run_misses_vllm(monkeypatch):
-    from mgrpo.plan import find_problems
+    from mgrpo.preflight import find_problems
     from mgrpo.presets import PRESETS
 
     config = PRESETS["arithmetic"]()
     config = replace(config, rollout=replace(config.rollout, engine="vllm"))
-    monkeypatch.setattr("mgrpo.plan.find_spec", lambda name: None)
+    monkeypatch.setattr("mgrpo.preflight.find_spec", lambda name: None)
     assert any("needs the package vllm, it is not installed" in problem for problem in find_problems(config))
-    monkeypatch.setattr("mgrpo.plan.find_spec", lambda name: object())
+    monkeypatch.setattr("mgrpo.preflight.find_spec", lambda name: object())
     assert not find_problems(config)
