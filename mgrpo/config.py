@@ -93,6 +93,9 @@ class RolloutConfig:
     """Nucleus sampling; 1 is off."""
     max_new_tokens: int = 64
     """Longest response in tokens, EOS included."""
+    stop: tuple[str, ...] | None = None
+    """Texts that end a response, the first of them; `\\n` stands for a newline. The answer is read from what is before.
+    None takes the label ahead of the prompt in a `data.template` of text, as '\\nQuestion:'; '' is none."""
     truncated: Literal["train", "mask"] = "train"
     """Whether a rollout cut at the length limit trains, or only votes."""
     batch_size: int = 256
@@ -370,6 +373,8 @@ class Config:
         return self.steps * self.optim.num_minibatches * self.optim.num_epochs
 
 
+MAX_STOP_CHARS = 1000
+
 # field: (low, high, low included, high included)
 _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "steps": (1, math.inf, True, False),
@@ -492,6 +497,7 @@ def _combination_problems(config: Config) -> list[str]:
         has_secret or all(url.startswith(("http://", "https://")) for url in c.rollout.servers),
         f"--rollout.servers must be URLs such as http://127.0.0.1:8000, got {' '.join(c.rollout.servers)}.",
     )
+    problems += stop_problems(c.rollout.stop)
     require(
         c.vote.num_train is None or c.vote.num_train <= c.rollout.policy,
         f"--vote.num-train must be at most --rollout.policy ({c.rollout.policy}), got {c.vote.num_train}.",
@@ -514,6 +520,19 @@ def _combination_problems(config: Config) -> list[str]:
     )
     require(not c.resume or c.run_dir is not None, "--resume needs --run-dir.")
     require(c.resume or not c.resume_extend, "--resume-extend needs --resume.")
+    return problems
+
+
+def stop_problems(texts: tuple[str, ...] | None, name: str = "config: --rollout.stop") -> list[str]:
+    """Lists what is wrong with stop texts; a single empty one switches them off."""
+    problems = []
+    for text in texts if texts and texts != ("",) else ():
+        if not 0 < len(text) <= MAX_STOP_CHARS:
+            problems.append(
+                f"{name} must be texts of 1 to {MAX_STOP_CHARS} characters, or '' alone for none, got {len(text)}."
+            )
+        elif "\ufffd" in text or any("\ud800" <= c <= "\udfff" for c in text):
+            problems.append(f"{name} must be text that a model can write, got {text!a}.")
     return problems
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mgrpo.config import AnswerConfig, ConfigError, ModelConfig
+from mgrpo.config import AnswerConfig, ConfigError, ModelConfig, stop_problems
 from mgrpo.data import Dataset, make_dataset
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
@@ -29,6 +29,7 @@ from mgrpo.policy import LoadedModel, load_model, quiet_transformers
 from mgrpo.prompts import read_answers
 from mgrpo.records import InputError, load_records
 from mgrpo.rollout.engine import Engine, Rollouts, Sampling, Source
+from mgrpo.rollout.stop import StopTexts, make_stop, read_texts
 from mgrpo.rollout.transformers import TransformersEngine
 
 MAX_DEFAULT_NEW_TOKENS = 2048
@@ -125,6 +126,7 @@ def evaluate(
     source: Source,
     version: int,
     greedy: bool = True,
+    stop: StopTexts | None = None,
 ) -> Evaluation:
     """Samples `samples` responses a prompt, decodes one greedily, and compares their answers with the true ones.
 
@@ -139,6 +141,7 @@ def evaluate(
         source: whose weights.
         version: of the weights.
         greedy: also decode greedily.
+        stop: texts at which the engine ends a response, which are no part of an answer.
 
     Raises:
         InputError: a prompt has no answer, or `samples` is below 1.
@@ -151,7 +154,7 @@ def evaluate(
     def answers(rollouts: Rollouts) -> list[list[str | None]]:
         n = rollouts.num_per_prompt
         rows = [rollouts.response(row) for row in range(len(prompts) * n)]
-        texts = loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        texts = read_texts(loaded.tokenizer, rows, stop)
         return [[extract(text) for text in texts[b * n : (b + 1) * n]] for b in range(len(prompts))]
 
     rollouts = engine.generate(prompts, samples, sampling, source=source, version=version)
@@ -228,6 +231,9 @@ class EvaluateArgs:
     """Nucleus sampling of the samples; 1 is off."""
     max_new_tokens: int | None = None
     """Longest response in tokens; half of the model's context, at most 2048, when None."""
+    stop: tuple[str, ...] | None = None
+    """Texts that end a response, the first of them; `\\n` stands for a newline. The answer is read from what is before.
+    None takes the label ahead of the prompt in a `template` of text, as '\\nQuestion:'; '' is none."""
     seed: int = 0
     """Seed of the samples."""
     limit: int | None = None
@@ -254,6 +260,7 @@ def _check(args: EvaluateArgs) -> None:
         for name, valid, expected in requirements
         if not valid
     ]
+    problems += stop_problems(args.stop, "evaluate: --stop")
     if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
         problems.append(f"evaluate: --out must be a file in an existing folder, got {args.out}. Make the folder first.")
     if problems:
@@ -270,6 +277,7 @@ def run(args: EvaluateArgs) -> Evaluation:
         raise InputError(str(error)) from error
     records = load_records(args.data, prompt_key=args.prompt_key, answer_key=args.answer_key, split=args.split)
     loaded = load_model(args.model)
+    stop = make_stop(args.stop, args.template, loaded.tokenizer)
     max_new_tokens = args.max_new_tokens or min(loaded.context_length // 2, MAX_DEFAULT_NEW_TOKENS)
     dataset = make_dataset(
         read_answers(records[: args.limit], answer),
@@ -279,6 +287,10 @@ def run(args: EvaluateArgs) -> Evaluation:
         overlong=args.overlong,
         source=args.data,
     )
+    if stop and args.stop is None:
+        print(
+            f"evaluate: responses end at {stop.texts[0]!r}, by --template; --stop '' lets them go on.", file=sys.stderr
+        )
     if dataset.num_overlong:
         print(f"evaluate: {dataset.num_overlong} overlong prompts were left out.", file=sys.stderr)
     engine = TransformersEngine(
@@ -287,13 +299,13 @@ def run(args: EvaluateArgs) -> Evaluation:
         pad_id=loaded.pad_id,
         dtype=loaded.dtype,
         batch_size=args.batch_size,
+        stop=stop,
     )
     engine.load(loaded.model.state_dict(), source="policy", version=0)
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, max_new_tokens=max_new_tokens, seed=args.seed)
     with AnswerChecker(mode=answer.equivalence) as checker:
-        return evaluate(
-            engine, loaded, dataset, extract, checker, sampling, samples=args.samples, source="policy", version=0
-        )
+        about = {"samples": args.samples, "source": "policy", "version": 0, "stop": stop}
+        return evaluate(engine, loaded, dataset, extract, checker, sampling, **about)
 
 
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
@@ -11,6 +12,7 @@ from mgrpo.config import Config
 from mgrpo.data import Dataset
 from mgrpo.policy import Tokenizer, load_tokenizer, pick_device
 from mgrpo.prompts import load_prompts
+from mgrpo.rollout.stop import make_stop
 from mgrpo.scoring import MAX_LOGITS_BYTES
 from mgrpo.trainer import needs_initial
 from mgrpo_kernels.backends import resolve
@@ -39,7 +41,7 @@ def print_plan(config: Config) -> None:
     data = load_prompts(config, tokenizer, config.data.train)
     device = pick_device(config.model.device)
     for title, rows in (
-        ("batch", batch_plan(config, data)),
+        ("batch", [*batch_plan(config, data), *stop_plan(config, tokenizer)]),
         ("memory", memory_plan(config, tokenizer, data)),
         (
             "kernels",
@@ -64,6 +66,16 @@ def batch_plan(config: Config, data: Dataset) -> list[tuple[str, str]]:
         ("steps", f"{config.steps:,} = {config.steps * r.prompts / len(data):.2f} epochs"),
         ("optimiser steps", f"{config.num_optimizer_steps:,}"),
     ]
+
+
+def stop_plan(config: Config, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Texts at which a response ends, and where they are from."""
+    stop = make_stop(config.rollout.stop, config.data.template, tokenizer.tokenizer)
+    if stop is None:
+        return []
+    texts = escape(", ".join(map(repr, stop.texts)))
+    origin = "; by --data.template, --rollout.stop '' turns it off" if config.rollout.stop is None else ""
+    return [("responses end at", f"EOS, {texts}{origin}")]
 
 
 def memory_plan(config: Config, tokenizer: Tokenizer, data: Dataset) -> list[tuple[str, str]]:

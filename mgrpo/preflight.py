@@ -13,6 +13,7 @@ from mgrpo.grading.extract import make_extractor
 from mgrpo.policy import load_tokenizer, pick_backend, pick_device
 from mgrpo.prompts import load_prompts, require_answers
 from mgrpo.records import InputError
+from mgrpo.rollout.stop import make_stop
 
 
 def find_problems(config: Config) -> list[str]:
@@ -38,6 +39,7 @@ def find_problems(config: Config) -> list[str]:
         problems.append("config: --rollout.engine vllm needs the package vllm, it is not installed. pip install vllm.")
     tokenizer = attempt(lambda: load_tokenizer(config.model))
     if tokenizer:
+        attempt(lambda: make_stop(config.rollout.stop, config.data.template, tokenizer.tokenizer))
         data = attempt(lambda: load_prompts(config, tokenizer, config.data.train))
         if data and config.objective.reward == "labels":
             attempt(lambda: require_answers(data, "--objective.reward labels"))

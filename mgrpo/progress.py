@@ -15,6 +15,7 @@ from rich.table import Table
 from mgrpo.config import Config
 from mgrpo.metrics import Metrics
 from mgrpo.policy import pick_backend, pick_device
+from mgrpo.rollout.stop import StopTexts
 from mgrpo_kernels import backends
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -23,7 +24,7 @@ PLAIN_LINE_EVERY_S = 10.0
 class Progress:
     """A context manager; `show` takes the metrics of each step."""
 
-    def __init__(self, config: Config, run_dir: Path, step: int, last_step: int):
+    def __init__(self, config: Config, run_dir: Path, step: int, last_step: int, stop: StopTexts | None = None):
         self.console = Console()
         self.run_dir, self.last_step = run_dir, last_step
         self.live = RichProgress(
@@ -45,6 +46,9 @@ class Progress:
         )
         backend = pick_backend(config.kernels.backend, pick_device(config.model.device))
         self.console.print(f"kernels: {backend}, {backends()[backend].reason}", highlight=False)
+        if stop and config.rollout.stop is None:
+            texts = escape(", ".join(map(repr, stop.texts)))
+            self.console.print(f"responses end at {texts}, by --data.template; --rollout.stop '' lets them go on")
 
     def __enter__(self) -> Self:
         self.live.start()

@@ -81,7 +81,7 @@ def _train(trainer: Trainer, run_dir: Path) -> Exit:
     outcome, interrupt = Exit.DONE, Interrupt()
     with (
         Session(trainer, run_dir, rows) as session,
-        Progress(config, run_dir, trainer.step, last_step) as progress,
+        Progress(config, run_dir, trainer.step, last_step, trainer.stop) as progress,
         interrupt.handled(),
     ):
         while outcome is Exit.DONE and trainer.step < last_step:
@@ -332,7 +332,10 @@ def resumed_config(run_dir: Path) -> Config | None:
     if not path.is_file():
         return None
     try:
-        return from_dict(json.loads(path.read_text()))
+        data = json.loads(path.read_text())
+        if isinstance(data, dict) and isinstance(rollout := data.get("rollout"), dict):
+            rollout.setdefault("stop", [])  # runs from before there were any go on without
+        return from_dict(data)
     except json.JSONDecodeError as error:
         raise ConfigError([f"config: {path} must be JSON, got: {error}."]) from error
 

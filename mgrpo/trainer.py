@@ -40,6 +40,7 @@ from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source
 from mgrpo.rollout.parity import check_parity
 from mgrpo.rollout.server import EnginePair
 from mgrpo.rollout.start import start_engine
+from mgrpo.rollout.stop import make_stop, read_texts
 from mgrpo.scoring import Scorer, TokenScores
 from mgrpo.trajectories import Trajectories, join
 
@@ -69,6 +70,7 @@ class Trainer:
         self.extract = make_extractor(config.answer.extract)
         self.loaded = load_model(config.model)
         self.model = self.loaded.model
+        self.stop = make_stop(config.rollout.stop, config.data.template, self.loaded.tokenizer)
         self.data = load_prompts(config, self.loaded, config.data.train)
         self.probe = load_prompts(config, self.loaded, config.data.probe) if config.data.probe else None
         if config.objective.reward == "labels":
@@ -346,6 +348,7 @@ class Trainer:
             samples=c.eval.samples,
             source=source,
             version=self.version,
+            stop=self.stop,
         )
 
     def publish(self, source: Source) -> None:
@@ -496,7 +499,7 @@ class Trainer:
 
     def _extract(self, responses: list[list[int]]) -> list[str | None]:
         """Answers in responses of token ids; None where there is none."""
-        return [self.extract(t) for t in self.loaded.tokenizer.batch_decode(responses, skip_special_tokens=True)]
+        return [self.extract(text) for text in read_texts(self.loaded.tokenizer, responses, self.stop)]
 
     def _describe(
         self, rows: Sequence[int], prompts: Sequence[Prompt], t: Trajectories, o: Outcome

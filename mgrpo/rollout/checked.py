@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mgrpo.rollout.engine import EngineError, Rollouts, Sampling, Source, check_loaded, check_weights
+from mgrpo.rollout.stop import StopTexts
 
 # Sequences that come back empty or with an impossible log-prob are drawn again so many times.
 REDRAWS = 2
@@ -40,8 +41,8 @@ class Response(NamedTuple):
 class CheckedEngine(ABC):
     """Rollouts from vLLM under the weights loaded last."""
 
-    def __init__(self, model: torch.nn.Module, *, eos_ids: Sequence[int], pad_id: int):
-        self.eos_ids, self.pad_id = sorted(eos_ids), pad_id
+    def __init__(self, model: torch.nn.Module, *, eos_ids: Sequence[int], pad_id: int, stop: StopTexts | None = None):
+        self.eos_ids, self.pad_id, self.stop = sorted({*eos_ids, *(stop.token_ids if stop else ())}), pad_id, stop
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
         self.loaded: tuple[Source, int] | None = None
@@ -117,6 +118,7 @@ class CheckedEngine(ABC):
             "stop_token_ids": self.eos_ids,
             "seed": (seed + b * n) % SEEDS,
             "logprobs": 0,
+            **({"stop": list(self.stop.texts), "include_stop_str_in_output": True} if self.stop else {}),
         }
 
     def _flatten(self, found: Sequence[list[Response]], n: int, sampling: Sampling) -> list[Response]:
@@ -124,7 +126,12 @@ class CheckedEngine(ABC):
         rows = [row for responses in found for row in (responses * n if sampling.temperature == 0 else responses)]
         if len(rows) != len(found) * n:
             raise EngineError(f"generate: vLLM must return {len(found) * n} rollouts, got {len(rows)}.")
-        return rows
+        return rows if self.stop is None else [self._ended(row, self.stop) for row in rows]
+
+    def _ended(self, response: Response, stop: StopTexts) -> Response:
+        """The same up to the token that completes a stop text, whether or not vLLM saw it."""
+        end = stop.end(response.tokens)
+        return response if end is None else Response(response.tokens[:end], response.logprobs[:end], truncated=False)
 
     def _observe_kv_cache(self, usage: float) -> None:
         """Remembers the most of a call."""

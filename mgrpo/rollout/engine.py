@@ -37,9 +37,9 @@ class Rollouts:
     """n rollouts of each of B prompts from one source; row b * n + i is rollout i of prompt b."""
 
     tokens: torch.Tensor  # [B * n, L] int64, padded on the right
-    lengths: torch.Tensor  # [B * n] int64, EOS included
+    lengths: torch.Tensor  # [B * n] int64, EOS or the token that completes a stop text included
     logprobs: torch.Tensor  # [B * n, L] fp32 behaviour log-probs after temperature, 0 at padding
-    truncated: torch.Tensor  # [B * n] bool, cut at max_new_tokens without EOS
+    truncated: torch.Tensor  # [B * n] bool, cut at max_new_tokens without either
     num_per_prompt: int  # n
     source: Source
     version: int  # of the weights that wrote them

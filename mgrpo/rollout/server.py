@@ -34,6 +34,7 @@ from safetensors.torch import save
 from mgrpo.rollout.checked import CheckedEngine, Progress, Response, Weights
 from mgrpo.rollout.engine import EngineError, Rollouts, Sampling, Source, StaleWeightsError
 from mgrpo.rollout.nccl import NcclSender
+from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm import describe_model, require_vllm
 
 MAX_REQUESTS = 64  # of one server at a time; vLLM batches across them
@@ -61,8 +62,9 @@ class ServerEngine(CheckedEngine):
         transfer: Literal["http", "nccl"] = "http",
         timeout_s: float = 600.0,
         process: ServerProcess | None = None,
+        stop: StopTexts | None = None,
     ):
-        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id)
+        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id, stop=stop)
         self.dtype, self.timeout_s, self.process = dtype, timeout_s, process
         self._http = _Http(url, process)
         self._host, self._transfer = weights_host, transfer
@@ -214,7 +216,14 @@ class ServerProcess:
     """A vLLM server on this machine, which ends with this process however that ends."""
 
     def __init__(
-        self, model: torch.nn.Module, *, dtype: torch.dtype, max_length: int, options: Mapping[str, Any], device: str
+        self,
+        model: torch.nn.Module,
+        *,
+        dtype: torch.dtype,
+        max_length: int,
+        options: Mapping[str, Any],
+        device: str,
+        stop: StopTexts | None = None,
     ):
         require_vllm()
         self._folder = TemporaryDirectory(prefix="mgrpo-vllm-")
@@ -223,7 +232,7 @@ class ServerProcess:
             port = free.getsockname()[1]
         self.url, self._log = f"http://127.0.0.1:{port}", Path(self._folder.name) / "log"
         arguments = {
-            **describe_model(model, self._folder.name, dtype, max_length),
+            **describe_model(model, self._folder.name, dtype, max_length, stop),
             "host": "127.0.0.1",
             "port": port,
             "worker_extension_cls": EXTENSION,

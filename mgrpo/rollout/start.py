@@ -10,6 +10,7 @@ from mgrpo.config import Config
 from mgrpo.policy import LoadedModel
 from mgrpo.rollout.engine import Engine, EngineError
 from mgrpo.rollout.server import EnginePair, ServerEngine, ServerProcess
+from mgrpo.rollout.stop import make_stop
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.rollout.vllm import VllmEngine
 
@@ -17,7 +18,8 @@ from mgrpo.rollout.vllm import VllmEngine
 def start_engine(loaded: LoadedModel, config: Config, *, max_length: int) -> Engine:
     """The engine of --rollout.engine; `max_length` is the longest prompt and response together."""
     c = config.rollout
-    model: dict[str, Any] = {"eos_ids": loaded.eos_ids, "pad_id": loaded.pad_id}
+    stop = make_stop(c.stop, config.data.template, loaded.tokenizer)
+    model: dict[str, Any] = {"eos_ids": loaded.eos_ids, "pad_id": loaded.pad_id, "stop": stop}
     if c.engine == "transformers":
         return TransformersEngine(loaded.model, **model, dtype=loaded.dtype, batch_size=c.batch_size)
     model |= {"dtype": loaded.dtype, "max_length": max_length, "timeout_s": c.timeout_s}
@@ -38,8 +40,8 @@ def start_engine(loaded: LoadedModel, config: Config, *, max_length: int) -> Eng
     try:
         for i in range(2):
             device = c.devices[i] if c.devices else ""
-            one = ServerProcess(loaded.model, dtype=loaded.dtype, max_length=max_length, options=options, device=device)
-            processes.append(one)
+            start: dict[str, Any] = {"max_length": max_length, "options": options, "device": device, "stop": stop}
+            processes.append(ServerProcess(loaded.model, dtype=loaded.dtype, **start))
         for process in processes:
             process.wait()
         engines = [ServerEngine(loaded.model, **model, url=process.url, process=process) for process in processes]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mgrpo.rollout.decoding import Padded
 from mgrpo.rollout.engine import Rollouts, Sampling, Source, check_loaded, check_weights
+from mgrpo.rollout.stop import StopTexts
 
 # A batch is compacted once this share of its sequences has finished: copying the cache costs about one step.
 COMPACT_SHARE = 0.25
@@ -25,13 +26,22 @@ class TransformersEngine:
     """Rollouts from a copy of `model`'s structure, on its device."""
 
     def __init__(
-        self, model: PreTrainedModel, *, eos_ids: Sequence[int], pad_id: int, dtype: torch.dtype, batch_size: int
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        dtype: torch.dtype,
+        batch_size: int,
+        stop: StopTexts | None = None,
     ):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         for parameter in self.model.parameters():  # not the buffers: rotary frequencies stay in fp32
             parameter.data = parameter.data.to(dtype)
         self.device = next(model.parameters()).device
-        self.eos_ids = torch.tensor(sorted(eos_ids), device=self.device)
+        self.stop = stop
+        ends = {*eos_ids, *(stop.token_ids if stop else ())}
+        self.eos_ids = torch.tensor(sorted(ends), device=self.device)
         self.pad_id = pad_id
         self.batch_size = batch_size
         self.way = Padded
@@ -90,6 +100,8 @@ class TransformersEngine:
             rows = active[alive]
             tokens[rows, t], logprobs[rows, t] = token[alive], logprob[alive]
             ended = alive & torch.isin(token, self.eos_ids)
+            if self.stop:
+                ended |= alive & self.stop.ended(tokens[:, : t + 1], active).to(self.device)
             lengths[active[ended]], truncated[active[ended]] = t + 1, False
             alive = alive & ~ended
             num_alive = int(alive.sum())

@@ -23,6 +23,7 @@ import torch
 from mgrpo.rollout.checked import CheckedEngine, Progress, Response, Weights
 from mgrpo.rollout.engine import EngineError, Sampling, StaleWeightsError
 from mgrpo.rollout.publish import make_publisher
+from mgrpo.rollout.stop import StopTexts
 
 # Seconds between looks at the KV cache, each of which takes about a millisecond.
 LOOK_S = 0.1
@@ -41,12 +42,13 @@ class VllmEngine(CheckedEngine):
         max_length: int,
         options: Mapping[str, Any],
         timeout_s: float = 600.0,
+        stop: StopTexts | None = None,
         make_llm: Any = None,
     ):
-        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id)
+        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id, stop=stop)
         self.timeout_s = timeout_s
         self._folder = TemporaryDirectory(prefix="mgrpo-vllm-")
-        arguments = describe_model(model, self._folder.name, dtype, max_length) | {"disable_log_stats": False}
+        arguments = describe_model(model, self._folder.name, dtype, max_length, stop) | {"disable_log_stats": False}
         self._sleeps = bool(options.get("enable_sleep_mode"))
         self._asleep = False
         with _keeping_process_state(), _engine_errors("start"):
@@ -92,7 +94,8 @@ class VllmEngine(CheckedEngine):
         """Sampling parameters of one prompt, of which vLLM is to tell once, when all is done."""
         params = importlib.import_module("vllm.sampling_params")
         options = self._parameters(b, n, sampling, seed)
-        return params.SamplingParams(**options, detokenize=False, output_kind=params.RequestOutputKind.FINAL_ONLY)
+        kind = params.RequestOutputKind.FINAL_ONLY
+        return params.SamplingParams(**options, detokenize=self.stop is not None, output_kind=kind)
 
     def _finished(self) -> Iterator[Any]:
         """Outputs as prompts finish; EngineError where none does for `timeout_s`."""
@@ -149,14 +152,21 @@ class VllmEngine(CheckedEngine):
                 core.shutdown()
 
 
-def describe_model(model: torch.nn.Module, folder: str, dtype: torch.dtype, max_length: int) -> dict[str, Any]:
-    """Writes the configuration from which vLLM builds the model, without its weights; returns vLLM's arguments."""
+def describe_model(
+    model: torch.nn.Module, folder: str, dtype: torch.dtype, max_length: int, stop: StopTexts | None = None
+) -> dict[str, Any]:
+    """Writes the configuration from which vLLM builds the model, without its weights; returns vLLM's arguments.
+
+    Only who looks for stop texts needs a tokenizer.
+    """
     config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]  # a model that was never saved does not say
     config.save_pretrained(folder)
+    if stop is not None:
+        stop.tokenizer.save_pretrained(folder)
     return {
         "model": folder,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": stop is None,
         "load_format": "dummy",
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": max_length,
