@@ -22,9 +22,10 @@ from mgrpo.rollout.nccl import NcclSender
 from mgrpo.rollout.parity import BOUNDS, check_parity
 from mgrpo.rollout.server import EnginePair
 from mgrpo.rollout.start import start_engine
+from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm import VllmEngine
 from mgrpo.run import Exit, run
-from mgrpo.tasks.arithmetic import make_model
+from mgrpo.tasks.arithmetic import make_model, make_tokenizer
 from mgrpo.trainer import Trainer
 
 pytestmark = [
@@ -110,6 +111,26 @@ def test_rollouts_end_at_eos_or_at_the_limit(engine, models):
     assert found.truncated.tolist() == [not end for end in ended] and any(ended) and not all(ended)
     assert not any(1 in found.response(row)[:-1] for row in range(len(found.tokens)))
     assert found.lengths[found.truncated].eq(24).all()
+
+
+def test_a_stop_text_ends_a_response_with_the_token_that_completes_it(engine, models):
+    """The same tokens as without, as far as they go, and vLLM itself stops there: nothing is left to cut."""
+    tokenizer = make_tokenizer()
+    stop = StopTexts(["12", "7", "<eos>"], tokenizer)
+    arguments = {"eos_ids": (1,), "pad_id": 0, "dtype": torch.float32, "max_length": 128}
+    stopping = VllmEngine(models["policy"], **arguments, options=OPTIONS, stop=stop)
+    try:
+        whole, found = roll_out(engine, models, "policy", 0), roll_out(stopping, models, "policy", 0)
+        stopping._ended = lambda response, stop: response
+        uncut = roll_out(stopping, models, "policy", 0)
+    finally:
+        stopping.close()
+    ends = [stop.end(whole.response(row)) for row in range(len(whole.tokens))]
+    assert None in ends and len(set(ends)) > 3
+    for row, end in enumerate(ends):
+        assert found.response(row) == uncut.response(row) == whole.response(row)[:end]
+        assert bool(found.truncated[row]) == (end is None and bool(whole.truncated[row])) == bool(uncut.truncated[row])
+    assert compare(models, found) < BOUNDS[torch.float32] / 10
 
 
 def test_temperature_is_in_the_logprobs(engine, models):
@@ -252,7 +273,8 @@ def children() -> set[int]:
 def test_two_engines_agree_and_a_killed_one_ends_the_run_which_resumes(tmp_path, monkeypatch):
     """Parity at each step; then kill -9 of a server at work: exit code 5, the step before saved, nothing left over."""
     config = run_config(tmp_path, 6)
-    rollout = replace(config.rollout, placement="two-engines", timeout_s=60)
+    # Stop texts that cost no accuracy: the servers need a tokenizer for them.
+    rollout = replace(config.rollout, placement="two-engines", timeout_s=60, stop=("##", "<eos>"))
     config = replace(config, rollout=rollout, run_dir=str(tmp_path / "run"))
     before, real, pids = children(), Trainer.roll_out, []
 

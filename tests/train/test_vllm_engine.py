@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from mgrpo.rollout import EngineError, Sampling, StaleWeightsError
 from mgrpo.rollout.parity import BOUNDS, check_parity
 from mgrpo.rollout.publish import LoadPublisher, ReloadPublisher, make_publisher
+from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm import VllmEngine, start
-from mgrpo.tasks.arithmetic import make_model
+from mgrpo.tasks.arithmetic import make_model, make_tokenizer
 
 PROMPTS = [[2, 3, 4], [5, 6]]
 
@@ -65,6 +67,7 @@ class FakeLLM:
         self.llm_engine = FakeEngine(self, worker)
         self.weight_version, self.emptied = "default", True
         self.logprobs = iter(())
+        self.writes, self.reason = [], "length"
         if versions:
             self.update_weight_version = self._update_weight_version
 
@@ -93,10 +96,10 @@ class FakeLLM:
 
     def answer(self, name, ids, params):
         def sample():
-            tokens = [7] * len(ids)
-            found = [{7: SimpleNamespace(logprob=next(self.logprobs, -0.5))} for _ in tokens]
-            spans = [SimpleNamespace(version=self.weight_version)]
-            return SimpleNamespace(token_ids=tokens, logprobs=found, finish_reason="length", weight_versions=spans)
+            tokens = self.writes or [7] * len(ids)
+            found = [{token: SimpleNamespace(logprob=next(self.logprobs, -0.5))} for token in tokens]
+            spans, reason = [SimpleNamespace(version=self.weight_version)], self.reason
+            return SimpleNamespace(token_ids=tokens, logprobs=found, finish_reason=reason, weight_versions=spans)
 
         outputs = [sample() for _ in range(params.n)]
         return SimpleNamespace(request_id=name, outputs=outputs, finished=True)
@@ -117,9 +120,9 @@ def engine(model, monkeypatch) -> VllmEngine:
     return make_engine(model)
 
 
-def make_engine(model, **options) -> VllmEngine:
+def make_engine(model, stop=None, **options) -> VllmEngine:
     arguments = {"eos_ids": (1,), "pad_id": 0, "dtype": torch.float32, "max_length": 40, "make_llm": FakeLLM}
-    return VllmEngine(model, **arguments, options={"seed": 0} | options)
+    return VllmEngine(model, **arguments, stop=stop, options={"seed": 0} | options)
 
 
 def test_a_step_loads_resets_and_generates_in_this_order(engine, model):
@@ -155,6 +158,47 @@ def test_sampling_parameters(engine, model):
     assert first.stop_token_ids == [1] and first.logprobs == 0
     # vLLM gives rollout i seed + i: no two rollouts of a call may meet.
     assert second.seed == (first.seed + 2) % 2**31
+
+
+STOP = StopTexts(["12", "<eos>"], make_tokenizer())
+
+
+@pytest.mark.parametrize("past", [[], [9], [1], [3, 4, 3, 4]])
+@pytest.mark.parametrize("reason", ["length", "stop"])
+def test_a_response_ends_with_the_token_that_completes_a_stop_text(engine, model, past, reason):
+    """Whether vLLM stops there, later or not at all; what it wrote afterwards is not looked at."""
+    stopping = make_engine(model, stop=STOP)
+    stopping.load(model.state_dict(), source="policy", version=0)
+    first = STOP.tokenizer.convert_tokens_to_ids(["4", "1", "2"])
+    stopping._llm.writes, stopping._llm.reason = first + past, reason
+    stopping._llm.logprobs = iter([-1.0, -2.0, -3.0, *[-float("inf")] * len(past)] * 2)
+    found = stopping.generate(PROMPTS, 1, Sampling(max_new_tokens=9), source="policy", version=0)
+    assert found.tokens.tolist() == [first] * 2 and found.logprobs.tolist() == [[-1, -2, -3]] * 2
+    assert found.lengths.tolist() == [3, 3] and not found.truncated.any() and stopping.redrawn == 0
+
+
+def test_a_response_without_a_stop_text_stays_as_it_is(engine, model):
+    stopping = make_engine(model, stop=STOP)
+    stopping.load(model.state_dict(), source="policy", version=0)
+    stopping._llm.writes = STOP.tokenizer.convert_tokens_to_ids(["1", "1", "="])
+    found = stopping.generate(PROMPTS, 1, Sampling(max_new_tokens=3), source="policy", version=0)
+    assert found.tokens.tolist() == [stopping._llm.writes] * 2 and found.truncated.all()
+
+
+def test_vllm_is_asked_to_stop_and_given_what_it_needs_for_that(engine, model):
+    stopping = make_engine(model, stop=STOP)
+    for one, expected in ((stopping, ["12", "<eos>"]), (engine, None)):
+        one.load(model.state_dict(), source="policy", version=0)
+        one.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+        params = vars(one._llm.params[0])
+        assert params.get("stop") == expected and params.get("include_stop_str_in_output", False) == bool(expected)
+        assert params["detokenize"] == bool(expected)
+        assert one._llm.arguments["skip_tokenizer_init"] == (expected is None)
+    assert stopping._llm.params[0].stop_token_ids == [1]
+    files = sorted(path.name for path in Path(stopping._llm.arguments["model"]).iterdir())
+    assert "tokenizer.json" in files
+    other = make_engine(model, stop=StopTexts(["<pad>"], STOP.tokenizer))
+    assert other.eos_ids == [0, 1]
 
 
 def test_rollouts_are_padded_and_tell_their_source(engine, model):

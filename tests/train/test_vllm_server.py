@@ -25,8 +25,9 @@ from mgrpo.presets import make_preset
 from mgrpo.rollout import EngineError, Sampling, StaleWeightsError, server
 from mgrpo.rollout.nccl import NcclSender
 from mgrpo.rollout.server import EnginePair, ServerEngine, ServerProcess, offer
+from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.worker import WeightReceiver
-from mgrpo.tasks.arithmetic import make_model
+from mgrpo.tasks.arithmetic import make_model, make_tokenizer
 
 PROMPTS = [[2, 3, 4], [5, 6]]
 POLICY_0 = {"source": "policy", "version": 0}
@@ -37,6 +38,7 @@ class FakeServer(WeightReceiver):
 
     def __init__(self):
         self.calls, self.weights, self.hangs, self.logprob, self.max_model_len = [], {}, False, -0.5, 40
+        self.writes = []
         self.lost = 0  # log-probs that are missing
         self.answers = {"/reset_prefix_cache": {"success": True}}
         self.status = {}
@@ -87,7 +89,7 @@ class FakeServer(WeightReceiver):
             while self.hangs:
                 time.sleep(0.05)
             self.last = body
-            tokens = [7] * len(body["prompt"])
+            tokens = self.writes or [7] * len(body["prompt"])
             one = {"token_ids": tokens, "logprobs": {"token_logprobs": [self.logprob] * (len(tokens) - self.lost)}}
             return {"choices": [one | {"finish_reason": "stop"}] * body["n"]}
         return self.answers.get(path, {})
@@ -132,6 +134,16 @@ def test_rollouts(model, fake):
     assert fake.last["stop_token_ids"] == [1] and fake.last["temperature"] == 0.7 and fake.last["seed"] in (5, 7)
     greedy = engine.generate(PROMPTS, 3, Sampling(temperature=0.0), **POLICY_0)
     assert fake.last["n"] == 1 and len(greedy.tokens) == 6
+
+
+def test_a_server_is_asked_to_stop_and_cut_where_it_does_not(model, fake):
+    stop = StopTexts(["12"], make_tokenizer())
+    engine = connect(model, fake.url, stop=stop)
+    engine.load(model.state_dict(), **POLICY_0)
+    fake.writes = stop.tokenizer.convert_tokens_to_ids(list("4124"))
+    found = engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4), **POLICY_0)
+    assert found.tokens.tolist() == [fake.writes[:3]] * 4 and not found.truncated.any()
+    assert fake.last["stop"] == ["12"] and fake.last["include_stop_str_in_output"]
 
 
 def test_weights_are_offered_under_a_secret_path_while_they_load(model):
