@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._checks import IGNORED_TARGET
+from mgrpo_kernels._once import once
 from mgrpo_kernels._shards import Shard
 from mgrpo_kernels.grpo_loss.reference import LossOptions
 from mgrpo_kernels.linear_token_logprob.active import mask_on_device
@@ -36,6 +36,8 @@ class _GrpoLoss(torch.autograd.Function):
         loss, metrics, dlogprob, dentropy = torch.ops.mgrpo_kernels.grpo_loss_fwd(logprob, entropy, *args)
         ctx.needed = args[-3:-1]
         ctx.save_for_backward(dlogprob, dentropy)
+        # Not saved, for they may be written over: their values are not used. A compiler's graph holds no such thing.
+        ctx.inputs = () if torch.compiler.is_compiling() else (logprob, entropy)
         ctx.dtypes = (logprob.dtype, logprob.dtype if entropy is None else entropy.dtype)
         ctx.num_others = len(args)
         ctx.mark_non_differentiable(metrics)
@@ -43,17 +45,17 @@ class _GrpoLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, upstream: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None, None]
         if upstream is not None:
-            one = _is_one(upstream)
-            for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
-                if ctx.needed[i]:
-                    gradients[i] = (gradient if one else gradient * upstream).to(dtype)
-        return *gradients, *[None] * ctx.num_others
+            with torch.no_grad():
+                one = _is_one(upstream)
+                for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+                    if ctx.needed[i]:
+                        gradients[i] = (gradient if one else gradient * upstream).to(dtype)
+        return *once("grpo_loss", gradients, (*ctx.inputs, upstream)), *[None] * ctx.num_others
 
 
 class _LogitsGrpoLoss(torch.autograd.Function):
@@ -93,26 +95,28 @@ class _LogitsGrpoLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, upstream: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            dlogits = None
-        elif ctx.compiled:
-            dlogits = ctx.saved_tensors[0] * upstream
-        elif ctx.dlogits is None:
-            dlogits = _dlogits_again(ctx, upstream)
-        else:
-            dlogits, ctx.dlogits = ctx.dlogits, None
-            if not _is_one(upstream):
-                dlogits.mul_(upstream)
-        return dlogits, *[None] * ctx.num_others
+            return None, *[None] * ctx.num_others
+        # Logits that were written over since are refused only where they are needed.
+        saved: Any = ctx.saved_tensors if ctx.compiled or ctx.dlogits is None or torch.is_grad_enabled() else (None,)
+        with torch.no_grad():
+            if ctx.compiled:
+                dlogits = saved[0] * upstream
+            elif ctx.dlogits is None:
+                dlogits = _dlogits_again(ctx, saved, upstream)
+            else:
+                dlogits, ctx.dlogits = ctx.dlogits, None
+                if not _is_one(upstream):
+                    dlogits.mul_(upstream)
+        return *once("logits_grpo_loss", (dlogits,), (saved[0], upstream)), *[None] * ctx.num_others
 
 
-def _dlogits_again(ctx: Any, upstream: Tensor) -> Tensor:
+def _dlogits_again(ctx: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> Tensor:
     """Gradient of the logits from what the forward saved."""
-    logits, targets, mask, temperatures, logprob, entropy, lse, dlogprob, dentropy = ctx.saved_tensors
+    logits, targets, mask, temperatures, logprob, entropy, lse, dlogprob, dentropy = saved
     return torch.ops.mgrpo_kernels.token_logprob_bwd(
         logits,
         targets,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels._checks import IGNORED_TARGET
+from mgrpo_kernels._once import once_input
 from mgrpo_kernels._segments import accumulation_dtype, segment_ids, segment_sum
 from mgrpo_kernels._shards import Shard
 from mgrpo_kernels.linear_token_logprob.reference import linear_token_logprob
@@ -135,6 +136,8 @@ def grpo_loss(
     options: LossOptions,
 ) -> GrpoLoss:
     """See the public function."""
+    # What is detached here, the ratio of a sequence too, has no place in a second derivative.
+    logprob, entropy = once_input("grpo_loss", logprob), None if entropy is None else once_input("grpo_loss", entropy)
     dtype = accumulation_dtype(logprob)
     sequences = _Sequences(mask, cu_seqlens)
     current = _clean(logprob, mask, dtype)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
+from mgrpo_kernels._once import once
 from mgrpo_kernels._rows import RowGrads, RowOutputs, RowSums, row_grads, row_outputs, valid_rows
 from mgrpo_kernels._shards import Shard, merge_over_group
 from mgrpo_kernels.linear_token_logprob.active import on_active_rows
@@ -75,51 +75,55 @@ class _LinearTokenLogprob(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, local, temperatures, num_finite, logprob, entropy, lse, *rest = ctx.saved_tensors
-        kept, anchors = rest[: ctx.num_kept], rest[ctx.num_kept :]
-        options, needed = ctx.options, ctx.needs_input_grad[:3]
-        coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
-        num_rows, rows = hidden.shape[0], None if kept else _live_rows(coefficients)
-        if rows is not None:
-            hidden, local, coefficients = hidden[rows], local[rows], coefficients.take(rows)
-            logprob, lse = logprob[rows], lse[rows]
-            temperatures = None if temperatures is None else temperatures[rows]
-        group = options.shard.group
-        dhidden, dweight, dbias = torch.ops.mgrpo_kernels.linear_token_logprob_bwd(
-            hidden,
-            weight,
-            bias,
-            local,
-            ctx.temperature,
-            temperatures,
-            options.softcap,
-            options.budget_bytes,
-            logprob,
-            lse,
-            *coefficients,
-            kept,
-            anchors,
-            group is not None,
-            *needed,
-            options.backend,
-        )
-        if needed[0] and group is not None:
-            dist.all_reduce(dhidden, group=group)
-            dhidden = dhidden.to(hidden.dtype)
-        if needed[0] and rows is not None:
-            dhidden = dhidden.new_zeros(num_rows, dhidden.shape[1]).index_copy_(0, rows, dhidden)
-        return (
-            dhidden if needed[0] else None,
-            dweight if needed[1] else None,
-            dbias.to(bias.dtype) if needed[2] else None,
-            None,
-            None,
-            None,
-        )
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _gradients(ctx, saved, grads)
+        return *once("linear_token_logprob", gradients, (*saved[:3], *grads)), None, None, None
+
+
+def _gradients(ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias, None where not needed."""
+    hidden, weight, bias, local, temperatures, num_finite, logprob, entropy, lse, *rest = saved
+    kept, anchors = rest[: ctx.num_kept], rest[ctx.num_kept :]
+    options, needed = ctx.options, ctx.needs_input_grad[:3]
+    coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
+    num_rows, rows = hidden.shape[0], None if kept else _live_rows(coefficients)
+    if rows is not None:
+        hidden, local, coefficients = hidden[rows], local[rows], coefficients.take(rows)
+        logprob, lse = logprob[rows], lse[rows]
+        temperatures = None if temperatures is None else temperatures[rows]
+    group = options.shard.group
+    dhidden, dweight, dbias = torch.ops.mgrpo_kernels.linear_token_logprob_bwd(
+        hidden,
+        weight,
+        bias,
+        local,
+        ctx.temperature,
+        temperatures,
+        options.softcap,
+        options.budget_bytes,
+        logprob,
+        lse,
+        *coefficients,
+        kept,
+        anchors,
+        group is not None,
+        *needed,
+        options.backend,
+    )
+    if needed[0] and group is not None:
+        dist.all_reduce(dhidden, group=group)
+        dhidden = dhidden.to(hidden.dtype)
+    if needed[0] and rows is not None:
+        dhidden = dhidden.new_zeros(num_rows, dhidden.shape[1]).index_copy_(0, rows, dhidden)
+    return (
+        dhidden if needed[0] else None,
+        dweight if needed[1] else None,
+        dbias.to(bias.dtype) if needed[2] else None,
+    )
 
 
 def linear_token_logprob(

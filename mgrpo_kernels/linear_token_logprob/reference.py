@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mgrpo_kernels._once import once
 from mgrpo_kernels._rows import RowOutputs, row_grads, row_outputs, scale_logits, valid_rows
 from mgrpo_kernels._segments import accumulation_dtype
 from mgrpo_kernels._shards import Shard, merge_over_group
@@ -70,30 +70,30 @@ class _LinearTokenLogprob(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, local, num_finite, logprob, entropy, lse = ctx.saved_tensors
         softcap, _, tile, shard = ctx.options
-        coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
-        dhidden, dweight, dbias = gradients_by_tiles(
-            hidden,
-            weight,
-            bias,
-            local,
-            temperature=ctx.temperature,
-            softcap=softcap,
-            lse=lse,
-            coefficients=coefficients,
-            tile=tile,
-            needed=ctx.needs_input_grad[:3],
-        )
-        if dhidden is not None:
-            if shard.group is not None:
-                dist.all_reduce(dhidden, group=shard.group)
-            dhidden = dhidden.to(hidden.dtype)
-        return dhidden, dweight, dbias, None, None, None
+        with torch.no_grad():
+            coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
+            dhidden, *others = gradients_by_tiles(
+                hidden,
+                weight,
+                bias,
+                local,
+                temperature=ctx.temperature,
+                softcap=softcap,
+                lse=lse,
+                coefficients=coefficients,
+                tile=tile,
+                needed=ctx.needs_input_grad[:3],
+            )
+            if dhidden is not None:
+                if shard.group is not None:
+                    dist.all_reduce(dhidden, group=shard.group)
+                dhidden = dhidden.to(hidden.dtype)
+        return *once("linear_token_logprob", (dhidden, *others), (hidden, weight, bias, *grads)), None, None, None
 
 
 def linear_token_logprob(

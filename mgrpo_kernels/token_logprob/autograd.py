@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
+from mgrpo_kernels._once import once
 from mgrpo_kernels.results import TokenLogprob
 
 
@@ -39,20 +39,20 @@ class _TokenLogprob(torch.autograd.Function):
         return logprob, entropy, lse, certainty
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         logits, targets, mask, temperatures, logprob, entropy, lse, num_finite = ctx.saved_tensors
         rows = (targets, mask, ctx.temperature, temperatures, ctx.softcap)
         values = (logprob, entropy, lse, num_finite, *grads, ctx.backend)
-        if ctx.inplace:
-            dlogits = logits.detach()
-            torch.ops.mgrpo_kernels.token_logprob_bwd_(dlogits, *rows, *values)
-            torch.autograd.graph.increment_version(dlogits)
-        else:
-            dlogits = torch.ops.mgrpo_kernels.token_logprob_bwd(logits, *rows, *values)
-        return dlogits, *[None] * 8
+        with torch.no_grad():
+            if ctx.inplace:
+                dlogits = logits.detach()
+                torch.ops.mgrpo_kernels.token_logprob_bwd_(dlogits, *rows, *values)
+                torch.autograd.graph.increment_version(dlogits)
+            else:
+                dlogits = torch.ops.mgrpo_kernels.token_logprob_bwd(logits, *rows, *values)
+        return *once("token_logprob", (dlogits,), (logits, *grads)), *[None] * 8
 
 
 def token_logprob(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mgrpo_kernels._once import once
 from mgrpo_kernels._rows import (
     FLOOR,
     RowOutputs,
@@ -80,22 +80,22 @@ class _TokenLogprob(torch.autograd.Function):
         return tuple(output.masked_fill(~active, 0) for output in outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         logits, columns, active, num_finite, logprob, entropy, lse = ctx.saved_tensors
-        coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
-        dlogits = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        step = max(1, _BLOCK_ELEMENTS // logits.shape[1])
-        for start in range(0, logits.shape[0], step):
-            block = slice(start, start + step)
-            temperature = take(ctx.temperature, block)
-            z = scale_logits(logits[block], temperature, ctx.softcap)
-            part = coefficients.take(block)
-            dz = dlogits_from_scaled(z, lse[block], columns[block], part, temperature, ctx.softcap)
-            dlogits[block] = dz.masked_fill_(~active[block, None], 0)
-        return dlogits, None, None, None, None, None, None
+        with torch.no_grad():
+            coefficients = row_grads(RowOutputs(logprob, entropy, lse, lse), num_finite, grads)
+            dlogits = logits.detach() if ctx.inplace else torch.empty_like(logits)
+            step = max(1, _BLOCK_ELEMENTS // logits.shape[1])
+            for start in range(0, logits.shape[0], step):
+                block = slice(start, start + step)
+                temperature = take(ctx.temperature, block)
+                z = scale_logits(logits[block], temperature, ctx.softcap)
+                part = coefficients.take(block)
+                dz = dlogits_from_scaled(z, lse[block], columns[block], part, temperature, ctx.softcap)
+                dlogits[block] = dz.masked_fill_(~active[block, None], 0)
+        return *once("token_logprob", (dlogits,), (logits, *grads)), *[None] * 6
 
 
 def token_logprob(
