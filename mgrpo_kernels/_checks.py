@@ -1,9 +1,16 @@
-"""Argument checks shared by the public functions; everything here raises ValueError."""
+"""Argument checks shared by the public functions; everything here raises ValueError.
+
+What is of another type than the operations take but means the same is returned in theirs: a number of numpy's, say.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
+from collections.abc import Iterable, Mapping, Set
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +18,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 IGNORED_TARGET = -100
+_NUMPY_BOOLS = ("numpy.bool", "numpy.bool_")
 
 
 def invalid(where: str, arg: str, expected: str, actual: object, remedy: str) -> ValueError:
@@ -55,18 +63,61 @@ def check_tensor(
 
 def check_choice(where: str, arg: str, value: str, choices: tuple[str, ...]) -> None:
     """Check a named option."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise invalid(where, arg, f"one of {list(choices)}", repr(value), "Correct the name.")
 
 
-def check_number(
-    where: str, arg: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
-) -> None:
-    """Check a finite Python number in [low, high], or (low, high] with open_low."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+def as_number(where: str, arg: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    """A finite real number in [low, high], or (low, high] with open_low, as Python has it; a bool is none."""
+    number = value
+    if isinstance(value, bool):
+        number = None
+    elif not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        number = _to_python(value)
+    # Beyond the largest float lie infinities, integers that no float holds, and NaN.
+    in_range = number is not None and abs(number) <= sys.float_info.max and low <= number <= high
+    if number is None or not in_range or (open_low and number == low):
         interval = f"a finite number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
         raise invalid(where, arg, interval, repr(value), "Correct the value.")
+    return number
+
+
+def _to_python(value: Any) -> int | float | None:
+    """What the number types of other libraries hold; None of what is no real number, or too large for a float."""
+    if isinstance(value, Integral):
+        return int(value)
+    try:
+        return float(value) if isinstance(value, Real) else None
+    except OverflowError:
+        return None
+
+
+def as_integer(where: str, arg: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
+    """An integer in [low, high] as Python has it; neither a bool nor a float that happens to be whole is one."""
+    number = value
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or not low <= number <= high:
+        expected = "an int of 64 bits" if low < 0 else f">= {low} and an int of 64 bits"
+        raise invalid(where, arg, expected, repr(value), "Correct the value.")
+    return number
+
+
+def as_flag(where: str, arg: str, value: Any) -> bool:
+    """True or False, also as numpy has them."""
+    if not isinstance(value, bool) and f"{type(value).__module__}.{type(value).__name__}" not in _NUMPY_BOOLS:
+        raise invalid(where, arg, "True or False", repr(value), "Correct the value.")
+    return bool(value)
+
+
+def as_list(where: str, arg: str, value: Any) -> list[Any] | tuple[Any, ...]:
+    """The entries of anything that gives them in an order of its own, a generator too."""
+    if isinstance(value, list | tuple):
+        return value
+    # A tensor would fall into rows, a dictionary into names, and the order of a set is none.
+    if isinstance(value, Iterable) and not isinstance(value, Tensor | Mapping | Set | str | bytes):
+        return list(value)
+    raise invalid(where, arg, "a list of tensors", type(value).__name__, "Pass list(model.parameters()), say.")
 
 
 def check_cu_seqlens(where: str, cu_seqlens: Tensor, tokens: int, device: torch.device) -> None:
@@ -90,8 +141,8 @@ def check_logits(where: str, logits: Tensor) -> None:
         raise invalid(where, "logits", "of unit stride along V", f"strides {logits.stride()}", "Call .contiguous().")
 
 
-def check_head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, budget_bytes: int | None) -> None:
-    """Check hidden states, the head's weight and bias, and the memory budget."""
+def check_head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, budget_bytes: int | None) -> int | None:
+    """Check hidden states, the head's weight and bias, and the memory budget, which is returned."""
     check_tensor(where, "hidden", hidden, "[T, D]", (None, None), FLOATS)
     check_tensor(where, "weight", weight, "[V, D]", (None, hidden.shape[1]), (hidden.dtype,), hidden.device)
     if weight.shape[0] == 0:
@@ -100,8 +151,7 @@ def check_head(where: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, 
         raise invalid(where, "weight", "of unit stride along D", f"strides {weight.stride()}", "Call .contiguous().")
     if bias is not None:
         check_tensor(where, "bias", bias, "[V]", (weight.shape[0],), FLOATS, hidden.device)
-    if budget_bytes is not None:
-        check_number(where, "budget_bytes", budget_bytes, 1)
+    return None if budget_bytes is None else as_integer(where, "budget_bytes", budget_bytes, 1)
 
 
 def check_token_rows(
@@ -113,19 +163,19 @@ def check_token_rows(
     rows: int,
     vocabulary: int,
     device: torch.device,
-) -> None:
-    """Check what the two token log-prob functions share."""
+) -> tuple[float | Tensor, float | None]:
+    """Check what the two token log-prob functions share; temperature and softcap are returned."""
     check_tensor(where, "targets", targets, "[T]", (rows,), (torch.int64,), device)
     if mask is not None:
         check_tensor(where, "mask", mask, "[T]", (rows,), (torch.bool,), device)
     if softcap is not None:
-        check_number(where, "softcap", softcap, 0.0, open_low=True)
+        softcap = as_number(where, "softcap", softcap, 0.0, open_low=True)
     if isinstance(temperature, Tensor):
         check_tensor(where, "temperature", temperature, "[T]", (rows,), FLOATS, device)
     else:
-        check_number(where, "temperature", temperature, 0.0, open_low=True)
+        temperature = as_number(where, "temperature", temperature, 0.0, open_low=True)
     if not checks_values(device):
-        return
+        return temperature, softcap
     active = targets != IGNORED_TARGET
     if mask is not None:
         active = active & mask
@@ -137,3 +187,4 @@ def check_token_rows(
         wrong = active & ~((temperature > 0) & temperature.isfinite())
         if wrong.any():
             raise invalid(where, "temperature", "finite and > 0", float(temperature[wrong][0]), "Mask unused rows.")
+    return temperature, softcap

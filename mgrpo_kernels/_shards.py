@@ -30,6 +30,8 @@ class LocalHead(NamedTuple):
 
 def local_head(where: str, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> LocalHead:
     """The local part of a weight that is a DTensor, and of its bias; their gradients are again DTensors."""
+    if group is not None and not torch.compiler.is_compiling() and not isinstance(group, dist.ProcessGroup):
+        raise invalid(where, "group", "a process group", type(group).__name__, "Pass dist.group.WORLD, say.")
     if type(weight) in (Tensor, torch.nn.Parameter):
         return LocalHead(weight, bias, None)
     # A tenth of a second, which nobody else is to wait for.

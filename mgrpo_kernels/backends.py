@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mgrpo_kernels import _native, verified
+from mgrpo_kernels._checks import invalid
 from mgrpo_kernels._triton import interprets
 
 
@@ -81,6 +82,8 @@ def resolve(
 
     MGRPO_BACKEND replaces "auto".
     """
+    if not isinstance(backend, str):
+        raise invalid(op, "backend", "a name", type(backend).__name__, 'Pass "auto".')
     source = "backend"
     if backend == "auto":
         source, backend = "MGRPO_BACKEND", os.environ.get("MGRPO_BACKEND", "auto")

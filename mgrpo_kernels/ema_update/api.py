@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import add, attrgetter, le
 from typing import Any
@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._checks import FLOATS, INTEGERS, check_choice, check_number, check_tensor, checks_values, invalid
+from mgrpo_kernels._checks import (
+    FLOATS,
+    INTEGERS,
+    as_integer,
+    as_list,
+    as_number,
+    check_choice,
+    check_tensor,
+    checks_values,
+    invalid,
+)
 from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.ema_update import reference
 
@@ -58,13 +68,13 @@ _IMPLEMENTATIONS: dict[str, Any] = {"reference": reference.ema_update_} | {
 
 @torch.no_grad()
 def ema_update_(
-    momentum: Sequence[Tensor],
-    policy: Sequence[Tensor],
+    momentum: Iterable[Tensor],
+    policy: Iterable[Tensor],
     decay: float | Tensor,
     *,
     rounding: str = "nearest",
-    compensation: Sequence[Tensor | None] | None = None,
-    publish: Sequence[Tensor | None] | None = None,
+    compensation: Iterable[Tensor | None] | None = None,
+    publish: Iterable[Tensor | None] | None = None,
     seed: int = 0,
     step: int | Tensor = 0,
     backend: str = "auto",
@@ -72,7 +82,8 @@ def ema_update_(
     """momentum[i] <- decay * momentum[i] + (1 - decay) * policy[i], in place.
 
     Args:
-        momentum: contiguous float tensors of any shapes and mixed dtypes, on one device; tied weights appear once.
+        momentum: contiguous float tensors of any shapes and mixed dtypes, on one device; tied weights appear once. This
+            and the other lists may be any iterables, `model.parameters()` say.
         policy: as many tensors, each with the shape of its momentum; dtypes may differ.
         decay: number in [0, 1], or a 0-d float tensor: the share of the old weights kept. 0 copies, 1 freezes, exactly.
         rounding: how bf16 momentum is stored: "nearest" | "stochastic". Wider dtypes are always stored to nearest.
@@ -101,14 +112,16 @@ def ema_update_(
     Source: Tarvainen and Valpola 2017, arXiv 1703.01780; Salmon et al. 2011 for Philox; Kahan 1965 for compensation.
     """
     check_choice(_WHERE, "rounding", rounding, ("nearest", "stochastic"))
+    momentum, policy = as_list(_WHERE, "momentum", momentum), as_list(_WHERE, "policy", policy)
+    compensation = None if compensation is None else as_list(_WHERE, "compensation", compensation)
+    publish = None if publish is None else as_list(_WHERE, "publish", publish)
     _check_lists(momentum, policy, compensation, publish, rounding)
-    _check_decay(decay)
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise invalid(_WHERE, "seed", "an int of 64 bits", repr(seed), "Correct the value.")
+    decay = _check_decay(decay)
+    seed = as_integer(_WHERE, "seed", seed, -(2**63))
     if isinstance(step, Tensor):
         check_tensor(_WHERE, "step", step, "[]", (), INTEGERS)
-    elif step < 0:
-        raise invalid(_WHERE, "step", ">= 0", step, "Count optimiser steps from 0.")
+    else:
+        step = as_integer(_WHERE, "step", step, 0)
     device = momentum[0].device if momentum else torch.device("cpu")
     dtypes = {tensor.dtype for tensor in [*momentum, *policy, *_present(publish)]}
     _IMPLEMENTATIONS[resolve(_WHERE, device, backend, tuple(dtypes), _IMPLEMENTATIONS)](
@@ -123,14 +136,14 @@ def ema_update_(
     )
 
 
-def _check_decay(decay: float | Tensor) -> None:
-    """Check a number, or a 0-d tensor where its value may be read."""
+def _check_decay(decay: float | Tensor) -> float | Tensor:
+    """A number, or a 0-d tensor, which is checked where its value may be read."""
     if not isinstance(decay, Tensor):
-        check_number(_WHERE, "decay", decay, 0.0, 1.0)
-        return
+        return as_number(_WHERE, "decay", decay, 0.0, 1.0)
     check_tensor(_WHERE, "decay", decay, "[]", (), FLOATS)
     if checks_values(decay.device):
-        check_number(_WHERE, "decay", float(decay), 0.0, 1.0)
+        as_number(_WHERE, "decay", float(decay), 0.0, 1.0)
+    return decay
 
 
 def _present(tensors: Sequence[Tensor | None] | None) -> list[Tensor]:

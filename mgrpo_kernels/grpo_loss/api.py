@@ -12,11 +12,11 @@ from torch.distributed import ProcessGroup
 from mgrpo_kernels._checks import (
     FLOATS,
     INTEGERS,
+    as_number,
     check_choice,
     check_cu_seqlens,
     check_head,
     check_logits,
-    check_number,
     check_tensor,
     check_token_rows,
     checks_values,
@@ -123,8 +123,8 @@ def grpo_loss(
     _check_tokens(
         where, tuple(logprob.shape), logprob.device, advantage, mask, cu_seqlens, tokens | {"entropy": entropy}
     )
-    _check_options(where, options, logprob.device, ref_logprob)
-    if entropy_coef != 0 and entropy is None:
+    options = _check_options(where, options, logprob.device, ref_logprob)
+    if options.entropy_coef != 0 and entropy is None:
         raise invalid(where, "entropy", "given where entropy_coef is not 0", None, "Pass it or set entropy_coef=0.")
     return _GRPO_LOSS[resolve(where, logprob.device, backend, (logprob.dtype,), _GRPO_LOSS)](
         logprob, advantage, mask, entropy=entropy, cu_seqlens=cu_seqlens, options=options, **tokens
@@ -192,8 +192,8 @@ def logits_grpo_loss(
     num_rows, vocabulary = logits.shape
     boundaries = _required(where, cu_seqlens)
     _check_tokens(where, (num_rows,), logits.device, advantage, mask, boundaries, tokens)
-    check_token_rows(where, targets, temperature, mask, None, num_rows, vocabulary, logits.device)
-    _check_options(where, options, logits.device, ref_logprob)
+    temperature, _ = check_token_rows(where, targets, temperature, mask, None, num_rows, vocabulary, logits.device)
+    options = _check_options(where, options, logits.device, ref_logprob)
     return _LOGITS_GRPO_LOSS[resolve(where, logits.device, backend, (logits.dtype,), _LOGITS_GRPO_LOSS)](
         logits, targets, advantage, mask, temperature=temperature, cu_seqlens=boundaries, options=options, **tokens
     )
@@ -261,13 +261,15 @@ def linear_grpo_loss(
     )
     tokens = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
     weight, _, placed = local_head(where, weight, None, group)
-    check_head(where, hidden, weight, None, budget_bytes)
+    budget_bytes = check_head(where, hidden, weight, None, budget_bytes)
     shard = placed or find_shard(weight.shape[0], group, hidden.device)
     boundaries = _required(where, cu_seqlens)
     on_device = mask_on_device(where, mask, hidden)
     _check_tokens(where, (hidden.shape[0],), hidden.device, advantage, on_device, boundaries, tokens)
-    check_token_rows(where, targets, temperature, on_device, None, hidden.shape[0], shard.vocabulary, hidden.device)
-    _check_options(where, options, hidden.device, ref_logprob)
+    temperature, _ = check_token_rows(
+        where, targets, temperature, on_device, None, hidden.shape[0], shard.vocabulary, hidden.device
+    )
+    options = _check_options(where, options, hidden.device, ref_logprob)
     name = resolve(where, hidden.device, backend, (hidden.dtype,), _LINEAR_GRPO_LOSS)
     return _LINEAR_GRPO_LOSS[name](
         hidden,
@@ -314,28 +316,28 @@ def _check_tokens(
             check_tensor(where, name, tensor, layout, shape, FLOATS, device)
 
 
-def _check_options(where: str, options: LossOptions, device: torch.device, ref_logprob: Tensor | None) -> None:
-    """Check every option that is not a token tensor."""
-    check_number(where, "clip_low", options.clip_low, 0.0, 1.0)
-    check_number(where, "clip_high", options.clip_high, 0.0)
+def _check_options(where: str, options: LossOptions, device: torch.device, ref_logprob: Tensor | None) -> LossOptions:
+    """Check every option that is not a token tensor; the numbers among them as Python has them."""
+    least = {"clip_high": 0.0, "kl_coef": 0.0, "entropy_coef": -float("inf")}
+    numbers = {name: as_number(where, name, getattr(options, name), low) for name, low in least.items()}
+    numbers["clip_low"] = as_number(where, "clip_low", options.clip_low, 0.0, 1.0)
+    numbers["tis_cap"] = as_number(where, "tis_cap", options.tis_cap, 0.0, open_low=True)
     if options.dual_clip is not None:
-        check_number(where, "dual_clip", options.dual_clip, 1.0, open_low=True)
-    check_number(where, "kl_coef", options.kl_coef, 0.0)
-    check_number(where, "entropy_coef", options.entropy_coef, -float("inf"))
-    check_number(where, "tis_cap", options.tis_cap, 0.0, open_low=True)
+        numbers["dual_clip"] = as_number(where, "dual_clip", options.dual_clip, 1.0, open_low=True)
     check_choice(where, "kl", options.kl, ("k1", "k2", "k3"))
     check_choice(where, "ratio", options.ratio, ("token", "sequence"))
     check_choice(where, "reduce", options.reduce, ("token_mean", "sequence_mean_token_mean", "constant"))
-    if options.kl_coef > 0 and ref_logprob is None:
+    if numbers["kl_coef"] > 0 and ref_logprob is None:
         raise invalid(where, "ref_logprob", "given where kl_coef > 0", None, "Pass it or set kl_coef=0.")
     normalizer = options.normalizer
     if options.max_length is not None:
-        check_number(where, "max_length", options.max_length, 1)
+        numbers["max_length"] = as_number(where, "max_length", options.max_length, 1)
     elif options.reduce == "constant" and normalizer is None:
         raise invalid(where, "max_length", 'given for reduce="constant"', None, "Pass it or a normalizer.")
     if isinstance(normalizer, Tensor):
         check_tensor(where, "normalizer", normalizer, "[]", (), FLOATS + INTEGERS, device)
         if checks_values(device):
-            check_number(where, "normalizer", float(normalizer), 0.0, open_low=True)
+            as_number(where, "normalizer", float(normalizer), 0.0, open_low=True)
     elif normalizer is not None:
-        check_number(where, "normalizer", normalizer, 0.0, open_low=True)
+        numbers["normalizer"] = as_number(where, "normalizer", normalizer, 0.0, open_low=True)
+    return options._replace(**numbers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._checks import check_choice, check_number, check_tensor, checks_values, invalid
+from mgrpo_kernels._checks import as_flag, as_number, check_choice, check_tensor, checks_values, invalid
 from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.iqr_filter import reference
 from mgrpo_kernels.results import IqrFilter
@@ -66,7 +66,8 @@ def iqr_filter(
         raise invalid(where, "entropy", "of shape [B, G] with G >= 1", list(entropy.shape), "Pass trajectories.")
     if keep is not None:
         check_tensor(where, "keep", keep, "[B, G]", tuple(entropy.shape), (torch.bool,), entropy.device)
-    check_number(where, "k", k, 0.0)
+    k = as_number(where, "k", k, 0.0)
+    two_sided = as_flag(where, "two_sided", two_sided)
     check_choice(where, "scope", scope, ("batch", "prompt"))
     entropy = entropy.detach()
     implementation = _IMPLEMENTATIONS[resolve(where, entropy.device, backend, (entropy.dtype,), _IMPLEMENTATIONS)]

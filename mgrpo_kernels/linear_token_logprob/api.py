@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mgrpo_kernels._checks import check_head, check_token_rows
+from mgrpo_kernels._checks import as_flag, check_head, check_token_rows
 from mgrpo_kernels._shards import find_shard, local_head
 from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.linear_token_logprob import autograd, reference
@@ -76,10 +76,14 @@ def linear_token_logprob(
     """
     where = "linear_token_logprob"
     weight, bias, placed = local_head(where, weight, bias, group)
-    check_head(where, hidden, weight, bias, budget_bytes)
+    budget_bytes = check_head(where, hidden, weight, bias, budget_bytes)
+    self_certainty = as_flag(where, "self_certainty", self_certainty)
     shard = placed or find_shard(weight.shape[0], group, hidden.device)
     on_device = mask_on_device(where, mask, hidden)
-    check_token_rows(where, targets, temperature, on_device, softcap, hidden.shape[0], shard.vocabulary, hidden.device)
+    scale = check_token_rows(
+        where, targets, temperature, on_device, softcap, hidden.shape[0], shard.vocabulary, hidden.device
+    )
+    temperature, softcap = scale
     return _IMPLEMENTATIONS[resolve(where, hidden.device, backend, (hidden.dtype,), _IMPLEMENTATIONS)](
         hidden,
         weight,

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from mgrpo_kernels._checks import check_logits, check_token_rows, invalid
+from mgrpo_kernels._checks import as_flag, check_logits, check_token_rows, invalid
 from mgrpo_kernels.backends import COMPILED, resolve
 from mgrpo_kernels.results import TokenLogprob
 from mgrpo_kernels.token_logprob import autograd, reference
@@ -57,9 +57,12 @@ def token_logprob(
     where = "token_logprob"
     check_logits(where, logits)
     rows, vocabulary = logits.shape
+    self_certainty = as_flag(where, "self_certainty", self_certainty)
+    inplace_backward = as_flag(where, "inplace_backward", inplace_backward)
     if inplace_backward and rows > 1 and logits.stride(0) < vocabulary:
         raise invalid(where, "logits", "free of overlapping rows for inplace_backward", logits.stride(), "Copy it.")
-    check_token_rows(where, targets, temperature, mask, softcap, rows, vocabulary, logits.device)
+    scale = check_token_rows(where, targets, temperature, mask, softcap, rows, vocabulary, logits.device)
+    temperature, softcap = scale
     return _IMPLEMENTATIONS[resolve(where, logits.device, backend, (logits.dtype,), _IMPLEMENTATIONS)](
         logits,
         targets,

@@ -499,7 +499,7 @@ X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64
         (r"hidden must be dense, got sparse_coo", {"hidden": X.to_sparse()}),
         (r"V >= 1", {"weight": W[:0]}),
         (r"bias must be of shape \[V\] = \[5\]", {"bias": torch.zeros(4)}),
-        (r"budget_bytes must be a finite number in \[1", {"budget_bytes": 0}),
+        (r"budget_bytes must be >= 1", {"budget_bytes": 0}),
         (r"targets must be in \[0, 5\)", {"targets": Y + 5}),
         (r"mask must be of shape", {"mask": torch.ones(2, dtype=torch.bool)}),
         (r"temperature must be finite and > 0", {"temperature": torch.tensor([1.0, torch.inf, 1.0])}),
