@@ -167,6 +167,9 @@ class Session:
     def save(self) -> None:
         """Starts a checkpoint of this step."""
         start, c, step = time.perf_counter(), self.config.checkpoint, self.trainer.step
+        write = self.trainer.snapshot() if c.background else self.trainer.save
+        # One that is still being written is in no list of the disk, and would be none of the best.
+        self.writer.wait()
         steps = [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(self.run_dir)]
         steps = sorted({*steps, step})
         best = best_steps(self.rows, steps, self.monitor, c.keep_best)
@@ -174,7 +177,6 @@ class Session:
             # The newest sound one, and those that will be, once the steps after them have raised no alarm.
             sound = self.monitor.good_before()
             best += [s for s in steps if s <= sound][-1:] + [s for s in steps if s > sound]
-        write = self.trainer.snapshot() if c.background else self.trainer.save
         self.writer.save(step, write, keep_last=c.keep_last, best=best)
         self.checkpoint_s = time.perf_counter() - start
 

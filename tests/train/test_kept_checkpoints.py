@@ -1,0 +1,87 @@
+"""Which checkpoints stay, however slow the disk is: the last, the best, and the sound one to go back to."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mgrpo import checkpoint
+from mgrpo.run import Session
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk that finishes a checkpoint only once somebody waits for it: the slowest that a run can meet."""
+    waited, save, wait = threading.Event(), checkpoint.save_checkpoint, checkpoint.Writer.wait
+
+    def late(*arguments):
+        assert waited.wait(60)
+        return save(*arguments)
+
+    def waiting(self):
+        waited.set()
+        wait(self)
+        waited.clear()
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", late)
+    monkeypatch.setattr(checkpoint.Writer, "wait", waiting)
+
+
+def kept(small, run_dir: Path, rows: list[dict], changes: dict) -> list[int]:
+    """Steps whose checkpoints are left of a run with such rows, one saved at every step."""
+    coming = iter(rows)
+    trainer = SimpleNamespace(config=small(changes), step=0, fault=None, lost_engine=None, save=write)
+    trainer.snapshot = lambda: write
+
+    def train_step() -> dict:
+        trainer.step += 1
+        return next(coming)
+
+    trainer.train_step = train_step
+    run_dir.mkdir(exist_ok=True)
+    with Session(trainer, run_dir, []) as session:
+        for _ in rows:
+            session.take_step()
+            session.save()
+    return [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(run_dir)]
+
+
+def write(folder: Path) -> None:
+    (folder / "weights").write_text("some")
+
+
+def row(step: int, **measures: float) -> dict:
+    """A step whose window gives no alarm unless asked to."""
+    return {"step": step, "top_answer_share": 0.1, "unparseable_share": 0.0, "response_length": 9.0} | measures
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+@pytest.mark.parametrize(
+    ("accuracies", "keep_best", "keep_last", "left"),
+    [
+        ([0.1, 0.9, 0.3, 0.2, 0.1], 2, 1, [2, 3, 5]),
+        ([0.1, 0.9, 0.3, 0.2, 0.1], 1, 2, [2, 4, 5]),
+        ([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], 3, 1, [1, 2, 3, 6]),
+        ([0.2, 0.5, 0.5, 0.1, 0.1, 0.1], 1, 1, [3, 6]),  # of two alike the later
+        ([0.1, 0.2, 0.3, 0.4], 1, 2, [3, 4]),
+        ([0.4, 0.1, 0.3, 0.2], 0, 3, [2, 3, 4]),
+    ],
+)
+def test_best_and_last(small, tmp_path, slow_disk, background, accuracies, keep_best, keep_last, left):
+    rows = [row(step, probe_accuracy_policy=accuracy) for step, accuracy in enumerate(accuracies, 1)]
+    options = {"keep_best": keep_best, "keep_last": keep_last, "background": background}
+    changes = {f"checkpoint.{name}": value for name, value in options.items()} | {"monitor.probe_drop": 1.0}
+    assert kept(small, tmp_path / "run", rows, changes) == left
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+def test_the_sound_one(small, tmp_path, slow_disk, background):
+    """The newest that is sound, and each that may become so: two windows of two steps before the last."""
+    rows = [row(step) for step in range(1, 10)]
+    changes = {"checkpoint.background": background, "checkpoint.keep_last": 1, "checkpoint.keep_best": 0}
+    changes |= {"monitor.on_collapse": "rollback", "monitor.window": 2}
+    assert kept(small, tmp_path / "run", rows, changes) == [5, 6, 7, 8, 9]
+    assert kept(small, tmp_path / "warned", rows, changes | {"monitor.on_collapse": "warn"}) == [9]
