@@ -68,7 +68,8 @@ class AnswerConfig:
     """How an answer is read from a response and compared."""
 
     extract: str = "boxed"
-    """`boxed` (last \\boxed{}), `hash` (after the last ####), `last-number`, `regex:PATTERN` (last match, group 1)."""
+    """`boxed` (last \\boxed{} with content), `hash` (after the last ####), `last-number`, `regex:PATTERN` (last match,
+    group 1). What stands before the end of a thought (`</think>`) is not read."""
     equivalence: Literal["math", "exact"] = "math"
     """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
     timeout_s: float = 5.0

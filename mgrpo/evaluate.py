@@ -154,7 +154,7 @@ def evaluate(
     def answers(rollouts: Rollouts) -> list[list[str | None]]:
         n = rollouts.num_per_prompt
         rows = [rollouts.response(row) for row in range(len(prompts) * n)]
-        texts = read_texts(loaded.tokenizer, rows, stop)
+        texts = read_texts(loaded.tokenizer, rows, stop, prompts=[prompts[row // n] for row in range(len(rows))])
         return [[extract(text) for text in texts[b * n : (b + 1) * n]] for b in range(len(prompts))]
 
     rollouts = engine.generate(prompts, samples, sampling, source=source, version=version)
@@ -222,7 +222,8 @@ class EvaluateArgs:
     template: str | None = None
     """None takes prompts as they are, `chat` the tokenizer's chat template; else a text that holds `{prompt}`."""
     extract: str = "boxed"
-    """`boxed` (last \\boxed{}), `hash` (after the last ####), `last-number`, `regex:PATTERN` (last match, group 1)."""
+    """`boxed` (last \\boxed{} with content), `hash` (after the last ####), `last-number`, `regex:PATTERN` (last match,
+    group 1). What stands before the end of a thought (`</think>`) is not read."""
     equivalence: Literal["math", "exact"] = "math"
     """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
     temperature: float = 0.8

@@ -200,7 +200,7 @@ class Trainer:
         prompts = [self.data.prompts[i].ids for i in indices]
         sampling = Sampling(temperature=0.0, max_new_tokens=self.config.rollout.max_new_tokens)
         rollouts = self.engine.generate(prompts, 1, sampling, source="policy", version=self.version)
-        return self._extract([rollouts.response(row) for row in range(len(prompts))])
+        return self._extract(prompts, [rollouts.response(row) for row in range(len(prompts))])
 
     def watch_retention(self, prompts: Sequence[Prompt], greedy: list[str | None], outcome: Outcome) -> float | None:
         """Remembers sure answers in the first steps; later the share of them that is left, where it was asked for."""
@@ -272,7 +272,7 @@ class Trainer:
         """Filters, votes, rewards and compares within groups. True answers reach metrics and reward `labels` alone."""
         c = self.config
         judged = judge(
-            self.read_answers(trajectories),
+            self.read_answers(prompts, trajectories),
             scores.judged_entropy,
             trajectories.num_policy,
             filter=c.filter,
@@ -297,10 +297,13 @@ class Trainer:
             ],
         )
 
-    def read_answers(self, trajectories: Trajectories) -> list[list[str | None]]:
+    def read_answers(self, prompts: Sequence[Prompt], trajectories: Trajectories) -> list[list[str | None]]:
         """Answers of every trajectory, [B][G]; None where there is none."""
         num_prompts, group = trajectories.truncated.shape
-        answers = self._extract([trajectories.response(row) for row in range(num_prompts * group)])
+        rows = range(num_prompts * group)
+        answers = self._extract(
+            [prompts[row // group].ids for row in rows], [trajectories.response(row) for row in rows]
+        )
         return [answers[b * group : (b + 1) * group] for b in range(num_prompts)]
 
     def probe_metrics(self) -> Metrics:
@@ -497,9 +500,9 @@ class Trainer:
             "model.path/weights": checkpoint.digest_tensors(self.initial) if self.initial else None,
         }
 
-    def _extract(self, responses: list[list[int]]) -> list[str | None]:
-        """Answers in responses of token ids; None where there is none."""
-        return [self.extract(text) for text in read_texts(self.loaded.tokenizer, responses, self.stop)]
+    def _extract(self, prompts: Sequence[Sequence[int]], responses: list[list[int]]) -> list[str | None]:
+        """Answers in responses of token ids to each one's prompt; None where there is none."""
+        return [self.extract(t) for t in read_texts(self.loaded.tokenizer, responses, self.stop, prompts=prompts)]
 
     def _describe(
         self, rows: Sequence[int], prompts: Sequence[Prompt], t: Trajectories, o: Outcome

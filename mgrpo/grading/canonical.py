@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
+from fractions import Fraction
+
+from mgrpo.grading.units import UNIT_LETTERS, is_unit, spell_scale
 
 MAX_ANSWER_CHARS = 1000
+# From here on a number with an exponent is not written out.
+MAX_PLAIN_EXPONENT = 20
 
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁱⁿ]+")
 _SUBSCRIPTS = re.compile("[₀-₉₊₋₍₎]+")
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞↉]")
+_BAR_OR_DOT = re.compile("((?:[0-9][\u0304\u0305])+)|([0-9])\u0307")
 _SYMBOLS = str.maketrans(
     {
         "\u2044": "/",
@@ -23,39 +30,128 @@ _SYMBOLS = str.maketrans(
         "≤": r"\le ",
         "≥": r"\ge ",
         "°": r"^\circ ",
+        "≈": r"\approx ",
+        "≃": r"\approx ",
+        "≅": r"\cong ",
+        "∼": r"\sim ",  # noqa: RUF001
+        "\u066b": ".",
+        "\u066c": ",",
         "~": " ",
     }
 )
+_FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
+
+_FONTS = (
+    "text(?:normal|bf|it|rm|sf|tt|sc|md|up|sl)?|math(?:bf|it|rm|sf|tt|normal|ord|up)|boldsymbol|bold|bm|pmb|mbox|hbox|"
+    "fbox|boxed|bbox|underline|uline|emph|ensuremath|colorbox"
+)
+_SWITCHES = (
+    "displaystyle|textstyle|scriptstyle|scriptscriptstyle|tiny|scriptsize|footnotesize|small|normalsize|large|Large|"
+    "LARGE|huge|Huge|bf|it|rm|sf|tt|sc|em|bfseries|itshape|rmfamily|sffamily|ttfamily|mdseries|upshape|normalfont|"
+    "boldmath|unboldmath|centering|noindent|limits|nolimits|strut|mathstrut|left|right|middle|[bB]igg?[lrm]?"
+)
+_SPACES = (
+    "q?quad|enspace|thinspace|medspace|thickspace|neg(?:thin|med|thick)space|nobreakspace|space|hfill|hfil|allowbreak"
+)
+_UNIT_WRAPPERS = r"\\(?:text(?:normal|bf|it|rm|sf|up)?|math(?:bf|it|rm|sf|up)|mbox|hbox|operatorname\*?)"
+_TEXT = re.compile(_UNIT_WRAPPERS + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+# What may stand behind the first part of a unit: exponents, separators, further wrappers.
+_REST_OF_UNIT = re.compile(
+    r"(?:\s|[/*.()]|\\(?:cdot|times|l?dots|,|;|:|!|\\)|(?:\^|\*\*)\s*(?:\{\s*[+-]?\s*[0-9]\s*\}|[+-]?[0-9])|"
+    + _UNIT_WRAPPERS
+    + r"\s*\{(?:[^{}]|\{[^{}]*\})*\})*[.,;}]*\s*"
+)
+_VALUE_BEFORE_UNIT = re.compile(r"(?:[0-9)\]}!%./'^]|\\(?:pi|infty|cdot|circ|mu|frac\{|[,;:!]))\s*\Z")
+_LOGIC = re.compile(
+    r"\b(?:and|or|if|when|where|is|are|not|mod|than|to|but|hundred|thousand|million|billion|trillion|dozen|percent|percentage|pct)\b",
+    re.IGNORECASE,
+)
+_MERIDIEM = re.compile(r"\s*([ap])\.?\s*m\.?\s*", re.IGNORECASE)
+
+_ENDS = (
+    r".,;:\u3001\u3002\uff0c\uff0e\uff61\uff64\u060c\u061b\u061f\u06d4\u0964\u0965\u0589\u1362\u104a\u104b\u17d4\u2026"
+)
 _REWRITES = [
-    (re.compile(pattern), replacement)
+    (re.compile(pattern, re.DOTALL), replacement)
     for pattern, replacement in (
         (r"√\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
         (r"\\?\$", ""),
         (r"\\%", "%"),
         (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"(?<=[0-9])(?:\\[,!]|\{,\})(?=[0-9]{3})", ","),
+        (r"\\[dtc]frac(?![A-Za-z])|\\(?:nice|s|flat)frac(?![A-Za-z])", r"\\frac"),
+        (r"(?<=[0-9])(?:\\[,!]|\{,\}|['’])(?=[0-9]{3}(?![0-9]))", ","),  # noqa: RUF001
         (r"\\!", ""),
-        (r"\\q?quad(?![A-Za-z])|(?<!\\)\\[,;:>\s]", " "),
-        (r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox|fbox|boxed)\s*\{([^{}]*)\}", r" \1 "),
+        (r"(?<!\\)\\[()\[\]]", " "),
+        (r"(?<![^\s(])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![^\s.,;:)])", r"\1"),
+        (r"^[\s*`:&]+|[\s*`&]+$", ""),
+        (r"[\"“”„«»]|^['‘](?=[^'‘’]*['’]$)|(?<=[^'])['’]$(?<!\d['’])", ""),  # noqa: RUF001
+        (r"^__(.+)__$", r"\1"),
+        (rf"\\(?:{_SPACES})(?![A-Za-z])|\\[hv]space\*?\s*\{{[^{{}}]*\}}|(?<!\\)\\[,;:>\s]", " "),
+        (r"\\(?:[hv]?phantom|tag\*?|label)\s*\{[^{}]*\}", ""),
+        (
+            r"\\f?colorbox\s*(?:\{[^{}]*\}\s*)+(?=\{)|\\(?:text)?color\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}|\\bbox\s*\[[^\]]*\]",
+            "",
+        ),
+        (r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"\\textsuperscript\s*(?=\{)", "^"),
         (r"\\frac\s*([0-9])(?=\s*[0-9{])", r"\\frac{\1}"),
         (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"^\s*\\\((.*)\\\)\s*$|^\s*\\\[(.*)\\\]\s*$", r"\1\2"),
-        (r"\s+", " "),
-        (r" ?([^A-Za-z0-9 ]) ?", r"\1"),
-        (r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
-        (r"^\+|[. ]+$", ""),
+        (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1\\text{\2}"),
     )
 ]
+_UNWRAPS = [
+    (re.compile(pattern, re.DOTALL), replacement)
+    for pattern, replacement in (
+        (rf"\\(?:{_FONTS})\s*\{{([^{{}}]*)\}}", r" \1 "),
+        (rf"\\(?:{_FONTS})\s*(?=\{{[^{{}}]*\{{)", ""),
+        (r"\\(?:mathbf|mathrm|mathit|boldsymbol|bm)\s*([0-9])", r" \1"),
+        (rf"\\(?:{_SWITCHES})(?![A-Za-z])", " "),
+        (r"^\s*\{?([^{}]*[^{}\s])\s*\\over(?![A-Za-z])\s*([^{}]+)\}?\s*$", r"\\frac{\1}{\2}"),
+        (r"(?<=[0-9])\s*(?:[xX*]|\\cdot|\\times)\s*(?=10\s*(?:\^|\*\*))", r"\\times "),
+        (r"(?i)\s*(?:\bper ?cent|\bpercentage|\bpct)\s*$", "%"),
+        (r"%[\s%]*%", "%"),
+        (r"(?<=[)\]%!]) +([mgshl])$", r"\\unit{\1}"),
+        (r"(?<=[\w}%)\]])\s*(?:\(\s*)?(?<![A-Za-z])(?:approx(?:imately|\.)?|exact(?:ly)?|rounded)\s*\)?\s*$", ""),
+        (r"\s+", " "),
+        (r"^(?:about|approximately|approx\.?|roughly) (?=[-+0-9\\.])", ""),
+        (r" ?([^A-Za-z0-9 ]) ?", r"\1"),
+        (r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
+        (
+            r"^(?:=|\\(?:approx|approxeq|simeq|sim|cong|doteq|equiv|therefore|implies|to|[Ll]ong(?:right)?arrow|"
+            r"[Rr]ightarrow|Longrightarrow|longrightarrow)(?![A-Za-z]) ?)+",
+            "",
+        ),
+        (r"\^([A-Za-z]|-?[0-9]+)(?![0-9A-Za-z.])", r"^{\1}"),
+        (r"\^\{\\circ ?\}", r"^\\circ"),
+        (r"(?i)(?<=[0-9]) ?(?:a()|p)\.?m\.?$", lambda match: " pm" if match[1] is None else " am"),
+        (r"^([+-]?)(?:[€£¥₹₽₩₺₫฿₪]|USD|EUR|GBP|CNY|RMB|INR|Rs\.?|US|HK|NT) ?(?=[0-9.])", r"\1"),
+        (r"(?<=[0-9]) ?[€£¥₹₽₩₺₫฿₪]$", ""),
+        (r"(?<![A-Za-z\\}_^\]0-9)])\{([0-9.]+|[A-Za-z])\}", r"\1"),
+        (r"\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)$|(?<=[0-9])(?:st|nd|rd|th)$", ""),
+        (rf"^\+|(?:\\\\|\\l?dots|[{_ENDS} ])+$", ""),
+    )
+]
+_DIGITS = r"(?<![A-Za-z0-9\\.}])([0-9]*)\.([0-9]*)"
+_REPEATING = re.compile(
+    _DIGITS + r"(?:\\(?:overline|bar|overbar|widebar)\s*(?:\{([0-9]+)\}|([0-9]))"
+    r"|\\dot\s*\{?([0-9])\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?)(?![0-9.])"
+)
+_PARENTHESES = re.compile(r"(-?)(?:([0-9]+)\.()\(([0-9]+)\)|(0?)\.([0-9]+)\(([0-9]+)\))")
+_EXPONENT = re.compile(
+    r"(?<![^=,;(\[ ])([+-]?)([0-9]+\.?[0-9]*|\.[0-9]+)(?: ?(e|E) ?)\{?([+-]?)([0-9]{1,9})\}?(?![^,;)\] %])"
+)
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 
 
 def canonicalize(answer: str) -> str:
     r"""Rewrites an answer to the form in which equal strings are the same answer; deterministic and idempotent.
 
-    Unicode is composed (NFKC; superscripts become powers), LaTeX spacing, `$`, \left, \right and text wrappers go,
-    \dfrac becomes \frac with braces, and a plain number loses thousands separators, a plus sign, leading zeros and
-    trailing decimal zeros. An answer of more than 1,000 characters is only stripped.
+    Unicode is composed (NFKC; superscripts become powers, digits of any script those of ASCII), what only changes the
+    looks goes (LaTeX spacing, `$`, \left, fonts, sizes, colours, bold stars, a leading sign for equal or about, a comma
+    or full stop at the end), \dfrac becomes \frac with braces, a repeating decimal the exact fraction, and a plain
+    number loses thousands separators, a plus sign, leading zeros, trailing decimal zeros and an exponent after e. An
+    answer of more than 1,000 characters is only stripped.
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return answer.strip()
@@ -72,20 +168,108 @@ def _canonicalize(answer: str) -> str:
 
 def _rewrite(text: str) -> str:
     """One pass over all rewrites."""
+    text = _spell_symbols(text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _TEXT.sub(_mark_unit, text)
+    for pattern, replacement in _UNWRAPS:
+        text = pattern.sub(replacement, text)
+    text = _strip_braces(text)
+    text = _REPEATING.sub(_spell_repeating, text)
+    if match := _PARENTHESES.fullmatch(text):
+        text = match[1] + _make_fraction(match[2] or match[5], match[3] or match[6] or "", match[4] or match[7])
+    text = _EXPONENT.sub(_spell_exponent, text)
+    text = spell_scale(text)
+    if "," in text and not re.search(r"[(\[]|\\\{", text) and "," not in _THOUSANDS.sub("", text):
+        text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    return _normalize_number(text) or text
+
+
+def _spell_symbols(text: str) -> str:
+    """Unicode in ASCII and LaTeX."""
+    if text.isascii():
+        return text.replace("~", " ").strip()
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     # NFKC alone would turn x² into x2, log₂8 into log28 and 1½ into 11/2.
     text = _SUPERSCRIPTS.sub(r"^{\g<0>}", text)
     text = _SUBSCRIPTS.sub(r"_{\g<0>}", text)
     text = _VULGAR_FRACTION.sub(_spell_fraction, text)
-    text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS).strip()
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    return _normalize_number(text) or text
+    text = _BAR_OR_DOT.sub(_spell_mark, text)
+    text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
+    return _FOREIGN_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text).strip()
 
 
 def _spell_fraction(match: re.Match[str]) -> str:
     """The LaTeX of a one-character fraction."""
     numerator, denominator = unicodedata.normalize("NFKC", match[0]).split("\u2044")
     return rf"\frac{{{numerator}}}{{{denominator}}}"
+
+
+def _spell_mark(match: re.Match[str]) -> str:
+    """The LaTeX of digits with a combining bar or dot."""
+    return rf"\overline{{{match[1][::2]}}}" if match[1] else rf"\dot{{{match[2]}}}"
+
+
+def _mark_unit(match: re.Match[str]) -> str:
+    r"""The text behind a value: a known unit as plain text, another as \unit{}, which tells it from a product."""
+    before, content = match.string[: match.start()].rstrip(" $"), " ".join(match[1].split())
+    if before[-1:].isdigit() and (meridiem := _MERIDIEM.fullmatch(content)):
+        return f" {meridiem[1].lower()}m "
+    if (
+        not re.search(r"[^\W\d_]", content)
+        or _LOGIC.search(content)
+        or not _REST_OF_UNIT.fullmatch(match.string, match.end())
+    ):
+        return match[0]
+    after_digit = re.search(r"(?<![0-9])(?<!\^)(?<!_)(?<!\^-)[0-9]+\Z", before) is not None
+    known = is_unit(content, after_digit=after_digit)
+    if not _VALUE_BEFORE_UNIT.search(before):
+        # Behind letters only what is surely a unit is one: n even stays.
+        return rf"\unit{{{content}}}" if re.search(r"(?<![A-Za-z])[A-Za-z]{1,2}\Z", before) and known else match[0]
+    if known:
+        return f" {content} "
+    letter = re.fullmatch(r"[A-Za-z]", content)
+    return match[0] if letter and content not in UNIT_LETTERS else rf"\unit{{{content}}}"
+
+
+def _strip_braces(text: str) -> str:
+    """Takes off a pair of braces around the whole text."""
+    while text.startswith("{") and text.endswith("}") and not text.endswith("\\}"):
+        depths = itertools.accumulate((char == "{") - (char == "}") for char in text)
+        if next(place for place, depth in enumerate([*depths, 0]) if depth == 0) != len(text) - 1:
+            break
+        text = text[1:-1].strip()
+    return text
+
+
+def _spell_repeating(match: re.Match[str]) -> str:
+    """The exact fraction of a decimal whose last digits are under a bar or between two dots."""
+    whole, prefix, bar, bar_digit, first, inner, last = match.groups()
+    period = bar or bar_digit or first + (inner or "") + (last or "")
+    return _make_fraction(whole, prefix, period)
+
+
+def _make_fraction(whole: str, prefix: str, period: str) -> str:
+    """The LaTeX of WHOLE.PREFIX(PERIOD)."""
+    value = Fraction(int(whole + prefix + period or "0") - int(whole + prefix or "0"), 10 ** len(period) - 1)
+    value /= 10 ** len(prefix)
+    return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _spell_exponent(match: re.Match[str]) -> str:
+    """A number with e as a decimal, or with a power of ten; 2e-3 and 2e+3 may be sums with Euler's number and stay."""
+    sign, mantissa, letter, exponent_sign, digits = match.groups()
+    if letter == "e" and exponent_sign and "." not in mantissa:
+        return match[0]
+    exponent = int(exponent_sign + digits)
+    if abs(exponent) > MAX_PLAIN_EXPONENT:
+        return rf"{sign}{_normalize_number(mantissa)}\times 10^{{{exponent}}}"
+    whole, _, decimals = mantissa.partition(".")
+    number, places = whole + decimals, len(decimals) - exponent
+    if places <= 0:
+        return sign + number + "0" * -places
+    number = number.rjust(places + 1, "0")
+    return f"{sign}{number[:-places]}.{number[-places:]}"
 
 
 def _normalize_number(text: str) -> str | None:

@@ -4,55 +4,16 @@ from __future__ import annotations
 
 import functools
 import queue
-import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 
 from mgrpo.grading.canonical import canonicalize
+from mgrpo.grading.meaning import align, compare_cheaply, reduce_form
 from mgrpo.grading.worker import EquivalenceWorker, WorkerError
 
-MAX_MATH_CHARS = 300
 MAX_UNDECIDED = 3
 CACHED_VERDICTS = 65536
-
-_RATIONAL = re.compile(
-    r"(?P<decimal>-?[0-9]+(?:\.[0-9]+)?)"
-    r"|(?P<sign>-?)(?:(?P<whole>[0-9]+)?\\frac\{(?P<num>[0-9]+)\}\{(?P<den>[0-9]+)\}|(?P<num2>[0-9]+)/(?P<den2>[0-9]+))"
-)
-_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z][A-Za-z '\-]*")
-
-
-@functools.lru_cache(maxsize=16384)
-def _rational(form: str) -> Fraction | None:
-    """The exact value of a canonical integer, decimal or simple fraction of bounded length."""
-    match = _RATIONAL.fullmatch(form)
-    if match is None:
-        return None
-    if match["decimal"]:
-        return Fraction(match["decimal"])
-    numerator, denominator = int(match["num"] or match["num2"]), int(match["den"] or match["den2"])
-    if denominator == 0:
-        return None
-    value = int(match["whole"] or 0) + Fraction(numerator, denominator)
-    return -value if match["sign"] else value
-
-
-def _compare_cheaply(first: str, second: str) -> bool | None:
-    """The verdict on two different canonical forms where it needs no algebra, else None."""
-    if max(len(first), len(second)) > MAX_MATH_CHARS:
-        return False
-    if _WORDS.fullmatch(first) or _WORDS.fullmatch(second):
-        # To an algebra system words are products of letters, and anagrams equal.
-        return first.casefold() == second.casefold()
-    one, other = _rational(first), _rational(second)
-    if one is None or other is None:
-        return None
-    if one == other:
-        return True
-    # 1/3 and 0.333333 are left to math-verify, which rounds.
-    return None if ("." in first) != ("." in second) and ("/" in first + second or "\\" in first + second) else False
 
 
 def _form_order(form: str) -> tuple[int, str]:
@@ -63,9 +24,9 @@ def _form_order(form: str) -> tuple[int, str]:
 class AnswerChecker:
     """Decides which answers are mathematically the same; safe to share between threads.
 
-    Equal canonical forms are equivalent. In mode `math` two other forms are compared exactly where both are plain
-    numbers or fractions, as text where one is made of words, and otherwise by math-verify in both directions in a
-    worker process, so that the verdict is symmetric. It is not transitive (rounding), which `classes` allows for.
+    Equal canonical forms are equivalent. In mode `math` units and the texts of choices do not count; two other forms
+    are compared exactly where both are rational numbers, as text where both are words, and otherwise by math-verify in
+    both directions in a worker process, so that the verdict is symmetric. It is not transitive (rounding), which `classes` allows for.
     Forms of more than 300 characters are equivalent only where equal. A pair that hits the limit, or kills its
     worker, is not equivalent. Where no worker can be started at all, the call raises StartError. Verdicts are kept
     (the last 65,536 pairs).
@@ -118,7 +79,7 @@ class AnswerChecker:
 
     def equivalent(self, first: str, second: str) -> bool:
         """Whether two answers are the same; symmetric."""
-        return bool(self._compare(canonicalize(first), canonicalize(second)))
+        return bool(self._compare(self._form(first), self._form(second)))
 
     def is_correct(self, answer: str | None, label: str | None) -> bool:
         """Whether an answer matches the label; False where either is None or blank."""
@@ -133,7 +94,7 @@ class AnswerChecker:
         are taken by length, then alphabetically, and each joins the first class whose first form it is equivalent
         to. After 3 undecided pairs (time limit, dead worker) the remaining pairs are compared without a worker.
         """
-        forms = ["" if answer is None else canonicalize(answer) for answer in answers]
+        forms = ["" if answer is None else self._form(answer) for answer in answers]
         representative = self._find_representatives(sorted({form for form in forms if form}, key=_form_order))
         ids: dict[str, int] = {}
         return [ids.setdefault(representative[form], len(ids)) if form else -1 for form in forms]
@@ -144,6 +105,11 @@ class AnswerChecker:
             return [self.classes(group) for group in groups]
         with ThreadPoolExecutor(len(self._workers)) as threads:
             return list(threads.map(self.classes, groups))
+
+    def _form(self, answer: str) -> str:
+        """What an answer is compared by."""
+        form = canonicalize(answer)
+        return reduce_form(form) if self.mode == "math" else form
 
     def _find_representatives(self, forms: list[str]) -> dict[str, str]:
         """Maps each of the sorted forms to the first form of its class."""
@@ -168,14 +134,15 @@ class AnswerChecker:
             return True
         if self.mode == "exact" or not first or not second:
             return False
-        verdict = _compare_cheaply(first, second)
+        verdict = compare_cheaply(first, second)
         if verdict is not None:
             return verdict
         if not use_worker:
             with self._counters:
                 self.skipped += 1
             return False
-        return self._verdict(*sorted((first, second), key=_form_order))
+        first, second = sorted(align(first, second) or (first, second), key=_form_order)
+        return self._verdict(first, second)
 
     def _ask_worker(self, first: str, second: str) -> bool | None:
         """Has an idle worker compare two forms."""

@@ -7,13 +7,20 @@ import re
 from collections.abc import Callable
 
 from mgrpo.grading.canonical import MAX_ANSWER_CHARS
+from mgrpo.grading.headings import find_hash
+from mgrpo.grading.prose_numbers import find_last_number
+from mgrpo.grading.thoughts import drop_thought
 from mgrpo.records import InputError
 
 _BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([^\s{}$\\]+))?|\\.|([{}])", re.DOTALL)
-_LAST_NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])[+\-\u2212])?"
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))+|[0-9]+)(?:\.[0-9]+|/[0-9]+)?|(?<![0-9])\.[0-9]+)"
+_PLACEHOLDER = re.compile(
+    r"(?:[\s.…_?~$*,;:<>(\[{)\]}|'\"-]|\\[,;:!>_\s]"
+    r"|\\(?:[lcd]dots|dots[cb]?|square|Box|blacksquare|blank|q?quad|underline|hspace|text[a-z]*|math[a-z]*|hphantom|phantom)(?![A-Za-z])"
+    r"|(?<![A-Za-z])(?:(?:insert|put|write|the|your|my|final|correct|numeric(?:al)?|option|choice|letter|value|result|"
+    r"expression|number|answer|ans|here|placeholder|goes|in|notation|format|command|environment|box|xxx)(?![A-Za-z]))|\\boxed|\\fbox)*",
+    re.IGNORECASE,
 )
+MAX_PLACEHOLDER_CHARS = 100
 
 
 def make_extractor(spec: str) -> Callable[[str], str | None]:
@@ -21,13 +28,16 @@ def make_extractor(spec: str) -> Callable[[str], str | None]:
 
     Args:
         spec: `boxed` (the content of the last complete \boxed{...} or \fbox{...}, or the word after a \boxed without
-            braces), `hash` (the rest of the line after the last ####), `last-number` (an integer, decimal or
-            fraction with its sign, without a percent sign), or `regex:PATTERN` (the last match; its group where
-            the pattern has one).
+            braces; boxes that are empty or hold a placeholder such as `...` do not count), `hash` (the rest of the
+            line after the last ####, or the next line with text where the rest is a heading without digit or formula),
+            `last-number` (an integer, decimal, fraction, root or power with its sign, without a percent sign), or
+            `regex:PATTERN` (the last match; its group where the pattern has one).
 
     Returns:
-        A function of the response that never raises. Answers are stripped; an empty one, or one longer than
-        1,000 characters, is None.
+        A function of the response that never raises. It reads what follows the last closed thought (`</think>` and
+        its like) and finds no answer where a thought was left open; where the prompt opened it, the mark has to stand
+        before the response (`thoughts.decode_responses`). Answers are stripped; an empty one, or one longer than 1,000
+        characters, is None.
 
     Raises:
         ValueError: unknown spec, or a pattern that is empty, invalid, or has more than one group.
@@ -45,7 +55,8 @@ def make_extractor(spec: str) -> Callable[[str], str | None]:
         )
 
     def extract(text: str) -> str | None:
-        answer = (find(text) or "").strip()
+        rest = drop_thought(text)
+        answer = ((rest and find(rest)) or "").strip()
         return answer if 0 < len(answer) <= MAX_ANSWER_CHARS else None
 
     return extract
@@ -76,7 +87,7 @@ def _find_pattern(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _find_boxed(text: str) -> str | None:
-    """The content of the box that starts last among the complete ones."""
+    """The content of the box that starts last among the complete ones with content."""
     if "boxed" not in text and "fbox" not in text:
         return None
     start, answer = -1, None
@@ -85,26 +96,29 @@ def _find_boxed(text: str) -> str | None:
         box_brace, bare, brace = token.groups()
         if box_brace:
             open_boxes.append(token.end())
-        elif bare:
+        elif bare and not _is_placeholder(bare):
             start, answer = token.start(2), bare
         elif brace == "{":
             open_boxes.append(None)
         elif brace == "}" and open_boxes:
             opened = open_boxes.pop()
             # Slicing every box of a deep nest would be quadratic; a box around the best one is never wanted.
-            if opened is not None and opened > start:
+            if opened is not None and opened > start and not _is_placeholder(text, opened, token.start()):
                 start, answer = opened, text[opened : token.start()]
     return answer
 
 
-def _find_hash(text: str) -> str | None:
-    """The rest of the line after the last ####."""
-    _, marker, rest = text.rpartition("####")
-    return re.split(r"[\r\n]", rest, maxsplit=1)[0] if marker else None
+def _is_placeholder(text: str, start: int = 0, end: int | None = None) -> bool:
+    """Whether a box is blank, or says no more than that an answer belongs there."""
+    end = len(text) if end is None else end
+    if end - start > MAX_PLACEHOLDER_CHARS or "\\{" in text[start:end]:
+        return False
+    content = text[start:end]
+    return bool(_PLACEHOLDER.fullmatch(content)) and not re.fullmatch(r"\s*(?:[<>|-]|\(\)|\[\])\s*", content)
 
 
 _FINDERS: dict[str, Callable[[str], str | None]] = {
     "boxed": _find_boxed,
-    "hash": _find_hash,
-    "last-number": functools.partial(_find_pattern, _LAST_NUMBER),
+    "hash": find_hash,
+    "last-number": find_last_number,
 }

@@ -21,6 +21,7 @@ from trl.trainer import grpo_trainer
 import mgrpo_kernels as K
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
+from mgrpo.grading.thoughts import decode_responses
 from mgrpo.integrations.outcome import judged_metrics
 from mgrpo.integrations.trl_config import MGRPOConfig
 from mgrpo.integrations.trl_momentum import MomentumCallback
@@ -233,7 +234,7 @@ class MGRPOTrainer(_GRPOTrainer):
         if not prompts:
             return []
         device, pad_id = self.accelerator.device, self._tokenizer.pad_token_id
-        texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = decode_responses(self._tokenizer, prompts, responses)
         prompt_ids, prompt_mask = _pad(prompts, pad_id, "left", device)
         response_ids, response_mask = _pad(responses, pad_id, "right", device)
         _, entropy, _ = self._get_per_token_logps_and_entropies(

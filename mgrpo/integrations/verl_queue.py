@@ -13,9 +13,10 @@ import transfer_queue as tq  # pyright: ignore[reportMissingImports]
 from tensordict import TensorDict  # pyright: ignore[reportMissingImports]
 from verl.workers.utils.padding import response_to_nested  # pyright: ignore[reportMissingImports]
 
+from mgrpo.grading.thoughts import decode_responses
 from mgrpo.integrations.verl_judging import Rows, Verdict, place_rewards
 
-FIELDS = ("responses", "response_mask", "entropy", "reward_model")
+FIELDS = ("prompts", "responses", "response_mask", "entropy", "reward_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +87,14 @@ def fetch(batch: Any, tokenizer: Any) -> Fetched:
     """
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(FIELDS))
     responses = [response.tolist() for response in data["responses"].unbind()]
+    prompts = [prompt.tolist() for prompt in data["prompts"].unbind()]
     nested_mask = data["response_mask"]
     labels = data.get("reward_model", None)
     labels = [None] * len(responses) if labels is None else list(labels.tolist())
     return Fetched(
         batch=batch,
         real=[row for row, tag in enumerate(batch.tags) if not tag.get("is_padding", False)],
-        texts=[tokenizer.decode(response, skip_special_tokens=True) for response in responses],
+        texts=decode_responses(tokenizer, prompts, responses),
         lengths=[len(response) for response in responses],
         ended=[bool(response) and response[-1] == tokenizer.eos_token_id for response in responses],
         true_answers=[_true_answer(label) for label in labels],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mgrpo.data import PLACEHOLDER
+from mgrpo.grading.thoughts import decode_responses
 from mgrpo.records import InputError
 
 # Tokens of a row that are decoded to look for a text, more where they are too short for it.
@@ -115,9 +116,18 @@ def find_label(template: str | None) -> str | None:
     return "\n" + label if is_label else None
 
 
-def read_texts(tokenizer: Any, responses: Sequence[list[int]], stop: StopTexts | None) -> list[str]:
-    """Text of each response for an answer to be read from: without special tokens, and without what ended it."""
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+def read_texts(
+    tokenizer: Any,
+    responses: Sequence[Sequence[int]],
+    stop: StopTexts | None,
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
+) -> list[str]:
+    """Text of each response for an answer to be read from: without special tokens, and without what ended it.
+
+    Marks of a thought stay, and one that the prompt ends with comes first: see `decode_responses`.
+    """
+    texts = decode_responses(tokenizer, prompts or [()] * len(responses), responses)
     return texts if stop is None else [stop.cut(text) for text in texts]
 
 

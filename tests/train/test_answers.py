@@ -139,7 +139,7 @@ def wait_until_gone(pid: int, limit_s: float) -> bool:
         ("boxed", rf"\boxed{{{'1' * 1000}}}", "1" * 1000),
         ("boxed", rf"\boxed{{{'1' * 1001}}}", None),
         ("hash", "#### 4\nand #### 18 apples \r\nrest", "18 apples"),
-        ("hash", "#### 4\n####\n5", None),
+        ("hash", "#### 4\n####\n5", "5"),
         ("hash", "### 4", None),
         ("last-number", "from 3 to -1,234,567.50%", "-1,234,567.50"),
         ("last-number", "5-3", "3"),

@@ -28,8 +28,11 @@ class Tokenizer:
     eos_token_id = EOS
 
     def decode(self, ids, skip_special_tokens):
+        return "".join(chr(i) for i in ids if i != EOS or not skip_special_tokens)
+
+    def batch_decode(self, rows, skip_special_tokens):
         assert skip_special_tokens
-        return "".join(chr(i) for i in ids if i != EOS)
+        return [self.decode(row, skip_special_tokens) for row in rows]
 
 
 class Queue:
@@ -67,6 +70,7 @@ def put(queue, key, response, *, mask=None, truth=None, padding=False):
     ids = [*map(ord, response)]
     ids = [EOS if i == ord("$") else i for i in ids]
     queue.rows[key] = {
+        "prompts": torch.tensor([ord("?")]),
         "responses": torch.tensor(ids),
         "response_mask": torch.tensor(mask or [1] * len(ids)),
         "entropy": torch.full((len(ids),), 0.5),

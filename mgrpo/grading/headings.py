@@ -1,0 +1,85 @@
+"""Answers behind ####, which markdown takes for a heading."""
+
+from __future__ import annotations
+
+import re
+
+# A heading may be tried this often from the end of the text on.
+MAX_HEADINGS = 20
+_LABEL = re.compile(
+    r"(?:(?:so|thus|hence|therefore),? )?(?:the |my |our )?(?:final |correct )?(?:answer|result|solution)"
+    r"(?: (?:is|equals)(?![a-z])|[ *_]*[:=])[ *_:]*",
+    re.IGNORECASE,
+)
+_MATHS = re.compile(r"[0-9$=^]|\\[A-Za-z(\[]|[¼-¾⅐-⅞∞π√∅]")
+_NUMBERED = re.compile(
+    r"(?:step|part|case|method|problem|question|section|example|approach|solution|phase|stage)s? *#?[0-9]+"
+    r"(?![0-9]*[.,]?[0-9])"
+    r"|[0-9]{1,2}[.)] +[^\W\d_]{2,}",
+    re.IGNORECASE,
+)
+_SHORT_ANSWER = re.compile(
+    r"yes|no|true|false|none|\(?[A-J]\)?|[A-Z]{1,2}|(?:no|infinitely many) solutions?", re.IGNORECASE
+)
+_HEADING_WORDS = re.compile(
+    r"(?<![a-z])(?:answers?|solutions?|conclusion|results?|summary|explanation|final|steps?|verification|check|notes?|"
+    r"analysis|reasoning|overview|calculations?|computation|proof|discussion|remarks?|approach|therefore)(?![a-z])",
+    re.IGNORECASE,
+)
+_ANNOUNCES = re.compile(
+    r"|.*(?<![a-z])(?:answer|solution|conclusion|result|summary|final|total|therefore)s?(?![a-z]).*", re.I
+)
+_WORD = re.compile(r"\w")
+_LINE_END = re.compile(r"[\r\n]")
+
+
+def find_hash(text: str) -> str | None:
+    """What stands after the last #### that is no mere heading."""
+    end, under_another = len(text), None
+    for _ in range(MAX_HEADINGS):
+        marker = text.rfind("####", 0, end)
+        if marker < 0:
+            break
+        line_end = _find_line_end(text, marker, end)
+        rest = _clean(text[marker + 4 : line_end])
+        heading = _NUMBERED.match(rest) or not (_MATHS.search(rest) or _SHORT_ANSWER.fullmatch(rest))
+        if not heading:
+            return rest
+        below = _find_below(text, line_end, end)
+        if below and _ANNOUNCES.fullmatch(rest):
+            return below
+        under_another = under_another or below
+        if (
+            not below
+            and rest
+            and len(rest.split()) <= 3
+            and not _NUMBERED.match(rest)
+            and not _HEADING_WORDS.search(rest)
+        ):
+            return rest
+        end = marker
+    return under_another
+
+
+def _find_line_end(text: str, start: int, end: int) -> int:
+    """Where the line ends that holds `start`."""
+    match = _LINE_END.search(text, start, end)
+    return match.start() if match else end
+
+
+def _find_below(text: str, start: int, end: int) -> str | None:
+    """The next line with text that is no heading."""
+    while match := _WORD.search(text, start, end):
+        line_start = 1 + max(text.rfind("\n", start, match.start()), text.rfind("\r", start, match.start()), start - 1)
+        start = _find_line_end(text, match.start(), end)
+        line = text[line_start:start].strip()
+        if not line.startswith("#") and (line := _clean(line)):
+            return line
+    return None
+
+
+def _clean(line: str) -> str:
+    """A line without the stars and hashes around it, and without words that announce an answer."""
+    line = line.strip(" \t*_#`:>").removesuffix("\\\\")
+    label = _LABEL.match(line)
+    return line[label.end() :].strip(" \t*_`") if label else line

@@ -1,0 +1,36 @@
+"""The last number in prose, with all that belongs to it."""
+
+from __future__ import annotations
+
+import re
+
+_SEPARATOR = r"(?P<separator>,|\{,\}|\\,|[ '’\u00a0\u2009\u202f])"  # noqa: RUF001
+_DIGITS = (
+    rf"(?:[0-9]{{1,3}}{_SEPARATOR}[0-9]{{3}}(?![0-9])(?:(?P=separator)[0-9]{{3}}(?![0-9]))*|[0-9]+)"
+    r"(?:\.[0-9]*(?:\\(?:overline|bar|dot) ?\{?[0-9]+\}?[0-9]*)+|\.[0-9]+)?|(?<![0-9])\.[0-9]+"
+)
+_INTEGER_POWER = r"(?:\{ ?[+\-\u2212]?[0-9./]{1,20} ?\}|\(?[+\-\u2212]?[0-9]{1,20}\)?)"
+_POWER = rf"(?: ?(?:\^|\*\*) ?{_INTEGER_POWER}|[⁰¹²³⁴-⁹⁺⁻]+)"
+_GROUP = r"\{(?:[^{}]|\{[^{}]{0,60}\}){0,60}\}"
+_FRACTION = rf"\\[dtc]?frac ?(?:{_GROUP}|[0-9]) ?(?:{_GROUP}|[0-9])"
+_ROOT = r"\\sqrt(?:\[[0-9]+\])? ?(?:\{[0-9 +\-*/^.]{1,40}\}|[0-9])"
+_LAST_NUMBER = re.compile(
+    # Fractions of letters, exponents, indices and units are no numbers of their own.
+    r"\\[dtc]?frac ?\{[^{}0-9]{0,60}\} ?\{[^{}0-9]{0,60}\}"
+    rf"|(?:\^|\*\*|_) ?(?:{_GROUP}|{_INTEGER_POWER})"
+    r"|(?<![A-Za-z])(?:[kcdm]?m|ft|in|yd|mi|sec|s)[23](?![0-9])"
+    r"|(?P<number>(?:(?<![\w)\]}])[+\-\u2212](?=[\\0-9.¼-⅞]))?"
+    rf"(?:{_FRACTION}|{_ROOT}"
+    rf"|(?:{_DIGITS})(?:[eE][+\-\u2212]?[0-9]+(?![A-Za-z0-9])"
+    rf"| ?(?:\\times|\\cdot|[×·*xX]) ?10{_POWER}"  # noqa: RUF001
+    rf"|/[0-9]+(?![0-9])| [0-9]+/[0-9]+| ?{_FRACTION}|[¼-¾⅐-⅞]|_(?:\{{[0-9]+\}}|[0-9]+)|{_POWER}| ?{_ROOT})?"
+    r"|[¼-¾⅐-⅞])(?: ?(?:\\pi(?![A-Za-z])|π))?)"
+)
+
+
+def find_last_number(text: str) -> str | None:
+    """The last number that is no exponent, index or unit."""
+    last = None
+    for match in _LAST_NUMBER.finditer(text):
+        last = match["number"] or last
+    return last
