@@ -26,7 +26,8 @@ class AnswerChecker:
 
     Equal canonical forms are equivalent. In mode `math` units and the texts of choices do not count; two other forms
     are compared exactly where both are rational numbers, as text where both are words, and otherwise by math-verify in
-    both directions in a worker process, so that the verdict is symmetric. It is not transitive (rounding), which `classes` allows for.
+    both directions in a worker process, so that the verdict is symmetric. It is not transitive (rounding), which
+    `classes` allows for.
     Forms of more than 300 characters are equivalent only where equal. A pair that hits the limit, or kills its
     worker, is not equivalent. Where no worker can be started at all, the call raises StartError. Verdicts are kept
     (the last 65,536 pairs).
