@@ -26,6 +26,7 @@ from rich.table import Table
 
 import mgrpo_kernels as K
 from mgrpo.config import ConfigError, ModelConfig
+from mgrpo.display import protect_output
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.policy import load_model, pick_device, quiet_transformers
 from mgrpo.rollout.engine import Sampling
@@ -277,6 +278,7 @@ class DoctorArgs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the findings; returns 0, 1 where something needed does not work, or 2 for a bad device."""
+    protect_output()
     quiet_transformers()
     args = tyro.cli(DoctorArgs, args=argv, prog="python -m mgrpo.doctor")
     try:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from mgrpo.config import AnswerConfig, ConfigError, ModelConfig, stop_problems
 from mgrpo.data import Dataset, make_dataset
+from mgrpo.display import protect_output
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.policy import LoadedModel, load_model, quiet_transformers
@@ -342,6 +343,7 @@ def make_table(evaluation: Evaluation, title: str) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 for bad input and 6 where --out can not be written."""
+    protect_output()
     quiet_transformers()
     args = tyro.cli(EvaluateArgs, args=argv, prog="python -m mgrpo.evaluate")
     try:

@@ -14,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from mgrpo.display import protect_output
 from mgrpo.plots import Run, draw_figures, find_alarms, points, render_png
 from mgrpo.records import InputError
 
@@ -218,6 +219,7 @@ class ReportArgs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 for bad input and 6 where the report can not be written."""
+    protect_output()
     args = tyro.cli(ReportArgs, args=argv, prog="python -m mgrpo.report")
     try:
         print(write_report(args.runs, args.out))

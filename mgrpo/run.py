@@ -6,21 +6,19 @@ import errno
 import fcntl
 import json
 import math
-import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 
 import torch
 
 from mgrpo import checkpoint
 from mgrpo.config import Config, ConfigError, flag, from_dict, to_dict
+from mgrpo.interrupt import Interrupt, Interrupted
 from mgrpo.metrics import Metrics, StorageError, make_trackers, read_metrics, to_json, write_aside
 from mgrpo.monitor import Monitor
 from mgrpo.policy import pick_backend, pick_device
@@ -39,7 +37,6 @@ STORAGE_ERRORS = {
     *(errno.EROFS, errno.EACCES, errno.EPERM),
 }
 MAX_FAULTS = 20
-KILLED = 130  # exit code of a second signal, which saves nothing
 
 
 class Exit(IntEnum):
@@ -62,30 +59,42 @@ def run(config: Config) -> Exit:
     if config.threads:
         torch.set_num_threads(config.threads)
     run_dir = Path(config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    with storage_errors(), locked(run_dir, config):
-        if config.resume and (before := resumed_config(run_dir)):
-            check_resumable(config, before)
-        trainer = Trainer(config)
-        try:
-            return _train(trainer, run_dir)
-        finally:
-            trainer.close()
+    interrupt = Interrupt()
+    try:
+        with interrupt.handled(), storage_errors(), locked(run_dir, config):
+            if config.resume and (before := resumed_config(run_dir)):
+                check_resumable(config, before)
+            trainer = Trainer(config)
+            try:
+                return _train(trainer, run_dir, interrupt)
+            finally:
+                trainer.close()
+    except Interrupted:
+        print(f"interrupted before a step was taken; start with --resume --run-dir {run_dir}")
+        return Exit.INTERRUPTED
 
 
-def _train(trainer: Trainer, run_dir: Path) -> Exit:
+def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
     """The loop and what surrounds it."""
     config = trainer.config
     rows = resume(trainer, run_dir) if config.resume else []
     write_aside(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
     last_step = min(config.stop_after or config.steps, config.steps)
-    outcome, interrupt = Exit.DONE, Interrupt()
+    outcome = Exit.DONE
     with (
         Session(trainer, run_dir, rows) as session,
         Progress(config, run_dir, trainer.step, last_step, trainer.stop) as progress,
-        interrupt.handled(),
     ):
+        interrupt.defer()
         while outcome is Exit.DONE and trainer.step < last_step:
-            row = session.take_step()
+            try:
+                row = session.take_step()
+            except EngineError as error:
+                # Who ends a job ends its vLLM servers too, some of them first. What there was to save is saved.
+                if not interrupt.asked or isinstance(error, StaleWeightsError):
+                    raise
+                outcome = Exit.INTERRUPTED
+                break
             progress.show(row)
             write_samples(trainer, run_dir, progress)
             if row["alarm"] and config.monitor.on_collapse == "rollback" and (message := session.roll_back()):
@@ -237,32 +246,6 @@ def _spelled(value: Any) -> Any:
 def _due(every: int, step: int) -> bool:
     """Whether `step` is one of every so many."""
     return every > 0 and step % every == 0
-
-
-class Interrupt:
-    """SIGINT and SIGTERM ask for an end after the step; the second one ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Installs the handlers for a while, where Python allows it (the main thread)."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked:
-                os._exit(KILLED)
-            self.asked = True
-
-        try:
-            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from mgrpo.checkpoint import CheckpointError
 from mgrpo.config import Config, ConfigError
+from mgrpo.display import protect_output
+from mgrpo.interrupt import ignore_warnings
 from mgrpo.metrics import StorageError
 from mgrpo.plan import print_plan
 from mgrpo.policy import quiet_transformers
@@ -64,6 +66,7 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
+    protect_output()
     quiet_transformers()
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
@@ -88,4 +91,6 @@ def _fail(code: Exit, error: Exception) -> Exit:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    ignore_warnings()
+    sys.exit(code)

@@ -208,7 +208,9 @@ def _receive(process: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]
 def serve(timeout_s: float, hang_s: float) -> None:
     """Answers pairs from standard input until it closes, which it does when the parent ends."""
     _end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal and some schedulers send theirs to every process of a run; this one ends with its parent.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     for limit in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(limit, signal.SIG_DFL)
     requests = sys.stdin.buffer

@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 import torch
 from safetensors.torch import save
 
+from mgrpo.interrupt import WARNINGS
 from mgrpo.rollout.checked import CheckedEngine, Progress, Response, Weights
 from mgrpo.rollout.engine import EngineError, Rollouts, Sampling, Source, StaleWeightsError
 from mgrpo.rollout.nccl import NcclSender
@@ -249,7 +250,7 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # a Ctrl-C is the trainer's, which has a step to end
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=_before_start,
             )
 
     def wait(self) -> None:
@@ -291,6 +292,14 @@ def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{flag}" if value else f"--no-{flag}"
         else:
             yield from (f"--{flag}", str(value))
+
+
+def _before_start() -> None:
+    """What a scheduler sends to every process of a job as a warning is the trainer's too."""
+    for number in WARNINGS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        _die_with_parent()
 
 
 def _die_with_parent() -> None:

@@ -22,6 +22,8 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from mgrpo.display import protect_output
+
 CHARACTERS = "0123456789+-=;#"
 PAD, EOS = "<pad>", "<eos>"
 ANSWER_PATTERN = r"#(\d\d)"
@@ -193,6 +195,7 @@ def export(args: ExportArgs) -> None:
 
 def main() -> None:
     """Runs the `base` or the `export` command."""
+    protect_output()
     args = tyro.cli(
         Annotated[BaseArgs, tyro.conf.subcommand("base")] | Annotated[ExportArgs, tyro.conf.subcommand("export")],
         description=__doc__,
