@@ -102,7 +102,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 def read_whole(file: BinaryIO, path: Path, budget: Budget, start: bytes = b"") -> bytes:
     """The bytes of a file that is parsed as one, of which `start` was read before."""
-    content = start + file.read(MAX_WHOLE_BYTES + 1 - len(start))
+    content = start + file.read(max(MAX_WHOLE_BYTES + 1 - len(start), 0))
     if len(content) > MAX_WHOLE_BYTES:
         raise InputError(
             f"{path}: {format_of(path)} file must have at most {MAX_WHOLE_BYTES >> 20} MiB, got more. "
