@@ -340,7 +340,8 @@ class Config:
     seed: int = 0
     """Seed of data order and sampling."""
     threads: int | None = None
-    """CPU threads; torch's choice when None. A run repeats bit for bit only with the same number."""
+    """CPU threads; when None torch's choice, at most the CPUs that affinity and cgroups leave. A run repeats bit for
+    bit only with the same number."""
     stop_after: int | None = None
     """End early, after this step, under the schedule of `steps`."""
     resume: bool = False

@@ -32,6 +32,7 @@ from mgrpo.policy import load_model, pick_device, quiet_transformers
 from mgrpo.rollout.engine import Sampling
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_model
+from mgrpo.threads import available_cpus, limit_threads
 from mgrpo_kernels.backends import resolve
 
 PACKAGES = ("mgrpo", "torch", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "matplotlib")
@@ -245,7 +246,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
             facts[package] = "not installed as a package"
     gpu = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else "no GPU used"
     facts["device"] = f"{device} ({gpu})"
-    facts["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    facts["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores, {available_cpus()} for this process"
     if "SC_AVPHYS_PAGES" in os.sysconf_names:
         facts["free memory"] = f"{os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
     facts["free disk"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB in {Path.cwd()}"
@@ -280,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the findings; returns 0, 1 where something needed does not work, or 2 for a bad device."""
     protect_output()
     quiet_transformers()
+    limit_threads()
     args = tyro.cli(DoctorArgs, args=argv, prog="python -m mgrpo.doctor")
     try:
         device = pick_device(args.device)

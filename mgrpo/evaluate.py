@@ -35,6 +35,7 @@ from mgrpo.records import load_records
 from mgrpo.rollout.engine import Engine, Rollouts, Sampling, Source
 from mgrpo.rollout.stop import StopTexts, make_stop, read_texts
 from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.threads import limit_threads
 
 MAX_DEFAULT_NEW_TOKENS = 2048
 # Groups of flags of mgrpo.train whose names this command has alone.
@@ -357,6 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, or 2 for bad input and 6 where --out can not be written."""
     protect_output()
     quiet_transformers()
+    limit_threads()
     args = tyro.cli(EvaluateArgs, args=argv, prog="python -m mgrpo.evaluate")
     try:
         evaluation = run(args)

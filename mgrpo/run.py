@@ -27,6 +27,7 @@ from mgrpo.progress import Progress
 from mgrpo.prompts import describe_data
 from mgrpo.report import write_report
 from mgrpo.rollout import EngineError, StaleWeightsError
+from mgrpo.threads import limit_threads
 from mgrpo.trainer import Trainer
 
 # Options that may differ when a run is resumed: they change what is watched and kept, not what is computed.
@@ -57,8 +58,7 @@ def run(config: Config) -> Exit:
     """Trains from start, or from the newest checkpoint, to the last step; returns why it ended."""
     refuse_distributed()
     pick_backend(config.kernels.backend, pick_device(config.model.device))
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    limit_threads(config.threads)
     run_dir = Path(config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     interrupt = Interrupt()
     try:
@@ -310,6 +310,12 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
         damaged.rename(aside)
     rows = read_metrics(run_dir / "metrics.jsonl", up_to=trainer.step)
     write_aside(run_dir / "metrics.jsonl", "".join(to_json(row) + "\n" for row in rows))
+    threads, before = torch.get_num_threads(), trainer.restored_threads
+    if before not in (None, threads):
+        print(
+            f"resume: {threads} CPU threads, {before} before: the next steps differ in their last bits. "
+            f"OMP_NUM_THREADS={before} repeats them."
+        )
     print(f"resume: step {trainer.step} of {trainer.config.steps}, weights, optimiser and sampler from {folder}")
     return rows
 

@@ -96,6 +96,7 @@ class Trainer:
         )
         self.step = 0
         self.rollbacks = 0
+        self.restored_threads: int | None = None  # of the process that wrote what was restored
         self.fault: dict[str, Any] | None = None  # what is known of the newest step, if it was not finite
         self.samples: list[dict[str, Any]] = []  # of the newest sampled step
         self.lost_engine: EngineError | None = None  # of an evaluation, after which no other step can be taken
@@ -385,6 +386,7 @@ class Trainer:
                 "sampler": self.sampler.state_dict(),
                 "retention": self.retention.state_dict(),
                 "rollbacks": self.rollbacks,
+                "threads": torch.get_num_threads(),
                 "fingerprints": self.fingerprints,
                 "rng": checkpoint.rng_state(),
             }
@@ -422,6 +424,7 @@ class Trainer:
         )
         checkpoint.load_optimizer(folder / "optimizer.safetensors", self.learner.optimizer, self.learner.names)
         self.step = state["step"]
+        self.restored_threads = state.get("threads")
         self.learner.step = state["optimizer_step"]
         self.learner.nonfinite_steps = state["nonfinite_steps"]
         self.learner.nonfinite_in_row = state["nonfinite_in_row"]

@@ -23,6 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from mgrpo.display import protect_output
+from mgrpo.threads import limit_threads
 
 CHARACTERS = "0123456789+-=;#"
 PAD, EOS = "<pad>", "<eos>"
@@ -196,6 +197,7 @@ def export(args: ExportArgs) -> None:
 def main() -> None:
     """Runs the `base` or the `export` command."""
     protect_output()
+    limit_threads()
     args = tyro.cli(
         Annotated[BaseArgs, tyro.conf.subcommand("base")] | Annotated[ExportArgs, tyro.conf.subcommand("export")],
         description=__doc__,
