@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from mgrpo.config import ConfigError, ModelConfig
+from mgrpo.determinism import make_deterministic
 from mgrpo.records import InputError
 from mgrpo_kernels.backends import resolve
 
@@ -137,18 +138,24 @@ def load_model(config: ModelConfig) -> LoadedModel:
     """Loads tokenizer and model; raises InputError for a folder that can not be trained from."""
     tokenizer = load_tokenizer(config)
     with _loading(config.path):
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_path(config.path),
-            dtype=torch.float32,
-            use_safetensors=True,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
+        model = _with_attention(
+            config.attn_implementation,
+            lambda attention: AutoModelForCausalLM.from_pretrained(
+                resolve_path(config.path),
+                dtype=torch.float32,
+                use_safetensors=True,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+            ),
         )
     _check_finite(model, config.path)
-    _disable_dropout(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train(config.gradient_checkpointing)
+    try:
+        make_deterministic(model, gradient_checkpointing=config.gradient_checkpointing)
+    except ValueError as error:
+        raise InputError(
+            f"model: --model.gradient-checkpointing needs a model that has it, {type(model).__name__} has not. "
+            "Leave it out."
+        ) from error
     torch.nn.Module.to(model, pick_device(config.device))
     return LoadedModel(
         model=model,
@@ -158,6 +165,16 @@ def load_model(config: ModelConfig) -> LoadedModel:
         context_length=tokenizer.context_length,
         dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32,
     )
+
+
+def _with_attention(attention: str, load: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    """Loads with an implementation of attention; a family that has no sdpa, or no attention at all, takes eager."""
+    try:
+        return load(attention)
+    except ValueError as error:
+        if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        return load("eager")
 
 
 @contextmanager
@@ -174,7 +191,7 @@ def context_length(config: PretrainedConfig) -> int:
     """Longest sequence in tokens that a model was built for."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         length = getattr(config.get_text_config(), name, None)
-        if length:
+        if length and length > 0:  # -1 of XLNet is no limit
             return int(length)
     return 2**31
 
@@ -184,16 +201,6 @@ def _check_finite(model: PreTrainedModel, path: str) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"model: {name} of {path} must be finite, got NaN or infinity. The folder is damaged.")
-
-
-def _disable_dropout(model: PreTrainedModel) -> None:
-    """Switches every dropout off: the same weights must give the same log-probs."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
 
 
 def save_model(folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:
