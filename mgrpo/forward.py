@@ -1,4 +1,7 @@
-"""The plain forward pass: token ids to logits, without a cache, a mask or positions, as any causal LM has it."""
+"""The plain forward pass: token ids to logits, without a cache, a mask or positions, as any causal LM has it.
+
+Letters: R sequences, L tokens, D hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +36,8 @@ def plain_logits(model: PreTrainedModel, ids: torch.Tensor, *, last: bool = Fals
         return model(input_ids=ids, **plain_options(model)).logits
     keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted(model) else {}
     return model(input_ids=ids, **plain_options(model), **keep).logits[:, -1]
+
+
+def plain_hidden(decoder: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Last hidden states [R, L, D] of ids [R, L]."""
+    return decoder(input_ids=ids, **plain_options(decoder)).last_hidden_state

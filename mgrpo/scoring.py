@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import mgrpo_kernels as K
 from mgrpo.config import KernelsConfig
+from mgrpo.forward import plain_hidden, plain_logits
 from mgrpo.policy import LoadedModel
 from mgrpo.trajectories import Trajectories
 
@@ -91,10 +92,10 @@ class Scorer:
         autocast = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
         if not self.has_plain_head:
             with autocast:
-                logits = model(input_ids=ids, use_cache=False).logits[line, column]
+                logits = plain_logits(model, ids)[line, column]
             return self._from_logits(logits, targets, self_certainty)
         with autocast:
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[line, column]
+            hidden = plain_hidden(model.get_decoder(), ids)[line, column]
         return self._from_hidden(hidden.to(self.dtype), model.get_output_embeddings(), targets, self_certainty)
 
     def _from_hidden(
@@ -132,5 +133,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     if not isinstance(head, torch.nn.Linear) or decoder is None or decoder is model:
         return False
     ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
-    hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    return hidden is not None and torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)
+    try:
+        logits = head(plain_hidden(decoder, ids))
+    except Exception:  # of a decoder that wants more than token ids
+        return False
+    return torch.equal(logits, plain_logits(model, ids))

@@ -37,7 +37,7 @@ from mgrpo.prompts import load_prompts, require_answers
 from mgrpo.retention import Retention
 from mgrpo.rollout.checked import CheckedEngine
 from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source, StaleWeightsError
-from mgrpo.rollout.parity import check_parity
+from mgrpo.rollout.parity import check_embedded, check_parity
 from mgrpo.rollout.server import EnginePair
 from mgrpo.rollout.start import start_engine
 from mgrpo.rollout.stop import make_stop, read_texts
@@ -246,18 +246,19 @@ class Trainer:
 
     @torch.no_grad()
     def check_parity(self, trajectories: Trajectories, scores: Scores) -> Metrics:
-        """Compares a few log-probs of vLLM under both weights with the trainer's, where due: {} where not.
+        """Compares a few log-probs of the engine under both weights with the trainer's, where due: {} where not.
 
         StaleWeightsError stops the run where they are too far apart.
         """
         c = self.config.rollout
         due = self.step <= PARITY_STEPS or (c.parity_every > 0 and self.step % c.parity_every == 0)
-        # Nucleus sampling divides by a mass that the trainer does not know.
-        if c.engine == "transformers" or c.top_p < 1 or not due:
+        # Under nucleus sampling vLLM divides by a mass that the trainer does not know.
+        if not due or (c.engine == "vllm" and c.top_p < 1):
             return {}
         metrics: Metrics = {}
         from_momentum = trajectories.is_momentum.flatten()
-        compare = partial(check_parity, dtype=self.loaded.dtype, version=self.version)
+        check = check_parity if c.engine == "vllm" else partial(check_embedded, top_p=c.top_p)
+        compare = partial(check, dtype=self.loaded.dtype, version=self.version)
         rows = (~from_momentum).nonzero().flatten()
         pair = (trajectories.rollout_logprob[rows], scores.old_logprob[rows], trajectories.mask[rows])
         metrics["parity_policy"] = compare(*pair, source="policy")

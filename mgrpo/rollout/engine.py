@@ -22,6 +22,10 @@ class StaleWeightsError(EngineError):
     """The engine holds another version of the weights than the caller asked for."""
 
 
+class ParityError(StaleWeightsError):
+    """The engine's log-probs are not the model's: nothing of what it wrote can be trained on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to sample. `temperature` 0 is greedy; `seed` fixes every draw of one call."""

@@ -1,7 +1,8 @@
-"""The embedded engine: an own decode loop over a transformers model and its KV cache.
+"""The embedded engine: an own decode loop over a transformers model.
 
 Against `model.generate` it prefills each prompt once for all its n samples, keeps only unfinished sequences in the
-batch, and shares storage with the trainer's weights where dtype and device agree.
+batch, and shares storage with the trainer's weights where dtype and device agree. Models whose cache does not allow
+that are decoded in the ways of decoding.py, which one a trial decides.
 Letters: B prompts, n rollouts a prompt, R = B * n sequences, L response tokens, V vocabulary.
 """
 
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 
 import torch
 from transformers import PreTrainedModel
 
-from mgrpo.rollout.decoding import Padded
+from mgrpo.rollout.choice import bears_cast, choose_way, trial_logprobs
 from mgrpo.rollout.engine import Rollouts, Sampling, Source, check_loaded, check_weights
 from mgrpo.rollout.stop import StopTexts
 
@@ -36,16 +38,26 @@ class TransformersEngine:
         stop: StopTexts | None = None,
     ):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        for parameter in self.model.parameters():  # not the buffers: rotary frequencies stay in fp32
-            parameter.data = parameter.data.to(dtype)
         self.device = next(model.parameters()).device
+        self.way = choose_way(self.model, pad_id)
+        self.autocast = None if dtype == torch.float32 else self._cast(model, pad_id, dtype)
         self.stop = stop
         ends = {*eos_ids, *(stop.token_ids if stop else ())}
         self.eos_ids = torch.tensor(sorted(ends), device=self.device)
         self.pad_id = pad_id
         self.batch_size = batch_size
-        self.way = Padded
         self.loaded: tuple[Source, int] | None = None
+
+    def _cast(self, model: PreTrainedModel, pad_id: int, dtype: torch.dtype) -> torch.dtype | None:
+        """Casts the weights; where the model does not bear that, takes them back and returns what to cast within it."""
+        expected = trial_logprobs(self.model, pad_id, dtype)
+        for parameter in self.model.parameters():  # not the buffers: rotary frequencies stay in fp32
+            parameter.data = parameter.data.to(dtype)
+        if bears_cast(self.model, self.way, pad_id, dtype, expected):
+            return None
+        for parameter, own in zip(self.model.parameters(), model.parameters(), strict=True):
+            parameter.data = own.data
+        return dtype
 
     def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
         """Shares the given tensors where dtype and device agree, copies them elsewhere."""
@@ -70,7 +82,8 @@ class TransformersEngine:
         for chosen in self._batches(prompts, max(self.batch_size // max(n, 1), 1)):
             for samples in torch.arange(n).split(self.batch_size):
                 rows = (torch.tensor(chosen)[:, None] * n + samples).flatten()
-                batch = self._decode([prompts[b] for b in chosen], len(samples), sampling, generator)
+                with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+                    batch = self._decode([prompts[b] for b in chosen], len(samples), sampling, generator)
                 tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = (part.cpu() for part in batch)
         longest = int(lengths.max()) if num_rows else 0
         return Rollouts(

@@ -62,6 +62,8 @@ KERNELS = [name for name in SOURCES if name.startswith("mgrpo_kernels")]
 KNOW_TRANSFORMERS = {
     "mgrpo.rollout.transformers",
     "mgrpo.rollout.decoding",
+    "mgrpo.rollout.choice",
+    "mgrpo.determinism",
     "mgrpo.policy",
     "mgrpo.scoring",
     "mgrpo.plan",
@@ -95,7 +97,7 @@ def test_nothing_needs_the_plug_ins():
 
 
 def test_configuration_is_at_the_bottom():
-    for name in ("mgrpo.config", "mgrpo.inputs"):
+    for name in ("mgrpo.config", "mgrpo.records"):
         assert not own(imported(SOURCES[name], deferred=False)) - {"mgrpo"}, name
 
 

@@ -1,0 +1,39 @@
+"""Compares the embedded engine with the model outside of training, where no trainer has scored its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mgrpo.config import KernelsConfig
+from mgrpo.policy import LoadedModel
+from mgrpo.rollout.engine import Engine, Rollouts, Sampling
+from mgrpo.rollout.parity import check_embedded
+from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.scoring import Scorer
+from mgrpo.trajectories import join
+
+# Samples that are scored, and the padded tokens of one forward pass.
+NUM_ROWS, MICRO_BATCH_TOKENS = 8, 4096
+
+
+def check_samples(
+    engine: Engine, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, rollouts: Rollouts
+) -> None:
+    """ParityError where the first log-probs of the embedded engine are not those of the model's plain forward pass."""
+    if not isinstance(engine, TransformersEngine):
+        return
+    rows = torch.arange(min(NUM_ROWS, len(rollouts.lengths)))
+    kernels, budget = KernelsConfig(), MICRO_BATCH_TOKENS
+    scorer = Scorer(loaded, temperature=sampling.temperature, kernels=kernels, micro_batch_tokens=budget)
+    expected = scorer.score(loaded.model, join(prompts, rollouts, None), rows=rows).logprob
+    check_embedded(
+        rollouts.logprobs[rows],
+        expected[rows],
+        rollouts.mask[rows],
+        dtype=loaded.dtype,
+        source=rollouts.source,
+        version=rollouts.version,
+        top_p=sampling.top_p,
+    )
