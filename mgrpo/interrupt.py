@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+AGAIN = 75  # exit code of an interruption after which the run can be started again
 KILLED = 130  # exit code of a second Ctrl-C or SIGTERM, which saves nothing
 # What a person sends who wants the process to end; sent again, it has to end at once.
 WISHES = (signal.SIGINT, signal.SIGTERM)
@@ -36,11 +37,9 @@ class Interrupt:
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Installs the handlers for a while, where Python allows it (the main thread)."""
-        # nohup starts its command with hang-ups ignored, so that it goes on; others do so with other warnings.
-        numbers = [*WISHES, *(number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN)]
         before = {}
         try:
-            for number in numbers:
+            for number in (*WISHES, *_heeded()):
                 before[number] = signal.signal(number, self._ask)
         except ValueError:
             pass
@@ -65,6 +64,21 @@ class Interrupt:
         is_first, self.asked = not self.asked, True
         if is_first and not self._deferred:
             raise Interrupted
+
+
+def _heeded() -> list[int]:
+    """Warnings that are not ignored: nohup starts its command with hang-ups ignored, so that it goes on."""
+    return [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def end_early() -> None:
+    """Lets each of these signals end the process at once while nothing has begun, with an exit code that says so."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os._exit(AGAIN)
+
+    for number in (*WISHES, *_heeded()):
+        signal.signal(number, leave)
 
 
 def ignore_warnings() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from mgrpo import checkpoint
 from mgrpo.config import Config, ConfigError, flag, from_dict, to_dict
-from mgrpo.interrupt import Interrupt, Interrupted
+from mgrpo.interrupt import AGAIN, Interrupt, Interrupted
 from mgrpo.metrics import Metrics, StorageError, make_trackers, read_metrics, to_json, write_aside
 from mgrpo.monitor import Monitor
 from mgrpo.policy import pick_backend, pick_device
@@ -50,7 +50,7 @@ class Exit(IntEnum):
     NON_FINITE = 4
     ENGINE = 5
     STORAGE = 6
-    INTERRUPTED = 75
+    INTERRUPTED = AGAIN
 
 
 def run(config: Config) -> Exit:

@@ -7,13 +7,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mgrpo.display import protect_output
+from mgrpo.interrupt import end_early, ignore_warnings
+
+if __name__ == "__main__":  # what is imported below takes seconds
+    protect_output()
+    end_early()
+
+# isort: split
 import tyro
 from rich.console import Console
 
 from mgrpo.checkpoint import CheckpointError
 from mgrpo.config import Config, ConfigError
-from mgrpo.display import protect_output
-from mgrpo.interrupt import ignore_warnings
 from mgrpo.metrics import StorageError
 from mgrpo.plan import print_plan
 from mgrpo.policy import quiet_transformers

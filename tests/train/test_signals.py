@@ -188,7 +188,7 @@ def test_workers_and_servers_leave_warnings_to_the_trainer():
     worker = EquivalenceWorker(timeout_s=20)
     try:
         assert worker.compare("1", "1")
-        pid = worker.pid
+        pid = worker.pid or 0
         for number in (INT, HUP, USR1, signal.SIGUSR2):
             os.kill(pid, number)
         assert worker.compare("2", "2.0") and worker.pid == pid
@@ -210,6 +210,19 @@ def wait_for_rows(process: subprocess.Popen, run_dir: Path, rows: int) -> None:
     while not metrics.exists() or metrics.read_text().count("\n") < rows:
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
+
+
+@pytest.mark.fault("a signal while Python loads the modules of a run")
+@pytest.mark.parametrize("number", [TERM, HUP, USR1])
+def test_a_signal_ahead_of_everything(tmp_path, number):
+    process = start(["--run-dir", str(tmp_path / "run")])
+    status, end = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        caught = int(status.read_text().partition("SigCgt:")[2].split()[0], 16)
+        if caught & 1 << number - 1:
+            break
+    process.send_signal(number)
+    assert process.wait(60) == Exit.INTERRUPTED and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
