@@ -48,17 +48,21 @@ class DataConfig:
     """Prompts. Labels, where there are any, feed metrics only (and reward `labels`)."""
 
     train: str = "arithmetic:8192:3-7:0"
-    """.jsonl, .json, .parquet or .csv file, a folder of them, a hub id, or `arithmetic:NUM:OPERANDS:SEED`."""
+    """.jsonl, .json, .parquet, .csv, .tsv or .arrow file, text also as .gz; a folder of them or of `save_to_disk`; a
+    hub id; or `arithmetic:NUM:OPERANDS:SEED`."""
     probe: str | None = None
     """Labelled prompts for evaluation during training, same forms as `train`."""
     prompt_key: str = "prompt"
-    """Key of the prompt in a record: text, or a list of chat messages."""
-    answer_key: str = "answer"
-    """Key of the true answer in a record. Records without it are fine."""
+    """Key of the prompt in a record: text, or a list of chat messages. `a.b` is the key `b` of the object `a`."""
+    answer_key: str | None = None
+    """Key of the true answer in a record, likewise. None is `answer`, which may be missing; a key that is given and
+    that no record has is an error."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set or of a saved DatasetDict."""
     template: str | None = None
     """None takes prompts as they are, `chat` the tokenizer's chat template; else a text that holds `{prompt}`."""
+    template_args: tuple[str, ...] = ()
+    """KEY=VALUE ... for the chat template, such as `enable_thinking=false`."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with prompts that leave no room for a response in the model's context. They are never cut."""
 
@@ -70,6 +74,9 @@ class AnswerConfig:
     extract: str = "boxed"
     """`boxed` (last \\boxed{} with content), `hash` (after the last ####), `last-number`, `regex:PATTERN` (last match,
     group 1). What stands before the end of a thought (`</think>`) is not read."""
+    label_extract: str = "auto"
+    """How the true answer is read from a label, whatever responses look like: `auto` (last box, else the line after
+    ####, else the label itself), `plain` (the label itself), `boxed`, `hash`, `last-number`, `regex:PATTERN`."""
     equivalence: Literal["math", "exact"] = "math"
     """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
     timeout_s: float = 5.0

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from mgrpo.records import InputError, Record, check_unicode
+from mgrpo.chat import check_template, read_arguments, render
+from mgrpo.inputs import InputError
+from mgrpo.labels import Label
+from mgrpo.messages import leave_off_answer
+from mgrpo.records import Record
 
-PLACEHOLDER = "{prompt}"
 # Prompts that are encoded in one call, at most.
 ENCODE_CHUNK = 1024
 ENCODE_CHARS = 1 << 20
@@ -25,17 +28,23 @@ class Prompt:
 
     ids: tuple[int, ...]
     text: str
-    answer: str | None
+    answer: Label | None
     index: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Prompts in order, the number dropped as too long, and the SHA-256 of the token ids (answers do not enter it)."""
+    """Prompts in order, the number dropped as too long, and the SHA-256 of the token ids (answers do not enter it).
+
+    Of the prompts, `num_answered` are conversations that ended with the assistant's turn, which was left off; `unread`
+    are the labels, each with its place, in which no answer was found.
+    """
 
     prompts: tuple[Prompt, ...]
     num_overlong: int
     fingerprint: str
+    num_answered: int = 0
+    unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -49,8 +58,11 @@ def make_dataset(
     max_prompt_tokens: int,
     overlong: str = "error",
     source: str = "data",
+    template_args: Sequence[str] = (),
 ) -> Dataset:
     r"""Renders the records through the template and encodes them; no prompt is ever truncated.
+
+    The assistant's turns at the end of a conversation are left off: they would be the answer.
 
     Args:
         records: what `read_records` yields; each is let go once it is encoded.
@@ -60,6 +72,7 @@ def make_dataset(
         max_prompt_tokens: longest prompt that fits, 1 or more.
         overlong: "error" refuses longer prompts, "drop" leaves them out and counts them.
         source: name of the data in messages.
+        template_args: arguments of the chat template, each `KEY=VALUE`.
 
     Returns:
         At least one prompt; an end-of-text token that the tokenizer appends to text is left off. In memory each
@@ -77,12 +90,15 @@ def make_dataset(
             f"{source}: max_prompt_tokens must be at least 1, got {max_prompt_tokens}. "
             "Set a smaller --rollout.max-new-tokens."
         )
-    template = _check_template(template, source)
+    template = check_template(template, source)
+    arguments = read_arguments(template_args, tokenizer, source)
     prompts: list[Prompt] = []
     num_overlong, first_overlong = 0, ""
+    unread: list[str] = []
+    num_answered = 0
     digest = hashlib.sha256()
     shared: dict[int, int] = {}  # one int object a token id in use: a prompt then costs 8 bytes a token
-    rendered = ((record, *_render(record, tokenizer, template)) for record in records)
+    rendered = ((record, *render(record, tokenizer, template, arguments)) for record in map(_leave_off, records))
     for record, text, ids in _encode(rendered, tokenizer):
         if not ids:
             raise InputError(f"{source}: {record.origin}: prompt must have tokens, got none. Correct the record.")
@@ -93,6 +109,8 @@ def make_dataset(
         digest.update(struct.pack(f"<{len(ids) + 1}q", len(ids), *ids))
         ids = tuple(map(shared.setdefault, ids, ids))
         prompts.append(Prompt(ids=ids, text=text, answer=record.answer, index=len(prompts)))
+        num_answered += record.answered
+        unread += [f"{record.origin}: {record.unread!r:.80}"] if record.unread is not None else []
     if num_overlong and (overlong == "error" or not prompts):
         raise InputError(
             f"{source}: prompts must have at most {max_prompt_tokens} tokens, got {num_overlong} of "
@@ -101,44 +119,21 @@ def make_dataset(
         )
     if not prompts:
         raise InputError(f"{source}: data set must hold at least one record, got none. Add records.")
-    return Dataset(prompts=tuple(prompts), num_overlong=num_overlong, fingerprint=digest.hexdigest())
+    return Dataset(
+        prompts=tuple(prompts),
+        num_overlong=num_overlong,
+        fingerprint=digest.hexdigest(),
+        num_answered=num_answered,
+        unread=tuple(unread),
+    )
 
 
-def _check_template(template: str | None, source: str) -> str | None:
-    """Returns the template with its newlines in place."""
-    if template is None or template == "chat":
-        return template
-    check_unicode(template, "template", source)
-    if template.count(PLACEHOLDER) != 1:
-        raise InputError(
-            f"{source}: template must hold {PLACEHOLDER} exactly once or be 'chat', got {template!r}. "
-            "Correct --data.template."
-        )
-    return template.replace("\\n", "\n")
-
-
-def _render(record: Record, tokenizer: Any, template: str | None) -> tuple[str, bool]:
-    """Returns the text that the model reads, and whether a chat template wrote its special tokens into it."""
-    prompt = record.prompt
-    if isinstance(prompt, str) and template != "chat":
-        return (prompt if template is None else template.replace(PLACEHOLDER, prompt)), False
-    if template not in (None, "chat"):
-        raise InputError(
-            f"{record.origin}: template must be 'chat' for chat messages, got {template!r}. Set --data.template chat."
-        )
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{record.origin}: tokenizer must have a chat template, got none. "
-            "Use an instruct model's tokenizer or a --data.template with {prompt} and prompts of text."
-        )
-    from jinja2 import TemplateError
-
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), True
-    except (TemplateError, TypeError, ValueError) as error:
-        message = f"{record.origin}: the tokenizer's chat template refused the messages: {error}. Correct the record."
-        raise InputError(message) from error
+def _leave_off(record: Record) -> Record:
+    """The record without the assistant's turns at its end."""
+    if isinstance(record.prompt, str):
+        return record
+    messages = leave_off_answer(record.prompt, record.origin)
+    return record if messages is record.prompt else replace(record, prompt=messages, answered=True)
 
 
 def _encode(rendered: Iterable[tuple[Record, str, bool]], tokenizer: Any) -> Iterator[tuple[Record, str, list[int]]]:

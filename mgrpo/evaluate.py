@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,9 +28,11 @@ from mgrpo.data import Dataset, make_dataset
 from mgrpo.display import protect_output
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
+from mgrpo.inputs import InputError
+from mgrpo.labels import Label
 from mgrpo.policy import LoadedModel, load_model, quiet_transformers
-from mgrpo.prompts import read_answers
-from mgrpo.records import InputError, load_records
+from mgrpo.prompts import describe_data, describe_unread, read_answers
+from mgrpo.records import load_records
 from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source
 from mgrpo.rollout.samples import check_samples
 from mgrpo.rollout.stop import StopTexts, make_stop, read_texts
@@ -37,6 +40,8 @@ from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.threads import limit_threads
 
 MAX_DEFAULT_NEW_TOKENS = 2048
+# Groups of flags of mgrpo.train whose names this command has alone.
+_TRAIN_FLAG = re.compile(r"--(?:data|answer|rollout)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,18 +188,19 @@ def evaluate(
     )
 
 
-def _truths(dataset: Dataset) -> list[str]:
+def _truths(dataset: Dataset) -> list[Label]:
     """True answers of all prompts."""
     missing = [prompt.index for prompt in dataset.prompts if prompt.answer is None]
     if missing:
+        hint = f" {describe_unread(dataset)}" if dataset.unread else ""
         raise InputError(
             f"evaluate: prompts must have answers, got {len(missing)} of {len(dataset)} without, "
-            f"the first at index {missing[0]}. Add answers, or name the key that holds them."
+            f"the first at index {missing[0]}.{hint} Add answers, or name the key that holds them."
         )
-    return [str(prompt.answer) for prompt in dataset.prompts]
+    return [prompt.answer for prompt in dataset.prompts if prompt.answer is not None]
 
 
-def _grade(groups: Sequence[Sequence[str | None]], truths: Sequence[str], checker: AnswerChecker) -> list[list[bool]]:
+def _grade(groups: Sequence[Sequence[str | None]], truths: Sequence[Label], checker: AnswerChecker) -> list[list[bool]]:
     """Whether each answer equals its prompt's truth; every distinct text of a prompt is compared once."""
     graded = []
     for group, truth in zip(groups, truths, strict=True):
@@ -215,23 +221,27 @@ class EvaluateArgs:
     """Prints greedy accuracy, avg@K, maj@K and pass@K of a model with standard errors over prompts."""
 
     data: str
-    """Labelled prompts: .jsonl, .json, .parquet or .csv file, a folder of them, a hub id, or
-    `arithmetic:NUM:OPERANDS:SEED`."""
+    """Labelled prompts, in any form that `mgrpo.train --data.train` takes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model: any transformers folder, a run's checkpoints/step_N/policy and momentum among them."""
     samples: int = 8
     """K, sampled responses a prompt."""
     prompt_key: str = "prompt"
-    """Key of the prompt in a record."""
+    """Key of the prompt in a record; `a.b` is the key `b` of the object `a`."""
     answer_key: str = "answer"
-    """Key of the true answer in a record."""
+    """Key of the true answer in a record, likewise."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set or of a saved DatasetDict."""
     template: str | None = None
     """None takes prompts as they are, `chat` the tokenizer's chat template; else a text that holds `{prompt}`."""
+    template_args: tuple[str, ...] = ()
+    """KEY=VALUE ... for the chat template, such as `enable_thinking=false`."""
     extract: str = "boxed"
     """`boxed` (last \\boxed{} with content), `hash` (after the last ####), `last-number`, `regex:PATTERN` (last match,
     group 1). What stands before the end of a thought (`</think>`) is not read."""
+    label_extract: str = "auto"
+    """How the true answer is read from a label: `auto` (last box, else the line after ####, else the label itself),
+    `plain` (the label itself), `boxed`, `hash`, `last-number`, `regex:PATTERN`."""
     equivalence: Literal["math", "exact"] = "math"
     """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
     temperature: float = 0.8
@@ -279,12 +289,11 @@ def _check(args: EvaluateArgs) -> None:
 def run(args: EvaluateArgs) -> Evaluation:
     """Loads everything that `args` names and evaluates; raises InputError or ConfigError for bad input."""
     _check(args)
-    answer = AnswerConfig(extract=args.extract, equivalence=args.equivalence)
-    try:
-        extract = make_extractor(answer.extract)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    records = load_records(args.data, prompt_key=args.prompt_key, answer_key=args.answer_key, split=args.split)
+    answer = AnswerConfig(extract=args.extract, label_extract=args.label_extract, equivalence=args.equivalence)
+    extract = make_extractor(answer.extract)
+    records = load_records(
+        args.data, prompt_key=args.prompt_key, answer_key=args.answer_key, split=args.split, need_answer=True
+    )
     loaded = load_model(args.model)
     stop = make_stop(args.stop, args.template, loaded.tokenizer)
     max_new_tokens = args.max_new_tokens or min(loaded.context_length // 2, MAX_DEFAULT_NEW_TOKENS)
@@ -295,11 +304,14 @@ def run(args: EvaluateArgs) -> Evaluation:
         max_prompt_tokens=loaded.context_length - max_new_tokens,
         overlong=args.overlong,
         source=args.data,
+        template_args=args.template_args,
     )
     if stop and args.stop is None:
         print(
             f"evaluate: responses end at {stop.texts[0]!r}, by --template; --stop '' lets them go on.", file=sys.stderr
         )
+    for message in describe_data(dataset):
+        print(f"evaluate: {message}", file=sys.stderr)
     if dataset.num_overlong:
         print(f"evaluate: {dataset.num_overlong} overlong prompts were left out.", file=sys.stderr)
     engine = TransformersEngine(
@@ -360,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         evaluation = run(args)
     except (InputError, ConfigError) as error:
-        print(error, file=sys.stderr)
+        print(_TRAIN_FLAG.sub("--", str(error)), file=sys.stderr)
         return 2
     except EngineError as error:
         print(error, file=sys.stderr)

@@ -12,6 +12,7 @@ import torch
 
 from mgrpo.config import FilterConfig, ObjectiveConfig, VoteConfig
 from mgrpo.grading.checker import AnswerChecker
+from mgrpo.labels import Label
 from mgrpo.objective import group_advantage
 from mgrpo.reward import Evidence, reward
 from mgrpo.voting import Vote, filter_trajectories, first_of_class
@@ -45,7 +46,7 @@ def judge(
     may_train: torch.Tensor | None = None,
     mean_entropy: torch.Tensor | None = None,
     self_certainty: torch.Tensor | None = None,
-    true_answers: Sequence[str | None] | None = None,
+    true_answers: Sequence[Label | None] | None = None,
     backend: str = "auto",
 ) -> Judgement:
     """Filters trajectories, elects pseudo-labels, rewards agreement and compares rewards within each group.

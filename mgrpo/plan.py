@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from mgrpo.config import Config
 from mgrpo.data import Dataset
 from mgrpo.policy import Tokenizer, load_tokenizer, pick_device
-from mgrpo.prompts import load_prompts
+from mgrpo.prompts import describe_data, describe_labels, load_prompts
 from mgrpo.rollout.stop import make_stop
 from mgrpo.scoring import MAX_LOGITS_BYTES
 from mgrpo.trainer import needs_initial
@@ -35,12 +35,14 @@ MOMENTUM_BYTES = {"fp32": 4, "bf16-stochastic": 2, "bf16-kahan": 4}
 
 
 def print_plan(config: Config) -> None:
-    """Prints batch arithmetic, memory by part, and the kernel backend of every op."""
+    """Prints labels, batch arithmetic, memory by part, and the kernel backend of every op."""
     console = Console()
     tokenizer = load_tokenizer(config.model)
     data = load_prompts(config, tokenizer, config.data.train)
+    probe = load_prompts(config, tokenizer, config.data.probe) if config.data.probe else None
     device = pick_device(config.model.device)
     for title, rows in (
+        ("data", data_plan(data, probe)),
         ("batch", [*batch_plan(config, data), *stop_plan(config, tokenizer)]),
         ("memory", memory_plan(config, tokenizer, data)),
         (
@@ -52,6 +54,14 @@ def print_plan(config: Config) -> None:
         for name, value in rows:
             table.add_row(name, value)
         console.print(table)
+
+
+def data_plan(data: Dataset, probe: Dataset | None) -> list[tuple[str, str]]:
+    """Labels of the data as they will be compared, and what a person should know of them."""
+    rows = [("labels", describe_labels(data)), *(("", said) for said in describe_data(data))]
+    if probe:
+        rows += [("labels of the probe", describe_labels(probe)), *(("", said) for said in describe_data(probe))]
+    return [(name, escape(value)) for name, value in rows]
 
 
 def batch_plan(config: Config, data: Dataset) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mgrpo.config import Config, ConfigError
 from mgrpo.grading.extract import make_extractor
+from mgrpo.grading.labels import make_label_reader
 from mgrpo.policy import load_tokenizer, pick_backend, pick_device
 from mgrpo.prompts import load_prompts, require_answers
 from mgrpo.records import InputError
@@ -31,6 +32,7 @@ def find_problems(config: Config) -> list[str]:
     if config.run_dir:
         attempt(lambda: refuse_used_directory(Path(config.run_dir or ""), config))
     attempt(lambda: make_extractor(config.answer.extract))
+    attempt(lambda: make_label_reader(config.answer.label_extract))
     device = attempt(lambda: pick_device(config.model.device))
     if device:
         attempt(lambda: pick_backend(config.kernels.backend, device))
@@ -52,7 +54,7 @@ def find_problems(config: Config) -> list[str]:
             probe = attempt(lambda: load_prompts(config, tokenizer, str(config.data.probe)))
             if probe:
                 attempt(lambda: require_answers(probe, "--data.probe"))
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 def refuse_distributed() -> None:

@@ -80,6 +80,10 @@ class Progress:
             self.console.print(f"[bold red]collapse alarm at step {row['step']}:[/] {escape('; '.join(row['alarm']))}")
         self.alarmed = bool(row["alarm"])
 
+    def note(self, message: str) -> None:
+        """Says what a person should know before the first step."""
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
     def rewind(self, step: int, message: str) -> None:
         """Says why the run goes on from an earlier step."""
         self.console.print(f"[bold]{escape(message)}[/]", soft_wrap=True)

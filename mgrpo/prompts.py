@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from mgrpo.config import AnswerConfig, Config
+from mgrpo.config import AnswerConfig, Config, DataConfig
 from mgrpo.data import Dataset, make_dataset
-from mgrpo.grading.extract import make_extractor
+from mgrpo.grading.canonical import canonicalize
+from mgrpo.grading.labels import MAX_PLAIN_CHARS, make_label_reader
+from mgrpo.inputs import InputError
+from mgrpo.labels import Label
 from mgrpo.policy import LoadedModel, Tokenizer
-from mgrpo.records import InputError, Record, read_records
+from mgrpo.presets import PRESETS
+from mgrpo.records import Record, read_records
+
+SHOWN_LABELS = 3
+MANY_WORDS = 6  # of an answer
 
 
 def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -> Dataset:
@@ -20,31 +27,105 @@ def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -
             f"data: --rollout.max-new-tokens must be below the model's context of {loaded.context_length} tokens, "
             f"got {config.rollout.max_new_tokens}."
         )
+    data = config.data
     records = read_records(
-        source, prompt_key=config.data.prompt_key, answer_key=config.data.answer_key, split=config.data.split
+        source,
+        prompt_key=data.prompt_key,
+        answer_key=data.answer_key or "answer",
+        split=data.split,
+        need_answer=_needs_answers(config, source),
     )
     return make_dataset(
         read_answers(records, config.answer),
         loaded.tokenizer,
-        template=config.data.template,
+        template=data.template,
         max_prompt_tokens=room,
-        overlong=config.data.overlong,
+        overlong=data.overlong,
         source=source,
+        template_args=data.template_args,
     )
 
 
+def _needs_answers(config: Config, source: str) -> bool:
+    """Whether the key of answers must be in the data: where they are used, or the key was given for them."""
+    data = config.data
+    if source == data.probe or config.objective.reward == "labels":
+        return True
+    usual = PRESETS[config.preset]().data if config.preset in PRESETS else DataConfig()
+    # The key may be that of the probe's answers alone, and is missed there if it is wrong. A run that is resumed was
+    # checked when it began.
+    is_probes = data.probe is not None and not data.probe.startswith("arithmetic:")
+    return data.answer_key not in (None, usual.answer_key) and not is_probes and not config.resume
+
+
 def read_answers(records: Iterable[Record], config: AnswerConfig) -> Iterator[Record]:
-    r"""Takes the true answer out of a worked solution, where data sets keep it in \boxed{} or after ####."""
-    extract = make_extractor(config.extract) if config.extract in ("boxed", "hash") else None
+    """Takes the true answer out of each label, which has a format of its own.
+
+    Raises:
+        InputError: unknown format; or a long label in which no format was found, so that no answer could equal it.
+
+    """
+    read = make_label_reader(config.label_extract)
     for record in records:
-        if extract is None or record.answer is None:
-            yield record
-        else:
-            yield replace(record, answer=extract(record.answer) or record.answer)
+        answer = read(record.answer)
+        if answer is None and record.answer is not None:
+            if config.label_extract == "auto":
+                raise InputError(_describe_long(record))
+            record = replace(record, unread=record.answer)
+        yield record if answer == record.answer else replace(record, answer=answer)
+
+
+def _describe_long(record: Record) -> str:
+    """What is wrong with a label that is a solution and marks no answer."""
+    labels = [record.answer] if isinstance(record.answer, str) else record.answer or [""]
+    longest = max(labels, key=len)
+    return (
+        f"{record.origin}: label must mark its answer by a box or a #### line, or have at most {MAX_PLAIN_CHARS} "
+        f"characters, got {len(longest)}: {longest[:60]!r} ... {longest[-20:]!r}. Set --answer.label-extract "
+        "last-number or regex:PATTERN, or plain for labels that are meant as they are, or name another "
+        "--data.answer-key."
+    )
 
 
 def require_answers(data: Dataset, what: str) -> None:
     """Raises InputError unless every prompt has a true answer."""
     missing = sum(prompt.answer is None for prompt in data.prompts)
     if missing:
-        raise InputError(f"data: {what} needs the true answer of every prompt, {missing} of {len(data)} have none.")
+        message = f"data: {what} needs the true answer of every prompt, {missing} of {len(data)} have none."
+        if data.unread:
+            message += f" {describe_unread(data)} Set another --answer.label-extract."
+        raise InputError(message)
+
+
+def describe_unread(data: Dataset) -> str:
+    """Labels in which no answer was found, as a sentence."""
+    return f"No answer was found in {len(data.unread):,} labels, the first {data.unread[0]}."
+
+
+def describe_labels(data: Dataset) -> str:
+    """How many prompts have a label, and the first as they will be compared."""
+    known = [prompt.answer for prompt in data.prompts if prompt.answer is not None]
+    shown = " | ".join(f"{_canonical(label):.60}" for label in known[:SHOWN_LABELS])
+    return f"{len(known):,} of {len(data):,} prompts" + (f", the first compared as {shown}" if known else "")
+
+
+def describe_data(data: Dataset) -> list[str]:
+    """What was left out of the data and what looks wrong with labels, a sentence each."""
+    said = []
+    if data.num_answered:
+        said.append(f"The assistant's turn at the end of {data.num_answered:,} prompts was left off; it is no label.")
+    if data.unread:
+        said.append(describe_unread(data))
+    labels = [prompt.answer for prompt in data.prompts if isinstance(prompt.answer, str)]
+    wordy = [label for label in labels if len(label.split()) >= MANY_WORDS]
+    if wordy:
+        said.append(
+            f"{len(wordy):,} labels have {MANY_WORDS} words or more, such as {wordy[0]!r:.80}: "
+            "if the answer is within, set --answer.label-extract."
+        )
+    return said
+
+
+def _canonical(label: Label) -> str:
+    """A label in the form in which it is compared."""
+    return canonicalize(label) if isinstance(label, str) else " or ".join(map(canonicalize, label))

@@ -24,6 +24,7 @@ from mgrpo.monitor import Monitor
 from mgrpo.policy import pick_backend, pick_device
 from mgrpo.preflight import refuse_distributed, refuse_used_directory
 from mgrpo.progress import Progress
+from mgrpo.prompts import describe_data
 from mgrpo.report import write_report
 from mgrpo.rollout import EngineError, StaleWeightsError
 from mgrpo.threads import limit_threads
@@ -85,6 +86,8 @@ def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
         Session(trainer, run_dir, rows) as session,
         Progress(config, run_dir, trainer.step, last_step, trainer.stop) as progress,
     ):
+        for message in describe_data(trainer.data):
+            progress.note(message)
         interrupt.defer()
         while outcome is Exit.DONE and trainer.step < last_step:
             try:

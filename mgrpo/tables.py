@@ -2,70 +2,56 @@
 
 from __future__ import annotations
 
-import io
-import os
 import re
-import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 import numpy
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from mgrpo.inputs import Budget, InputError
+from mgrpo.keys import Keys
+from mgrpo.labels import MAX_ANSWERS
+from mgrpo.pages import HeaderError, check_sizes
+
 # Rows at a time. Arrow copies the texts of a row group that came before for each batch of a parquet file; of a mapped
 # table it may copy the batch.
 PARQUET_CHUNK, TABLE_CHUNK = 4096, 64
-# A row group is decoded with all values of a nested row at once, at up to 20 bytes each.
-MAX_NESTED_VALUES = 1 << 25
 MAX_MESSAGES = 1 << 14
-MAX_FOOTER_BYTES = 16 << 20
-MAX_PAGE_BYTES = 256 << 20  # a page is unpacked as a whole, and its texts copied up to three times
+NESTED = 4  # levels of objects into which keys reach
 types: Any = pyarrow.types
 compute: Any = pyarrow.compute  # its functions are made when it is imported
 
 
-class TableError(ValueError):
-    """A table that cannot be read, or not within the limits: the message names it and the remedy."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """Where the values of a key are: a column, or the field of one."""
+
+    key: str
+    name: str  # of the column
+    fields: tuple[str, ...]  # names of the fields below it, down to the values
+
+    @property
+    def path(self) -> str:
+        """Name of the values in a parquet file."""
+        return ".".join((self.name, *self.fields))
 
 
-class _HeaderError(Exception):
-    """The footer or a page header of a parquet file makes no sense."""
-
-
-class Budget(Protocol):
-    """What may still be read; each method raises an error that names `where` if more is asked for."""
-
-    def spend(self, num_bytes: int, where: str) -> None:
-        """Takes bytes off."""
-        ...
-
-    def expect(self, num_bytes: int, where: str) -> None:
-        """Asks for bytes that are taken off later."""
-        ...
-
-    def check_record(self, num_bytes: int, where: str) -> None:
-        """Asks for one record of that many bytes."""
-        ...
-
-    def check_records(self, num_records: int, where: str) -> None:
-        """Asks for that many records."""
-        ...
-
-
-def read_rows(path: Path, keys: list[str], budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the wanted columns of the rows of a parquet file, each with its position.
+def read_parquet(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the wanted values of the rows of a parquet file by key, each row with its position.
 
     Args:
         path: the file. Its footer and page headers are checked first; no page is unpacked before that.
-        keys: columns to read, the prompt's first; the others may be absent.
+        keys: keys to read; that of the answer may be absent.
         budget: what may still be read.
 
     Raises:
-        TableError: a wanted column is of another type than text, number or list of messages, messages are too many,
-            or the file cannot be read.
+        InputError: a wanted column is of another type than text, number, list of messages or, for answers, list of
+            those, messages are too many, or the file cannot be read.
 
     """
     position = 0
@@ -76,63 +62,108 @@ def read_rows(path: Path, keys: list[str], budget: Budget) -> Iterator[tuple[str
         # A text that comes again and again is kept once, so that its copies can be counted before they are made.
         with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             schema = file.schema_arrow
-            if keys[0] not in schema.names:
-                yield from [(" row 1", dict.fromkeys(schema.names))] if file.metadata.num_rows else []
-                return
             columns = choose_columns(schema, keys, str(path))
+            if columns is None:
+                yield from [(" row 1", dict.fromkeys(keys.seen))] if file.metadata.num_rows else []
+                return
             wanted = _find_leaves(schema, columns, leaves, str(path))
             budget.check_records(file.metadata.num_rows, str(path))
             try:
-                _check_sizes(path, {i: leaves[i].max_repetition_level > 0 for i in wanted}, budget)
+                check_sizes(path, {i: leaves[i].max_repetition_level > 0 for i in wanted}, budget)
             except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise _HeaderError("a footer or page header lacks a size") from error
+                raise HeaderError("a footer or page header lacks a size") from error
+            names = [column.path for column in columns]
             for group in range(file.metadata.num_row_groups):  # a batch over several would hold all their texts
-                for batch in file.iter_batches(PARQUET_CHUNK, [group], columns):
-                    for row in unpack(batch, str(path), position, budget):
+                for batch in file.iter_batches(PARQUET_CHUNK, [group], names):
+                    for row in unpack(pick(batch, columns), str(path), position, budget):
                         position += 1
                         yield f" row {position}", row
     except MemoryError:  # arrow's own is an ArrowException too
         raise
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, _HeaderError, RecursionError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, HeaderError, RecursionError) as error:
         message = f"{path}: not a readable parquet file after row {position}: {error}. Write or download it again."
-        raise TableError(message) from error
+        raise InputError(message) from error
 
 
-def read_table(dataset: Any, source: str, keys: list[str], budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`read_rows` for a data set of the package datasets, whose tables are mapped from the disk."""
-    position, schema = 0, dataset.features.arrow_schema
-    if keys[0] not in schema.names:
-        yield from [(" row 1", dict.fromkeys(schema.names))] if len(dataset) else []
+def read_table(dataset: Any, source: str, keys: Keys, budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`read_parquet` for a data set of the package datasets, whose tables are mapped from the disk."""
+    position = 0
+    columns = choose_columns(dataset.features.arrow_schema, keys, source)
+    if columns is None:
+        yield from [(" row 1", dict.fromkeys(keys.seen))] if len(dataset) else []
         return
-    columns = choose_columns(schema, keys, source)
     budget.check_records(len(dataset), source)
+    names = list(dict.fromkeys(column.name for column in columns))
     try:
-        for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=TABLE_CHUNK):
+        for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=TABLE_CHUNK):
             for batch in table.to_batches():
-                for row in unpack(batch, source, position, budget):
+                for row in unpack(pick(batch, columns), source, position, budget):
                     position += 1
                     yield f" row {position}", row
     except MemoryError:
         raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         message = f"{source}: not a readable table after row {position}: {error}. Download it again."
-        raise TableError(message) from error
+        raise InputError(message) from error
 
 
-def choose_columns(schema: pyarrow.Schema, keys: list[str], where: str) -> list[str]:
-    """The wanted columns that are there, each once and of a type that can be counted."""
-    columns = [key for key in keys if key in schema.names]
+def choose_columns(schema: pyarrow.Schema, keys: Keys, where: str) -> list[Column] | None:
+    """Where the wanted keys are, all of types that can be counted; None where there is no prompt."""
+    keys.note(name for field in schema for name in _name_fields(field))
+    columns = [column for key in keys.wanted if (column := _find_column(schema, key))]
+    if not any(column.key == keys.prompt for column in columns):
+        return None
     for column in columns:
-        if schema.names.count(column) > 1:
-            raise TableError(f"{where}: column names must differ, got {column!r} twice. Rename the columns.")
-        kind = schema.field(column).type
-        if not (_is_scalar(kind) or _is_messages(kind)):
+        if schema.names.count(column.name) > 1:
+            raise InputError(f"{where}: column names must differ, got {column.name!r} twice. Rename the columns.")
+        field = schema.field(column.name)
+        for name in column.fields:
+            field = field.type.field(name)
+        kind, is_answer = field.type, column.key != keys.prompt
+        if not (_is_scalar(kind) or _is_messages(kind) or (is_answer and _is_list_of_scalars(kind))):
             shown = re.sub(r"dictionary<values=(\w+), indices=\w+, ordered=0>", r"\1", str(kind))
-            raise TableError(
-                f"{where}: column {column!r} must be text, a number or a list of chat messages with fields of those, "
-                f"got {shown:.200}. Turn it into text or name another key with --data.prompt-key or --data.answer-key."
+            inner = list(_name_fields(field, column.key.removesuffix(field.name))) if types.is_struct(kind) else []
+            raise InputError(
+                f"{where}: column {column.key!r} must be text, a number or a list of chat messages with fields of "
+                f"those, got {shown:.200}. Turn it into text or name another key with --data.prompt-key or "
+                f"--data.answer-key{', such as ' + ' or '.join(inner[:9]) if inner else ''}."
             )
     return columns
+
+
+def _find_column(schema: pyarrow.Schema, key: str) -> Column | None:
+    """Where the values of a key are, None where they are not; a column with dots in its name comes first."""
+    parts = key.split(".")
+    for num in range(len(parts), 0, -1):
+        name, fields = ".".join(parts[:num]), parts[num:]
+        if name not in schema.names or len(fields) > NESTED:
+            continue
+        kind = schema.field(schema.names.index(name)).type
+        for field in fields:
+            if not types.is_struct(kind) or kind.get_field_index(field) < 0:
+                break
+            kind = kind.field(field).type
+        else:
+            return Column(key=key, name=name, fields=tuple(fields))
+    return None
+
+
+def _name_fields(field: pyarrow.Field, prefix: str = "", depth: int = NESTED) -> Iterator[str]:
+    """The key of a column, or those of the fields of its objects."""
+    if types.is_struct(field.type) and field.type.num_fields and depth:
+        for i in range(field.type.num_fields):
+            yield from _name_fields(field.type.field(i), f"{prefix}{field.name}.", depth - 1)
+    else:
+        yield f"{prefix}{field.name}"
+
+
+def pick(batch: pyarrow.RecordBatch, columns: list[Column]) -> pyarrow.RecordBatch:
+    """The values of each key as a column of its own."""
+    arrays = [
+        compute.struct_field(batch.column(c.name), list(c.fields)) if c.fields else batch.column(c.name)
+        for c in columns
+    ]
+    return pyarrow.RecordBatch.from_arrays(arrays, names=[c.key for c in columns])
 
 
 def unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget) -> Iterator[dict[str, Any]]:
@@ -145,11 +176,21 @@ def unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget
         budget.check_record(int(sizes[i]), place)
         row = {name: column[i] for name, column in columns.items()}
         for name, value in row.items():
-            if _is_messages(value.type) and value.is_valid and len(value) > MAX_MESSAGES:
-                raise TableError(
-                    f"{place}: {name!r} must have at most {MAX_MESSAGES} messages, got {len(value)}. Split the record."
-                )
+            _check_length(name, value, place)
         yield {name: value.as_py() for name, value in row.items()}
+
+
+def _check_length(name: str, value: Any, place: str) -> None:
+    """Refuses a list with more messages, parts of messages, or answers than a record may have."""
+    if not value.is_valid or not _is_list(value.type):
+        return
+    limit, what = (MAX_MESSAGES, "messages") if types.is_struct(value.type.value_type) else (MAX_ANSWERS, "answers")
+    longest = len(value)
+    if what == "messages" and longest <= MAX_MESSAGES:
+        lists = [array for array in value.values.flatten() if _is_list(array.type)]
+        longest = max(longest, *(len(array.flatten()) for array in lists), 0)
+    if longest > limit:
+        raise InputError(f"{place}: {name!r} must have at most {limit} {what}, got {longest}. Split the record.")
 
 
 def _is_scalar(kind: pyarrow.DataType) -> bool:
@@ -165,11 +206,22 @@ def _is_text(kind: pyarrow.DataType) -> bool:
     return types.is_string(kind) or types.is_large_string(kind)
 
 
-def _is_messages(kind: pyarrow.DataType) -> bool:
-    """Whether values of a type are lists of chat messages."""
-    if not (types.is_list(kind) or types.is_large_list(kind)) or not types.is_struct(kind.value_type):
+def _is_list(kind: pyarrow.DataType) -> bool:
+    """Whether values of a type are lists of any length."""
+    return types.is_list(kind) or types.is_large_list(kind)
+
+
+def _is_list_of_scalars(kind: pyarrow.DataType) -> bool:
+    """Whether values of a type are lists of texts or numbers."""
+    return _is_list(kind) and _is_scalar(kind.value_type)
+
+
+def _is_messages(kind: pyarrow.DataType, *, parts: bool = True) -> bool:
+    """Whether values of a type are lists of chat messages, whose contents may be lists of parts."""
+    if not _is_list(kind) or not types.is_struct(kind.value_type):
         return False
-    return all(_is_scalar(field.type) for field in kind.value_type)
+    fields = [field.type for field in kind.value_type]
+    return all(_is_scalar(field) or (parts and _is_messages(field, parts=False)) for field in fields)
 
 
 def _row_bytes(column: Any) -> numpy.ndarray:
@@ -198,123 +250,25 @@ def _num_leaves(kind: pyarrow.DataType) -> int:
     return sum(_num_leaves(kind.field(i).type) for i in range(kind.num_fields)) if kind.num_fields else 1
 
 
-def _find_leaves(schema: pyarrow.Schema, columns: list[str], leaves: list[Any], where: str) -> list[int]:
-    """Numbers of the stored columns that make up the wanted ones."""
-    wanted, start = [], 0
+def _find_leaves(schema: pyarrow.Schema, columns: list[Column], leaves: list[Any], where: str) -> list[int]:
+    """Numbers of the stored columns that pyarrow reads for the wanted ones."""
+    ranges, start = {}, 0
     for field in schema:
         end = start + _num_leaves(field.type)
-        wanted += range(start, end) if field.name in columns else []
+        ranges[field.name] = range(start, end)
         start = end
-    paths = [leaf.path for leaf in leaves]
-    named = [i for i, p in enumerate(paths) if any(p == c or p.startswith(c + ".") for c in columns)]
-    if start != len(leaves) or named != wanted:  # pyarrow reads all that begin with the name and a dot
-        raise TableError(f"{where}: names of other columns must not begin with {' or '.join(columns)}. Rename them.")
-    return wanted
+    wanted: list[int] = []
+    for column in columns:  # pyarrow reads all that begin with the name and a dot
+        named = [i for i, leaf in enumerate(leaves) if f"{leaf.path}.".startswith(f"{column.path}.")]
+        # The field of an object may have the very name of a column with a dot; it is read and not looked at.
+        own = [i for i in named if i in ranges[column.name] or _is_single(leaves[i], column.path)]
+        if start != len(leaves) or own != named or not named:
+            names = " or ".join(column.path for column in columns)
+            raise InputError(f"{where}: names of other columns must not begin with {names}. Rename them.")
+        wanted += named
+    return sorted(set(wanted))
 
 
-def _check_sizes(path: Path, wanted: dict[int, bool], budget: Budget) -> None:
-    """Refuses a file whose page headers claim too much; `wanted` says of each stored column whether it is nested."""
-    total = 0
-    with path.open("rb") as file:
-        for number, chunks in enumerate(_read_footer(file, path), 1):
-            nested_values = 0
-            for leaf, is_nested in wanted.items():
-                size, values = _count_pages(file, chunks[leaf])
-                total += size
-                nested_values += values if is_nested else 0
-            if nested_values > MAX_NESTED_VALUES:
-                raise TableError(
-                    f"{path}: row group {number} must have at most {MAX_NESTED_VALUES} values in its messages, "
-                    f"got {nested_values}. Write the file with smaller row groups."
-                )
-            budget.expect(total, str(path))
-
-
-def _read_footer(file: BinaryIO, path: Path) -> list[list[dict[int, Any]]]:
-    """What the footer says of the stored columns of each row group; on a damaged one pyarrow may abort the process."""
-    file.seek(-8, os.SEEK_END)
-    (size,) = struct.unpack("<I", file.read(4))
-    if size > MAX_FOOTER_BYTES:
-        raise TableError(f"{path}: footer must have at most {MAX_FOOTER_BYTES >> 20} MiB, got more. Split the file.")
-    file.seek(-8 - size, os.SEEK_END)
-    groups = _read_struct(io.BytesIO(file.read(size)))[4]
-    return [[chunk[3] for chunk in group[1]] for group in groups]
-
-
-def _count_pages(file: BinaryIO, chunk: dict[int, Any]) -> tuple[int, int]:
-    """Bytes and values of a stored column as its page headers claim them: those of the footer bind no reader."""
-    num_values, stored, position, dictionary = chunk[5], chunk[7], chunk[9], chunk.get(11, 0)
-    position = min(position, dictionary) if dictionary > 0 else position
-    end = position + stored
-    size = values = 0
-    while position < end and values < num_values:
-        file.seek(position)
-        header = _read_struct(file)
-        data = header.get(5) or header.get(8) or {1: 0}  # a page of data in version 1 or 2, or any other page
-        if min(header[2], header[3], data[1]) < 0:
-            raise _HeaderError("a page header claims a negative size")
-        if header[2] > MAX_PAGE_BYTES:
-            raise TableError(
-                f"{file.name}: each page must have at most {MAX_PAGE_BYTES >> 20} MiB, got one of {header[2] >> 20}. "
-                "Write the file with smaller pages."
-            )
-        size, values, position = size + header[2], values + data[1], file.tell() + header[3]
-    return max(size, stored), values
-
-
-def _read_struct(file: BinaryIO) -> dict[int, Any]:
-    """Numbers and structs of a Thrift struct in the compact protocol by field; text is passed over."""
-    fields: dict[int, Any] = {}
-    number = 0
-    while head := _read_byte(file):
-        number = number + (head >> 4) if head >> 4 else _read_integer(file)
-        fields[number] = _read_value(file, head & 15)
-    return fields
-
-
-def _read_value(file: BinaryIO, kind: int) -> Any:
-    """One value of the compact protocol."""
-    match kind:
-        case 1 | 2:
-            return kind == 1
-        case 3:
-            return _read_byte(file)
-        case 4 | 5 | 6:
-            return _read_integer(file)
-        case 7:
-            return [_read_byte(file) for _ in range(8)]
-        case 8:
-            file.seek(_read_varint(file), os.SEEK_CUR)
-        case 9:
-            head = _read_byte(file)
-            size = _read_varint(file) if head >> 4 == 15 else head >> 4
-            return [_read_byte(file) if head & 15 < 3 else _read_value(file, head & 15) for _ in range(size)]
-        case 12:
-            return _read_struct(file)
-        case _:
-            raise _HeaderError(f"a header has a field of type {kind}")
-
-
-def _read_integer(file: BinaryIO) -> int:
-    """A signed number in zigzag form."""
-    number = _read_varint(file)
-    return (number >> 1) ^ -(number & 1)
-
-
-def _read_varint(file: BinaryIO) -> int:
-    """A number of seven bits a byte, at most 64 in all."""
-    number = 0
-    for shift in range(0, 70, 7):
-        byte = _read_byte(file)
-        number |= (byte & 127) << shift
-        if byte < 128:
-            return number
-    raise _HeaderError("a header has a number of more than 64 bits")
-
-
-def _read_byte(file: BinaryIO) -> int:
-    """One byte."""
-    byte = file.read(1)
-    if not byte:
-        raise _HeaderError("a header is cut off")
-    return byte[0]
+def _is_single(leaf: Any, path: str) -> bool:
+    """Whether a stored column has the path and no lists."""
+    return leaf.path == path and leaf.max_repetition_level == 0

@@ -155,7 +155,7 @@ def canonicalize(answer: str) -> str:
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return answer.strip()
-    return _normalize_number(answer) or _canonicalize(answer)
+    return normalize_number(answer) or _canonicalize(answer)
 
 
 @functools.lru_cache(maxsize=16384)
@@ -182,7 +182,9 @@ def _rewrite(text: str) -> str:
     text = spell_scale(text)
     if "," in text and not re.search(r"[(\[]|\\\{", text) and "," not in _THOUSANDS.sub("", text):
         text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    return _normalize_number(text) or text
+    if text.endswith("%") and (percentage := normalize_number(text[:-1])):
+        return percentage + "%"
+    return normalize_number(text) or text
 
 
 def _spell_symbols(text: str) -> str:
@@ -215,21 +217,25 @@ def _mark_unit(match: re.Match[str]) -> str:
     before, content = match.string[: match.start()].rstrip(" $"), " ".join(match[1].split())
     if before[-1:].isdigit() and (meridiem := _MERIDIEM.fullmatch(content)):
         return f" {meridiem[1].lower()}m "
-    if (
-        not re.search(r"[^\W\d_]", content)
-        or _LOGIC.search(content)
-        or not _REST_OF_UNIT.fullmatch(match.string, match.end())
-    ):
-        return match[0]
+    meant = not re.search(r"[^\W\d_]", content) or _LOGIC.search(content)
+    if meant or not _REST_OF_UNIT.fullmatch(match.string, match.end()):
+        return _mark_inside(match)
     after_digit = re.search(r"(?<![0-9])(?<!\^)(?<!_)(?<!\^-)[0-9]+\Z", before) is not None
     known = is_unit(content, after_digit=after_digit)
     if not _VALUE_BEFORE_UNIT.search(before):
         # Behind letters only what is surely a unit is one: n even stays.
-        return rf"\unit{{{content}}}" if re.search(r"(?<![A-Za-z])[A-Za-z]{1,2}\Z", before) and known else match[0]
+        surely = known and re.search(r"(?<![A-Za-z])[A-Za-z]{1,2}\Z", before)
+        return rf"\unit{{{content}}}" if surely else _mark_inside(match)
     if known:
         return f" {content} "
     letter = re.fullmatch(r"[A-Za-z]", content)
     return match[0] if letter and content not in UNIT_LETTERS else rf"\unit{{{content}}}"
+
+
+def _mark_inside(match: re.Match[str]) -> str:
+    """A wrapper that is no unit itself, with the units in it marked."""
+    command = match.string[match.start() : match.start(1)]
+    return command + _TEXT.sub(_mark_unit, match[1]) + "}"
 
 
 def _strip_braces(text: str) -> str:
@@ -263,7 +269,7 @@ def _spell_exponent(match: re.Match[str]) -> str:
         return match[0]
     exponent = int(exponent_sign + digits)
     if abs(exponent) > MAX_PLAIN_EXPONENT:
-        return rf"{sign}{_normalize_number(mantissa)}\times 10^{{{exponent}}}"
+        return rf"{sign}{normalize_number(mantissa)}\times 10^{{{exponent}}}"
     whole, _, decimals = mantissa.partition(".")
     number, places = whole + decimals, len(decimals) - exponent
     if places <= 0:
@@ -272,7 +278,7 @@ def _spell_exponent(match: re.Match[str]) -> str:
     return f"{sign}{number[:-places]}.{number[-places:]}"
 
 
-def _normalize_number(text: str) -> str | None:
+def normalize_number(text: str) -> str | None:
     """The shortest decimal notation of a plain number, None for any other text."""
     match = _NUMBER.fullmatch(text)
     if match is None or not (match[2] or match[3]):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from mgrpo.grading.canonical import canonicalize
 from mgrpo.grading.meaning import align, compare_cheaply, reduce_form
 from mgrpo.grading.worker import EquivalenceWorker, WorkerError
+from mgrpo.labels import Label
 
 MAX_UNDECIDED = 3
 CACHED_VERDICTS = 65536
@@ -82,11 +83,10 @@ class AnswerChecker:
         """Whether two answers are the same; symmetric."""
         return bool(self._compare(self._form(first), self._form(second)))
 
-    def is_correct(self, answer: str | None, label: str | None) -> bool:
-        """Whether an answer matches the label; False where either is None or blank."""
-        if answer is None or label is None or not canonicalize(label):
-            return False
-        return self.equivalent(answer, label)
+    def is_correct(self, answer: str | None, label: Label | None) -> bool:
+        """Whether an answer matches the label, or any of several; False where either is None or blank."""
+        labels = (label,) if isinstance(label, str) else label or ()
+        return answer is not None and any(canonicalize(one) and self.equivalent(answer, one) for one in labels)
 
     def classes(self, answers: Sequence[str | None]) -> list[int]:
         """Class ids of one prompt's answers: equal ids for equivalent answers, numbered from 0 by first appearance.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 
+from mgrpo.grading.canonical import normalize_number
 from mgrpo.grading.units import drop_unit
-from mgrpo.grading.values import read_value, same_values
+from mgrpo.grading.values import Value, read_value, same_values
 
 MAX_MATH_CHARS = 300
 
@@ -39,7 +41,8 @@ def reduce_form(form: str) -> str:
         return form
     if match := _CHOICE.fullmatch(form):
         return match[1] or match[2] or match[3]
-    form = drop_unit(form)
+    bare = drop_unit(form)
+    form = normalize_number(bare) or bare
     if match := _NAMED_TUPLE.fullmatch(form):
         names, values = match[1].split(","), _split_tuple(match[2])
         if values and len(values) == len(set(names)) == len(names):
@@ -96,12 +99,29 @@ def compare_cheaply(first: str, second: str) -> bool | None:
         return first.casefold() == second.casefold()
     if (words or words_too) and _letters(first) != _letters(second):
         return False
-    if first.endswith("%") != second.endswith("%") and (first.rstrip("%") == second.rstrip("%")):
+    return _compare_numbers(first, second)
+
+
+def _compare_numbers(first: str, second: str) -> bool | None:
+    """The verdict on two numbers, None where one is none; 50% is 50, for the sign is left off, and 1/2."""
+    is_percentage, is_percentage_too = first.endswith("%"), second.endswith("%")
+    first, second = first.removesuffix("%"), second.removesuffix("%")
+    if first == second:
         return True
     one, other = read_value(first), read_value(second)
     if one is None or other is None:
         return None
-    return same_values(one, other)
+    verdict = same_values(one, other)
+    if is_percentage and not is_percentage_too:
+        verdict = verdict or same_values(_hundredth(one), other)
+    elif is_percentage_too and not is_percentage:
+        verdict = verdict or same_values(one, _hundredth(other))
+    return verdict
+
+
+def _hundredth(value: Value) -> Value:
+    """A percentage as the number that it is."""
+    return replace(value, exact=value.exact / 100, last_place=value.last_place and value.last_place / 100)
 
 
 def _spell_exponent(form: str, other: str) -> str:

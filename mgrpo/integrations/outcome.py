@@ -8,6 +8,7 @@ import torch
 
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.judging import Judgement
+from mgrpo.labels import Label
 from mgrpo.metrics import Metrics, Outcome, mean, outcome_metrics
 
 
@@ -17,7 +18,7 @@ def judged_metrics(
     lengths: torch.Tensor,
     truncated: torch.Tensor,
     entropy: torch.Tensor,
-    true_answers: Sequence[str | None],
+    true_answers: Sequence[Label | None],
     checker: AnswerChecker,
 ) -> Metrics:
     """The trainer's metrics of votes, lengths and pruning, and `accuracy` of the policy where answers are known.

@@ -25,8 +25,11 @@ from mgrpo.grading.thoughts import decode_responses
 from mgrpo.integrations.outcome import judged_metrics
 from mgrpo.integrations.trl_config import MGRPOConfig
 from mgrpo.integrations.trl_momentum import MomentumCallback
+from mgrpo.integrations.truth import make_truth_reader
 from mgrpo.integrations.versions import require
 from mgrpo.judging import Judgement, judge
+from mgrpo.keys import ABSENT, look_up, suggest_key
+from mgrpo.labels import Label
 from mgrpo.metrics import Metrics, mean
 from mgrpo.monitor import Monitor
 from mgrpo.objective import group_advantage
@@ -100,6 +103,8 @@ class MGRPOTrainer(_GRPOTrainer):
             raise ValueError("MGRPOTrainer: training must be on one device, DDP or FSDP2, got DeepSpeed or FSDP1.")
         self.recipe = args.recipe()
         self.extract = make_extractor(args.answer_extract)
+        self.read_truth = make_truth_reader(args.answer_label_extract)
+        _check_answer_key(args.data_answer_key, kwargs.get("train_dataset"))
         self.checker = AnswerChecker(mode=self.recipe.answer.equivalence, timeout_s=args.answer_timeout_s)
         self.monitor = Monitor(self.recipe.monitor, num_prompts=self.prompts_a_batch)
         self.momentum = MomentumCallback(self.recipe.momentum, seed=args.seed)
@@ -155,7 +160,7 @@ class MGRPOTrainer(_GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         policy = gather_object(self._describe(self._prompt_ids, completion_ids_list))
         momentum = gather_object(self._describe(*self._momentum_rollouts))
-        answers = gather_object([row.get(self.args.data_answer_key) for row in inputs])
+        answers = gather_object([self.read_label(row) for row in inputs])
         own = self.judge(policy, momentum, answers) if self.accelerator.is_main_process else None
         verdict: Any = broadcast_object_list([own])[0]
         self._take(verdict)
@@ -167,7 +172,12 @@ class MGRPOTrainer(_GRPOTrainer):
         self._advantage = group_advantage(total, keep, keep, self.recipe.objective).flatten()
         return rewards
 
-    def judge(self, policy: Sequence[Rollout], momentum: Sequence[Rollout], answers: Sequence[Any]) -> Verdict:
+    def read_label(self, row: dict[str, Any]) -> Label | None:
+        """The true answer of a row, None where it has none."""
+        value = look_up(row, self.args.data_answer_key)
+        return None if value is ABSENT else self.read_truth(value)
+
+    def judge(self, policy: Sequence[Rollout], momentum: Sequence[Rollout], answers: Sequence[Label | None]) -> Verdict:
         """Filter, vote and metrics of whole groups, in the order of the prompts.
 
         Args:
@@ -208,7 +218,7 @@ class MGRPOTrainer(_GRPOTrainer):
             lengths=torch.tensor(values("length")),
             truncated=torch.tensor(values("truncated")),
             entropy=torch.tensor(values("mean_entropy")),
-            true_answers=[None if answer is None else str(answer) for answer in answers[::num_policy]],
+            true_answers=answers[::num_policy],
             checker=self.checker,
         )
         metrics |= {"step": self.state.global_step + 1, "nonfinite_share": mean(~entropy.isfinite())}
@@ -295,6 +305,18 @@ class MGRPOTrainer(_GRPOTrainer):
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model_wrapped)
             save_model(Path(folder), model, weights, self.processing_class)
+
+
+def _check_answer_key(key: str, dataset: Any) -> None:
+    """Raises ValueError for a key of answers other than the default that names no column."""
+    columns = getattr(dataset, "column_names", None)
+    parts = key.split(".")
+    known = isinstance(columns, list) and any(".".join(parts[:i]) in columns for i in range(1, len(parts) + 1))
+    if key != "answer" and isinstance(columns, list) and not known:
+        raise ValueError(
+            f"MGRPOTrainer: data_answer_key must name a column, got {key!r}. Columns are {', '.join(columns)}."
+            f"{suggest_key(key, columns)}"
+        )
 
 
 def momentum_rollouts_at(row: int, num_policy: int, num_momentum: int) -> int:

@@ -43,9 +43,12 @@ class MGRPOConfig(GRPOConfig):
     vote_min_margin: float = _option(0.0, "A majority that leads by a smaller share gives no signal.")
     objective_reward: str = _option("majority", "1 for the majority's answer (majority), or its share (soft).")
     answer_extract: str = _option("boxed", "How an answer is read: boxed, hash, last-number or regex:PATTERN.")
+    answer_label_extract: str = _option(
+        "auto", "How a true answer is read from a label: auto, plain, boxed, hash, last-number or regex:PATTERN."
+    )
     answer_equivalence: str = _option("math", "How answers are compared: math (math-verify) or exact.")
     answer_timeout_s: float = _option(5.0, "Processor seconds of one comparison.")
-    data_answer_key: str = _option("answer", "Column of true answers, for metrics alone; it may be missing.")
+    data_answer_key: str = _option("answer", "Column of true answers, for metrics alone; a.b is in the column a.")
     monitor_on_collapse: str = _option("warn", "What an alarm of the collapse monitor does: warn or stop.")
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ import mgrpo_kernels as K
 from mgrpo.config import Config
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.integrations.outcome import judged_metrics
+from mgrpo.integrations.truth import make_truth_reader
 from mgrpo.judging import Judgement, judge
 from mgrpo.metrics import Metrics
 
@@ -79,7 +81,7 @@ class Rows:
     entropy: torch.Tensor  # [R, L] fp32, token entropies of the policy, nats
     mask: torch.Tensor  # [R, L] bool, tokens that the model wrote
     truncated: torch.Tensor  # [R] bool, cut at the length limit
-    true_answers: list[str | None]  # [R]
+    true_answers: list[Any]  # [R], labels as the data have them, None where there is none
 
 
 def merge_rows(parts: Sequence[Rows]) -> Rows:
@@ -133,7 +135,8 @@ def judge_rows(
     entropy = K.trajectory_entropy(rows.entropy.float(), mask=rows.mask, reduce="mean", backend=backend)
     lengths = rows.mask.sum(1)
     # A true answer is read for metrics, and by objective.reward labels.
-    true = [rows.true_answers[row] for row in group[:, 0].tolist()]
+    read = make_truth_reader(config.answer.label_extract)
+    true = [read(rows.true_answers[row]) for row in group[:, 0].tolist()]
     may_train = (torch.arange(group.shape[1]) < config.num_train).expand(group.shape)
     if config.rollout.truncated == "mask":
         may_train = may_train & ~rows.truncated[group]

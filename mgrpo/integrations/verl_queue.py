@@ -28,7 +28,7 @@ class Fetched:
     texts: list[str]  # [R]
     lengths: list[int]  # [R]
     ended: list[bool]  # [R], the last token ends the response
-    true_answers: list[str | None]  # [R]
+    true_answers: list[Any]  # [R], labels as the data have them, None where there is none
     entropy: torch.Tensor  # [R, L] fp32
     mask: torch.Tensor  # [R, L] bool, tokens that the model wrote
     nested_mask: torch.Tensor  # [R, each its length], as the queue has it
@@ -104,7 +104,6 @@ def fetch(batch: Any, tokenizer: Any) -> Fetched:
     )
 
 
-def _true_answer(reward_model: Any) -> str | None:
-    """The answer that verl's data have under `reward_model`."""
-    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-    return None if truth is None else str(truth)
+def _true_answer(reward_model: Any) -> Any:
+    """The label that verl's data have under `reward_model`."""
+    return reward_model.get("ground_truth") if isinstance(reward_model, dict) else None

@@ -7,6 +7,7 @@ from typing import Any
 
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
+from mgrpo.integrations.truth import make_truth_reader
 
 
 def compute_score(
@@ -16,6 +17,7 @@ def compute_score(
     extra_info: Any = None,
     *,
     extract: str = "boxed",
+    label_extract: str = "auto",
     equivalence: str = "math",
     timeout_s: float = 5.0,
     **_: Any,
@@ -27,12 +29,14 @@ def compute_score(
         solution_str: the response.
         ground_truth: the true answer; None, as in data without labels, scores 0.
         extra_info: not read.
-        extract, equivalence, timeout_s: as `answer.extract`, `answer.equivalence` and `answer.timeout_s`.
+        extract, label_extract, equivalence, timeout_s: as `answer.extract`, `answer.label_extract`,
+            `answer.equivalence` and `answer.timeout_s`.
     """
-    if ground_truth is None:
+    truth = make_truth_reader(label_extract)(ground_truth)
+    if truth is None:
         return {"score": 0.0, "acc": 0.0}
     find, checker = _judge(extract, equivalence, timeout_s)
-    correct = float(checker.is_correct(find(solution_str), str(ground_truth)))
+    correct = float(checker.is_correct(find(solution_str), truth))
     return {"score": correct, "acc": correct}
 
 

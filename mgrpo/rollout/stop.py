@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mgrpo.data import PLACEHOLDER
+from mgrpo.chat import PLACEHOLDER
 from mgrpo.grading.thoughts import decode_responses
 from mgrpo.records import InputError
 

@@ -266,3 +266,92 @@ def test_sampler_refuses_a_foreign_state_and_stays_as_it_is(change, match):
     with pytest.raises(ValueError, match=match):
         sampler.load_state_dict(state | change)
     assert sampler.state_dict() == state
+
+
+USER, ANSWERED = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
+
+
+def chats(tokenizer, *prompts, **options):
+    records = [Record(prompt=prompt, answer="7", origin=f"t:{i}") for i, prompt in enumerate(prompts, 1)]
+    return make_dataset(records, tokenizer, template=None, max_prompt_tokens=50, **options)
+
+
+@pytest.mark.parametrize("role", ["assistant", "Assistant", "gpt", "chatgpt", "model", "bot"])
+def test_assistants_turns_at_the_end_are_left_off_and_counted(chat_tokenizer, role):
+    last = {"role": role, "content": "2"}
+    dataset = chats(chat_tokenizer, [USER, last], [USER], [USER, last, USER, last, last], [USER, last, USER])
+    assert [p.text for p in dataset.prompts] == ["1+1=;#", "1+1=;#", "1+1=;2;1+1=;#", "1+1=;2;1+1=;#"]
+    assert dataset.num_answered == 2 and {p.answer for p in dataset.prompts} == {"7"}
+
+
+@pytest.mark.parametrize("turns", [[ANSWERED], [ANSWERED, ANSWERED], [{"role": "system", "content": "1"}, ANSWERED]])
+def test_a_conversation_with_nothing_left_is_refused(chat_tokenizer, turns):
+    with pytest.raises(
+        InputError, match=r"t:2: conversation must have a user's turn before the assistant's at its end"
+    ):
+        chats(chat_tokenizer, [USER], turns)
+
+
+def test_overlong_prompts_are_not_counted_as_cut(chat_tokenizer):
+    dataset = chats(
+        chat_tokenizer, [USER, ANSWERED], [{"role": "user", "content": "1" * 60}, ANSWERED], overlong="drop"
+    )
+    assert (len(dataset), dataset.num_overlong, dataset.num_answered) == (1, 1, 1)
+
+
+THINKING = (
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %};{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}##{% endif %}"
+    "{% if budget %}{{ budget + 1 }}{% endif %}{% if style is none %}-{% elif style %}{{ style }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ([], "1+1=;-"),
+        (["enable_thinking=false"], "1+1=;##-"),
+        (["enable_thinking=False"], "1+1=;##-"),
+        (["enable_thinking=true", "style=12"], "1+1=;12"),
+        (["budget=41", "style=null"], "1+1=;42-"),
+        (['style="3"', "budget=0"], "1+1=;3"),
+        (["style=3=3"], "1+1=;3=3"),
+    ],
+)
+def test_arguments_of_the_chat_template(chat_tokenizer, given, text):
+    chat_tokenizer.chat_template = THINKING.replace("style is none", "style is not defined or style is none")
+    dataset = chats(chat_tokenizer, [USER], template_args=given)
+    assert dataset.prompts[0].text == text
+    assert (dataset.fingerprint == chats(chat_tokenizer, [USER]).fingerprint) == (text == "1+1=;-")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["enable_thinkng=false"], r"got 'enable_thinkng'\. Did you mean enable_thinking\?"),
+        (["zzz=1"], r"got 'zzz'\. It reads budget, enable_thinking, style\."),
+        (["add_generation_prompt=false"], r"reads, got 'add_generation_prompt'"),
+        (["tokenize=true"], r"got 'tokenize'"),
+        (["messages=1"], r"got 'messages'"),
+        (["enable_thinking"], r"must be KEY=VALUE, got 'enable_thinking'"),
+        (["=1"], r"must be KEY=VALUE, got '=1'"),
+        (["budget=1", "budget=2"], r"must be given once, got 'budget=2'"),
+        (["style=\udc00"], r"must be valid Unicode"),
+    ],
+)
+def test_arguments_that_no_template_reads_are_refused(chat_tokenizer, given, message):
+    chat_tokenizer.chat_template = THINKING
+    with pytest.raises(InputError, match=message):
+        chats(chat_tokenizer, [USER], template_args=given)
+
+
+@pytest.mark.parametrize("template", [None, "{prompt}"])
+def test_arguments_need_a_chat_template_in_use(tokenizer, chat_tokenizer, template):
+    for known in (tokenizer, chat_tokenizer):
+        known.chat_template = THINKING
+        with pytest.raises(
+            InputError, match=r"t:1: --data\.template-args must come with a chat template, got a prompt"
+        ):
+            make_dataset(
+                RECORDS, known, template=template, max_prompt_tokens=50, template_args=["enable_thinking=false"]
+            )

@@ -197,7 +197,8 @@ def test_command_line_writes_what_the_engine_gives(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("extract", "accuracy"),
-    [("hash", 1.0), (r"regex:####(\d)", 0.5)],  # a pattern is for responses; the truth is then taken as it stands
+    # A pattern for responses is none for labels.
+    [("hash", 1.0), (r"regex:####(\d)", 1.0), (r"regex:####(\d) --label-extract plain", 0.5)],
 )
 def test_command_line_reads_true_answers_out_of_worked_solutions(folder, tmp_path, monkeypatch, extract, accuracy):
     class Engine(ScriptedEngine):
@@ -211,7 +212,7 @@ def test_command_line_reads_true_answers_out_of_worked_solutions(folder, tmp_pat
     data, out = tmp_path / "x.jsonl", tmp_path / "result.json"
     rows = [{"prompt": "1+2=", "answer": "1+2 makes three.\n#### 3"}, {"prompt": "2+3=", "answer": "5"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ["--data", str(data), "--samples", "1", "--extract", extract, "--out", str(out)]
+    more = ["--data", str(data), "--samples", "1", "--extract", *extract.split(), "--out", str(out)]
     assert main(flags(folder, *more)) == 0
     found = json.loads(out.read_text())["evaluation"]
     assert found["greedy"] == found["avg_at_k"] == accuracy

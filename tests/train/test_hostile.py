@@ -328,8 +328,8 @@ print(*outcomes.values())
 """
 
 
-@pytest.mark.fault("bytes flipped in data files: 2,400 times")
-@pytest.mark.parametrize("suffix", ["parquet", "json", "csv", "jsonl"])
+@pytest.mark.fault("bytes flipped in data files: 3,000 times")
+@pytest.mark.parametrize("suffix", ["parquet", "json", "csv", "jsonl", "arrow"])
 def test_damaged_files_are_read_or_refused(tmp_path, suffix):
     """In a process of its own, because a library that aborts takes its process along."""
     rows = [{"prompt": [{"role": "user", "content": f"{i}+{i}="}] * (1 + i % 3), "answer": i} for i in range(99)]
@@ -342,6 +342,9 @@ def test_damaged_files_are_read_or_refused(tmp_path, suffix):
         path = tmp_path / f"data.{suffix}"
         if suffix == "parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression=compression)
+        elif suffix == "arrow":
+            with pyarrow.ipc.new_stream(str(path), (table := pyarrow.Table.from_pylist(rows)).schema) as writer:
+                writer.write_table(table, 40)
         else:
             path.write_text(text)
         done = subprocess.run([sys.executable, "-c", FLIP, path, "300"], capture_output=True, text=True, timeout=120)

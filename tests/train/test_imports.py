@@ -97,7 +97,7 @@ def test_nothing_needs_the_plug_ins():
 
 
 def test_configuration_is_at_the_bottom():
-    for name in ("mgrpo.config", "mgrpo.records"):
+    for name in ("mgrpo.config", "mgrpo.inputs"):
         assert not own(imported(SOURCES[name], deferred=False)) - {"mgrpo"}, name
 
 

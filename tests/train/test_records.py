@@ -162,7 +162,11 @@ BAD_FILES = {
     "deep json": ("x.jsonl", "[" * 100_000, r"x\.jsonl:1: not valid JSON: .*recursion"),
     "long number": ("x.json", "\n[" + "1" * 5000 + "]", r"x\.json:1: not valid JSON: Exceeds the limit"),
     "json file": ("x.json", '[\n{"prompt": "a"},\n{"prompt" "b"}]', r"x\.json:3: not valid JSON: Expecting ':' del"),
-    "json lines in json": ("x.json", '{"prompt": "a"}\n{"prompt": "b"}', r"x\.json:2: not valid JSON.*\.jsonl file"),
+    "json objects": (
+        "x.json",
+        '{\n"prompt": "a"}\n{"prompt": "b"}',
+        r"x\.json:3: not valid JSON.*\.jsonl file",
+    ),
     "two lists": ("x.json", '{"a": [], "b": []}', r"x\.json: file must hold one list.*keys a, b\. Write"),
     "no list": ("x.json", '"text"', r"x\.json: file must hold a list of records, got text"),
     "no object": ("x.jsonl", '{"prompt": "a"}\n["b"]', r"x\.jsonl:2: record must be an object, got a list"),
@@ -189,7 +193,7 @@ BAD_FILES = {
         r"x\.jsonl:1: 'prompt' role must be valid Unicode.*U\+DC01",
     ),
     "surrogate answer": ("x.jsonl", '{"prompt": "a", "answer": "\\udc02"}', r"x\.jsonl:1: 'answer' must.*U\+DC02"),
-    "answer list": ("x.jsonl", '{"prompt": "a", "answer": [1]}', r"x\.jsonl:1: 'answer' must be text.*got a list"),
+    "answer lists": ("x.jsonl", '{"prompt": "a", "answer": [[1]]}', r"x\.jsonl:1: 'answer' must be text.*got a list"),
     "utf8 jsonl": ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"x\.jsonl:2: not valid UTF-8"),
     "utf8 json": ("x.json", b'[\n\n{"prompt": "\xff"}]', r"x\.json:3: not valid UTF-8"),
     "utf8 csv": ("x.csv", b"\xef\xbb\xbfprompt\na\nb\n\xe9\n", r"x\.csv:4: not valid UTF-8"),
@@ -197,13 +201,13 @@ BAD_FILES = {
     "many fields": ("x.csv", "prompt,answer\na,1,2\n", r"x\.csv:2: row must have 2 fields, got 3\."),
     "open quote": ("x.csv", 'prompt\na\n"b\nc\n', r"x\.csv:3: not valid CSV: unexpected end of data"),
     "same columns": ("x.csv", "prompt,prompt\na,b\n", r"x\.csv:1: column names must differ, got prompt, prompt"),
-    "semicolons": ("x.csv", "prompt;answer\na;1\n", r"x\.csv:2: record must have .*got prompt;answer\. Did you mean"),
+    "semicolons": ("x.csv", "promt;answer\na;1\n", r"x\.csv:2: record must have .*got promt, answer\. Did you mean"),
     "csv blank prompt": ("x.csv", "prompt,answer\na,1\n,2\n", r"x\.csv:3: 'prompt' must hold text"),
     "no parquet": ("x.parquet", "PAR1 but no table", r"x\.parquet: not a readable parquet file after row 0"),
     "empty jsonl": ("x.jsonl", "\n\n", r"x\.jsonl: data set must hold at least one record"),
     "empty json": ("x.json", "[]", r"x\.json: data set must hold at least one record"),
     "empty csv": ("x.csv", "prompt,answer\n", r"x\.csv: data set must hold at least one record"),
-    "unknown suffix": ("x.txt", "a", r"x\.txt: file name must end in \.jsonl, \.json, \.parquet, \.csv, got '\.txt'"),
+    "unknown suffix": ("x.txt", "a", r"x\.txt: file name must end in \.jsonl, \.json, .*, got '\.txt'"),
 }
 
 
@@ -239,7 +243,9 @@ def test_parquet_with_damaged_pages(tmp_path):
 
 def test_folder_without_data_is_refused(tmp_path):
     write(tmp_path / "README.md", "")
-    with pytest.raises(InputError, match=r"folder must hold \.jsonl, \.json, \.parquet, \.csv files, got none"):
+    with pytest.raises(
+        InputError, match=r"folder must hold \.jsonl, \.json, \.parquet, \.csv, \.tsv, \.arrow files, got none"
+    ):
         load_records(str(tmp_path))
 
 
@@ -337,6 +343,9 @@ def test_records_come_one_at_a_time(tmp_path):
 def test_columns_of_other_types_are_named(tmp_path, key, kind, shown):
     table = {"prompt": ["a"], "answer": ["b"]} | {key: pyarrow.nulls(1, kind)}
     path = write_parquet(tmp_path / "x.parquet", table)
+    if (key, kind) == ("answer", pyarrow.list_(pyarrow.string())):  # several answers, of which any is right
+        assert load_records(path)[0].answer is None
+        return
     with pytest.raises(InputError, match=rf"x\.parquet: column '{key}' must be text, a number or .*, got {shown}"):
         load_records(path)
 

@@ -1,0 +1,55 @@
+"""The answer of a label, which has a format of its own: data sets keep worked solutions as well as bare answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mgrpo.grading.extract import make_extractor
+from mgrpo.inputs import MAX_RECORD_BYTES, InputError
+from mgrpo.labels import Label, join_labels
+
+FORMATS = "auto, plain, boxed, hash, last-number or regex:PATTERN"
+# Longer text without a box and without a #### line is a solution, not an answer.
+MAX_PLAIN_CHARS = 200
+# What is tried, and up to how many characters a text in which nothing is found is the answer itself.
+_READERS = {"auto": ("boxed", "hash"), "plain": ()}
+_PLAIN = {"auto": MAX_PLAIN_CHARS, "plain": MAX_RECORD_BYTES}
+
+
+def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
+    r"""Returns the function that takes the answer out of a label, whatever the format of responses is.
+
+    Args:
+        spec: `auto` (the last \boxed{...}, else the line after ####, else the whole text of at most 200 characters),
+            `plain` (the whole text), or how `make_extractor` finds an answer in a response.
+
+    Returns:
+        A function of a label, or of several of which any is right. It returns None for None, and for a label that
+        holds no answer of the format.
+
+    Raises:
+        InputError: unknown spec, or an invalid pattern.
+
+    """
+    readers = [make_extractor(name) for name in _READERS.get(spec, (spec,))] if _is_known(spec) else None
+    if readers is None:
+        raise InputError(
+            f"make_label_reader: spec must be {FORMATS}, got {spec!r}. Choose how the data mark a true answer."
+        )
+    longest = _PLAIN.get(spec, 0)
+
+    def read_one(text: str) -> str | None:
+        found = next((answer for reader in readers if (answer := reader(text)) is not None), None)
+        return text if found is None and 0 < len(text.strip()) <= longest else found
+
+    def read(label: Label | None) -> Label | None:
+        if label is None or isinstance(label, str):
+            return None if label is None else read_one(label)
+        return join_labels(list(dict.fromkeys(text for one in label if (text := read_one(one)) is not None)))
+
+    return read
+
+
+def _is_known(spec: str) -> bool:
+    """Whether a format has the name."""
+    return spec in (*_READERS, "boxed", "hash", "last-number") or spec.startswith("regex:")
