@@ -99,6 +99,23 @@ def test_labels_move_no_weight(make_trainer):
     assert all(same(weights_of(trained[0]), weights_of(other)) for other in trained[1:])
 
 
+def test_labels_are_read_as_the_trainer_reads_them(make_trainer):
+    """Whatever their format, type and depth; a key that names no column is refused."""
+    rows = problems()
+    trainer = make_trainer(rows)
+    trainer.model.train()
+    for label in (r"So \boxed{5}.", "five\n#### 5", 5, 5.0, ["4", "5"], [5]):
+        label = trainer.read_label({"answer": label})
+        verdict = trainer.judge(rollouts([*"5556"] * 4), rollouts(["5", "7"] * 4), [label] * 16)
+        assert verdict.metrics["vote_accuracy"] == 1.0
+    assert trainer.read_label({}) is None and trainer.read_label({"answer": None}) is None
+    deep = [{"prompt": row["prompt"], "truth": {"value": f"is {row['answer']}."}} for row in rows]
+    other = make_trainer(deep, data_answer_key="truth.value", answer_label_extract="last-number")
+    assert other.read_label(deep[0]) == rows[0]["answer"]
+    with pytest.raises(ValueError, match=r"data_answer_key must name a column, got 'trut'.*Did you mean 'truth'\?"):
+        make_trainer(deep, data_answer_key="trut")
+
+
 def test_a_dropped_trajectory_neither_votes_nor_trains(make_trainer, monkeypatch):
     """The policy's second rollout of the first prompt is far too sure; with it 7 would win, without it the tie goes to
     the earliest."""

@@ -143,6 +143,18 @@ def test_true_answers_feed_metrics_alone():
     assert by_label.rewards[:M].tolist() == [1, 1, 0, 0]
 
 
+def test_labels_are_read_as_the_trainer_reads_them(caplog):
+    """A worked solution, a box, a number or several answers; a text without a mark is no label, and said to be none."""
+    for two, seven in ((r"\boxed{2}", "so\n#### 7"), (2, 7.0), (["1", "2"], ["7"])):
+        assert run(make_rows(true={"a": two, "b": seven})).metrics["vote_accuracy"] == 1.0
+    assert not caplog.records
+    rows = make_rows(true={"a": "x" * 300, "b": "7"})
+    assert run(rows).metrics["vote_accuracy"] == run(rows).metrics["vote_accuracy"] == 1.0
+    assert [record.message[:46] for record in caplog.records] == ["mgrpo: no answer was found in the label 'xxxxx"]
+    config = replace(CONFIG, answer=replace(CONFIG.answer, label_extract="last-number"))
+    assert run(make_rows(true={"a": "is 2", "b": "is 7."}), config).metrics["vote_accuracy"] == 1.0
+
+
 def test_fewer_rollouts_may_train_than_vote():
     config = replace(CONFIG, vote=replace(CONFIG.vote, num_train=3))
     rows = make_rows()

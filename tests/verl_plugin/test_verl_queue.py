@@ -140,7 +140,7 @@ def test_tokens_that_a_tool_wrote_are_not_the_models(queue):
 
 def test_true_answers_are_read_where_there_are_any(queue):
     batch = batch_of(put(queue, "a_0_0", "7$", truth=7), put(queue, "a_1_0", "9$"))
-    assert verl_queue.fetch(batch, Tokenizer()).true_answers == ["7", None]
+    assert verl_queue.fetch(batch, Tokenizer()).true_answers == [7, None]
 
 
 def test_momentum_prompts_have_names_of_their_own_and_leave_the_policys_alone():
@@ -161,5 +161,9 @@ def test_the_score_for_metrics_is_one_for_the_right_answer():
     assert compute_score("any", "so #12", "13", {"split": "x"}, **options)["acc"] == 0.0
     assert compute_score("any", "so #12", None, **options)["score"] == 0.0
     assert compute_score("any", r"\boxed{1/2}", "0.5")["score"] == 1.0
+    for truth in (r"So \boxed{\frac{1}{2}}.", "half\n#### 0.5", 0.5, ["3", "1/2"], np.array([0.5]), np.float32(0.5)):
+        assert compute_score("any", r"\boxed{1/2}", truth)["score"] == 1.0
+    assert compute_score("any", r"\boxed{12}", "It is 12.", label_extract="last-number")["score"] == 1.0
+    assert compute_score("any", r"\boxed{12}", {"style": "rule"})["score"] == 0.0
     # Data without labels have no answer that could be right.
     assert compute_score("any", r"\boxed{None}", None, equivalence="exact")["score"] == 0.0
