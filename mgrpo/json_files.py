@@ -44,6 +44,8 @@ def read_lines(file: BinaryIO, path: Path, keys: Keys, split: str, budget: Budge
 def read_json(file: BinaryIO, path: Path, keys: Keys, split: str, budget: Budget) -> Iterator[tuple[str, Any]]:
     """Yields the records of a .json file, or of its lines where the first is a whole object and others follow."""
     first = file.readline(MAX_RECORD_BYTES + 1)
+    while first.isspace() and len(first) < FOLLOWING_BYTES and (line := file.readline(MAX_RECORD_BYTES + 1)):
+        first += line
     if _is_object(first):
         rest = file.read(FOLLOWING_BYTES)
         if rest.strip():

@@ -246,11 +246,23 @@ def test_command_line_warns_where_nothing_is_read(folder, capsys):
         (["--out", "/nowhere/x.json"], "--out must be a file in an existing folder"),
         (["--extract", "bracket"], "spec must be boxed, hash, last-number or regex:PATTERN"),
         (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--label-extract", "bracket"], "spec must be auto, plain, boxed, hash, last-number or regex:PATTERN"),
+        (["--template-args", "thinking=false"], "--template-args must come with a chat template"),
+        (["--data", "keys.jsonl"], "--answer-key must be the key of an answer, got 'answer', which no record has."),
+        (["--data", "long.jsonl"], "long.jsonl:1: label must mark its answer"),
+        (["--data", "long.jsonl"], "Set --label-extract last-number or regex:PATTERN"),
+        (
+            ["--data", "long.jsonl", "--label-extract", "hash"],
+            "No answer was found in 1 labels, the first long.jsonl:1",
+        ),
         (["--model.path", "./no-such-folder"], "model: ./no-such-folder"),
         (["--max-new-tokens", "255"], "prompts must have at most 1 tokens"),
     ],
 )
-def test_bad_input_exits_with_2(folder, capsys, more, message):
+def test_bad_input_exits_with_2(folder, tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys.jsonl").write_text('{"prompt": "1+1=", "solution": "2"}\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "is two " * 40}))
     assert main(flags(folder, *more)) == 2
     assert message in capsys.readouterr().err
 

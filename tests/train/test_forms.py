@@ -98,6 +98,7 @@ def test_errors_of_other_separators_name_them_and_the_line(tmp_path, text, messa
 JSONS = {
     "lines.json": LINES,
     "marked.json": "\ufeff" + LINES,
+    "spaced.json": "\n \n" + LINES.replace("\n", "\n\n"),
     "one.json": LINES.splitlines()[0] + "\n",
     "list.jsonl": json.dumps(ROWS, indent=1),
     "lines.ndjson": LINES,
