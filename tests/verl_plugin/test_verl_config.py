@@ -30,7 +30,8 @@ def test_the_named_configuration_is_stock_verls_with_our_trainer(compose):
     assert (options.recipe.rollout.policy, options.recipe.rollout.momentum) == (4, 2)
     assert options.num_optimizer_steps == 4 * 2
     kwargs = config.reward.custom_reward_function.reward_kwargs
-    assert OmegaConf.to_container(kwargs, resolve=True) == {"extract": r"regex:#(\d\d)", "equivalence": "exact"}
+    expected = {"extract": r"regex:#(\d\d)", "label_extract": "auto", "equivalence": "exact"}
+    assert OmegaConf.to_container(kwargs, resolve=True) == expected
 
 
 def test_every_option_stands_in_the_configuration_with_the_default_of_the_trainer(compose):

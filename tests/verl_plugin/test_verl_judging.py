@@ -12,6 +12,7 @@ import mgrpo_kernels as K
 from mgrpo.config import from_dict
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
+from mgrpo.integrations.truth import make_truth_reader
 from mgrpo.integrations.verl_judging import Rows, arrange, judge_rows, merge_rows, place_rewards, places_in_groups
 
 M, N = 4, 2
@@ -145,6 +146,7 @@ def test_true_answers_feed_metrics_alone():
 
 def test_labels_are_read_as_the_trainer_reads_them(caplog):
     """A worked solution, a box, a number or several answers; a text without a mark is no label, and said to be none."""
+    make_truth_reader.cache_clear()  # which warns once in a process
     for two, seven in ((r"\boxed{2}", "so\n#### 7"), (2, 7.0), (["1", "2"], ["7"])):
         assert run(make_rows(true={"a": two, "b": seven})).metrics["vote_accuracy"] == 1.0
     assert not caplog.records
