@@ -81,6 +81,9 @@ class AnswerConfig:
     """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
     timeout_s: float = 5.0
     """Limit of one math-verify comparison in seconds of processor time; past it two answers count as different."""
+    workers: int | None = None
+    """Processes that compare answers, each about 100 MB; they start when first needed. As many as this process may use
+    cores, at most 8, when None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,6 +394,7 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "threads": (1, 4096, True, True),
     "stop_after": (1, math.inf, True, False),
     "answer.timeout_s": (0, math.inf, False, False),
+    "answer.workers": (1, 1024, True, True),
     "rollout.prompts": (1, math.inf, True, False),
     "rollout.policy": (1, math.inf, True, False),
     "rollout.momentum": (0, math.inf, True, False),

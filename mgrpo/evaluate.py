@@ -31,6 +31,7 @@ from mgrpo.grading.extract import make_extractor
 from mgrpo.inputs import InputError
 from mgrpo.labels import Label
 from mgrpo.policy import LoadedModel, load_model, quiet_transformers
+from mgrpo.progress import GroupingLine
 from mgrpo.prompts import describe_data, describe_unread, read_answers
 from mgrpo.records import load_records
 from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source
@@ -172,12 +173,13 @@ def evaluate(
     if check:
         check(rollouts)
     sampled = answers(rollouts)
+    # Grouped first: what that finds out of an answer also tells it from the truth.
+    majority = [[answer] for answer in _commonest(sampled, checker)]
     greedy_correct = None
     if greedy:
         coldest = dataclasses.replace(sampling, temperature=0.0, top_p=1.0)
         decoded = answers(engine.generate(prompts, 1, coldest, source=source, version=version))
         greedy_correct = torch.tensor(_grade(decoded, truths, checker))[:, 0]
-    majority = [[_commonest(group, checker)] for group in sampled]
     return summarize(
         torch.tensor(_grade(sampled, truths, checker)),
         torch.tensor(_grade(majority, truths, checker))[:, 0],
@@ -209,11 +211,13 @@ def _grade(groups: Sequence[Sequence[str | None]], truths: Sequence[Label], chec
     return graded
 
 
-def _commonest(group: Sequence[str | None], checker: AnswerChecker) -> str | None:
-    """First answer of the largest class, the earliest class on a tie; None where nobody answers."""
-    classes = checker.classes(group)
-    counts = Counter(i for i in classes if i >= 0)  # in order of first appearance, so max takes the earliest
-    return group[classes.index(max(counts, key=counts.__getitem__))] if counts else None
+def _commonest(groups: Sequence[Sequence[str | None]], checker: AnswerChecker) -> list[str | None]:
+    """First answer of each prompt's largest class, the earliest class on a tie; None where nobody answers."""
+    commonest = []
+    for group, classes in zip(groups, checker.group_classes(groups), strict=True):
+        counts = Counter(i for i in classes if i >= 0)  # in order of first appearance, so max takes the earliest
+        commonest.append(group[classes.index(max(counts, key=counts.__getitem__))] if counts else None)
+    return commonest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +248,8 @@ class EvaluateArgs:
     `plain` (the label itself), `boxed`, `hash`, `last-number`, `regex:PATTERN`."""
     equivalence: Literal["math", "exact"] = "math"
     """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
+    workers: int | None = None
+    """Processes that compare answers; as many as this process may use cores, at most 8, when None."""
     temperature: float = 0.8
     """Of the samples. Below the usual training temperature of 1, yet with the variety that maj@K and pass@K need."""
     top_p: float = 1.0
@@ -267,7 +273,7 @@ class EvaluateArgs:
 
 def _check(args: EvaluateArgs) -> None:
     """Raises ConfigError with every value out of range."""
-    counts = ("samples", "max_new_tokens", "limit", "batch_size")
+    counts = ("samples", "max_new_tokens", "limit", "batch_size", "workers")
     requirements = [
         *((name, getattr(args, name) is None or getattr(args, name) >= 1, "at least 1") for name in counts),
         ("temperature", 0 < args.temperature < math.inf, "above 0 and finite"),
@@ -324,7 +330,8 @@ def run(args: EvaluateArgs) -> Evaluation:
     )
     engine.load(loaded.model.state_dict(), source="policy", version=0)
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, max_new_tokens=max_new_tokens, seed=args.seed)
-    with AnswerChecker(mode=answer.equivalence) as checker:
+    with AnswerChecker(mode=answer.equivalence, num_workers=args.workers) as checker:
+        checker.watch = GroupingLine(Console(stderr=True))
         check = partial(check_samples, engine, loaded, [prompt.ids for prompt in dataset.prompts], sampling)
         about = {"samples": args.samples, "source": "policy", "version": 0, "stop": stop, "check": check}
         return evaluate(engine, loaded, dataset, extract, checker, sampling, **about)

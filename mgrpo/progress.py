@@ -21,6 +21,30 @@ from mgrpo_kernels import backends
 PLAIN_LINE_EVERY_S = 10.0
 
 
+def _describe_grouping(done: int, total: int) -> str:
+    """How far a long vote is."""
+    return f"comparing answers: {done} of {total} prompts"
+
+
+class GroupingLine:
+    """Shows how far a long vote is where no live line does: one line that changes in a terminal, else one now and then.
+
+    It is called with the prompts that are done and all of them, from any thread.
+    """
+
+    def __init__(self, console: Console):
+        self.console, self.last_s = console, -PLAIN_LINE_EVERY_S
+
+    def __call__(self, done: int, total: int) -> None:
+        """Shows it."""
+        now, is_last = time.monotonic(), done == total
+        if self.console.is_terminal:
+            self.console.print(_describe_grouping(done, total), end="\n" if is_last else "\r", highlight=False)
+        elif is_last or now - self.last_s > PLAIN_LINE_EVERY_S:
+            self.console.print(_describe_grouping(done, total), highlight=False)
+            self.last_s = now
+
+
 class Progress:
     """A context manager; `show` takes the metrics of each step."""
 
@@ -38,6 +62,7 @@ class Progress:
         )
         self.task = self.live.add_task("", total=last_step, completed=step)
         self.start, self.first_step, self.last_line_s = time.monotonic(), step, -PLAIN_LINE_EVERY_S
+        self.grouping_line = GroupingLine(self.console)
         self.alarmed = False
         r = config.rollout
         self.console.print(
@@ -83,6 +108,13 @@ class Progress:
     def note(self, message: str) -> None:
         """Says what a person should know before the first step."""
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def show_grouping(self, done: int, total: int) -> None:
+        """Shows how many prompts of a long vote are grouped; from any thread."""
+        if self.console.is_terminal:
+            self.live.update(self.task, description=_describe_grouping(done, total))
+        else:
+            self.grouping_line(done, total)
 
     def rewind(self, step: int, message: str) -> None:
         """Says why the run goes on from an earlier step."""

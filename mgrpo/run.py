@@ -32,6 +32,7 @@ from mgrpo.trainer import Trainer
 
 # Options that may differ when a run is resumed: they change what is watched and kept, not what is computed.
 RESUMABLE = {"run_dir", "stop_after", "resume", "resume_extend", "dry_run", "checkpoint", "log", "monitor"}
+RESUMABLE |= {"answer.workers"}
 RESUMABLE |= {f"rollout.{name}" for name in ("placement", "servers", "devices", "weights_host", "timeout_s", "sleep")}
 RESUMABLE |= {f"rollout.{name}" for name in ("gpu_memory", "kv_cache_gib", "parity_every", "transfer")}
 STORAGE_ERRORS = {
@@ -89,6 +90,7 @@ def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
         for message in describe_data(trainer.data):
             progress.note(message)
         interrupt.defer()
+        trainer.checker.watch = progress.show_grouping
         while outcome is Exit.DONE and trainer.step < last_step:
             try:
                 row = session.take_step()

@@ -78,7 +78,8 @@ class Trainer:
         if self.probe is not None:
             require_answers(self.probe, "--data.probe")
         self.sampler = Sampler(len(self.data), config.rollout.prompts, config.seed)
-        self.checker = AnswerChecker(mode=config.answer.equivalence, timeout_s=config.answer.timeout_s)
+        answer = config.answer
+        self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers)
         self.scorer = Scorer(
             self.loaded,
             temperature=config.rollout.temperature,

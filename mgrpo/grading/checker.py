@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-import functools
+import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from mgrpo.grading.canonical import canonicalize
+from mgrpo.grading.matching import Fingerprint, may_be_equal, read_fingerprint
 from mgrpo.grading.meaning import align, compare_cheaply, reduce_form
+from mgrpo.grading.memo import Memo
+from mgrpo.grading.watch import Watch
 from mgrpo.grading.worker import EquivalenceWorker, WorkerError
 from mgrpo.labels import Label
+from mgrpo.threads import available_cpus
+
+T = TypeVar("T")
 
 MAX_UNDECIDED = 3
 CACHED_VERDICTS = 65536
+CACHED_FINGERPRINTS = 16384
+# Each takes about 100 MB, and a step has few prompts that keep one busy for long.
+MAX_DEFAULT_WORKERS = 8
 
 
 def _form_order(form: str) -> tuple[int, str]:
     """Short forms come first, and so represent their classes."""
     return len(form), form
+
+
+def _as_compared(first: str, second: str) -> tuple[str, str]:
+    """What a worker gets of two forms."""
+    one, other = sorted(align(first, second) or (first, second), key=_form_order)
+    return one, other
+
+
+def default_workers() -> int:
+    """As many as the cores that this process may use, shared with the other ranks of the machine; at most 8."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, min(available_cpus() // max(1, int(ranks) if ranks.isdecimal() else 1), MAX_DEFAULT_WORKERS))
 
 
 class AnswerChecker:
@@ -33,25 +55,32 @@ class AnswerChecker:
     worker, is not equivalent. Where no worker can be started at all, the call raises StartError. Verdicts are kept
     (the last 65,536 pairs).
 
+    Many answers of one prompt are first told apart by fingerprints, one for each form and made in a worker, so that
+    few pairs are left to compare: those whose kinds and values at fixed points agree. The classes are the same.
+
     Args:
         mode: `exact` (equal canonical forms only) or `math`.
-        timeout_s: limit of one pair in a worker, in seconds of processor time, above 0.
-        num_workers: worker processes, at least 1; they start when first needed. `group_classes` uses all of them.
+        timeout_s: limit of one pair, or one fingerprint, in a worker, in seconds of processor time, above 0.
+        num_workers: worker processes, at least 1; None for `default_workers`. They start when first needed, and
+            `group_classes` uses all of them.
 
     Attributes:
-        timeouts: pairs that hit the limit.
-        failures: pairs that killed their worker or ran out of memory.
-        skipped: pairs that `classes` left uncompared because the same call already had 3 of the above.
+        timeouts: pairs and fingerprints that hit the limit.
+        failures: pairs and fingerprints that killed their worker or ran out of memory.
+        skipped: pairs that `classes` left uncompared because a form had no fingerprint, or because the same call
+            already had 3 of the above.
+        watch: called by `group_classes` with the prompts that are done and all of them, where it takes more than 5 s.
 
     Raises:
         ValueError: an argument out of range.
     """
 
-    def __init__(self, *, mode: str = "math", timeout_s: float = 5.0, num_workers: int = 1) -> None:
+    def __init__(self, *, mode: str = "math", timeout_s: float = 5.0, num_workers: int | None = None) -> None:
         if mode not in ("exact", "math"):
             raise ValueError(f"AnswerChecker: mode must be exact or math, got {mode!r}. Use math for formulas.")
         if not 0 < timeout_s < float("inf"):
             raise ValueError(f"AnswerChecker: timeout_s must be above 0 and finite, got {timeout_s}. Use 5.")
+        num_workers = default_workers() if num_workers is None else num_workers
         if num_workers < 1:
             raise ValueError(f"AnswerChecker: num_workers must be at least 1, got {num_workers}. Use 1.")
         self.mode = mode
@@ -61,7 +90,9 @@ class AnswerChecker:
         for worker in self._workers:
             self._idle.put(worker)
         self._counters = threading.Lock()
-        self._verdict = functools.lru_cache(maxsize=CACHED_VERDICTS)(self._ask_worker)
+        self.watch: Callable[[int, int], None] | None = None
+        self._verdict = Memo(self._ask_verdict, CACHED_VERDICTS)
+        self._fingerprint = Memo(self._ask_fingerprint, CACHED_FINGERPRINTS)
 
     def __enter__(self) -> AnswerChecker:
         return self
@@ -81,7 +112,12 @@ class AnswerChecker:
 
     def equivalent(self, first: str, second: str) -> bool:
         """Whether two answers are the same; symmetric."""
-        return bool(self._compare(self._form(first), self._form(second)))
+        first, second = sorted((self._form(first), self._form(second)), key=_form_order)
+        verdict = self._compare_without_worker(first, second)
+        if verdict is None:
+            pair = _as_compared(first, second)
+            verdict = not self._are_told_apart(*pair) and self._verdict(*pair)
+        return bool(verdict)
 
     def is_correct(self, answer: str | None, label: Label | None) -> bool:
         """Whether an answer matches the label, or any of several; False where either is None or blank."""
@@ -93,34 +129,52 @@ class AnswerChecker:
 
         None and blank answers get -1. The partition does not depend on the order of the answers: the distinct forms
         are taken by length, then alphabetically, and each joins the first class whose first form it is equivalent
-        to. After 3 undecided pairs (time limit, dead worker) the remaining pairs are compared without a worker.
+        to. A form whose fingerprint could not be made (time limit, dead worker), and after 3 undecided pairs every
+        form, is compared without a worker.
         """
-        forms = ["" if answer is None else self._form(answer) for answer in answers]
-        representative = self._find_representatives(sorted({form for form in forms if form}, key=_form_order))
-        ids: dict[str, int] = {}
-        return [ids.setdefault(representative[form], len(ids)) if form else -1 for form in forms]
+        return self._classify(answers, Watch(1, None))
 
     def group_classes(self, groups: Sequence[Sequence[str | None]]) -> list[list[int]]:
         """`classes` of each prompt's answers; the prompts are spread over the workers."""
-        if len(self._workers) == 1:
-            return [self.classes(group) for group in groups]
+        watch = Watch(len(groups), self.watch)
+        if min(len(self._workers), len(groups)) < 2 or self.mode == "exact":
+            return [self._classify(group, watch) for group in groups]
         with ThreadPoolExecutor(len(self._workers)) as threads:
-            return list(threads.map(self.classes, groups))
+            try:
+                return list(threads.map(lambda group: self._classify(group, watch), groups))
+            except BaseException:
+                watch.stop()
+                raise
 
     def _form(self, answer: str) -> str:
         """What an answer is compared by."""
         form = canonicalize(answer)
         return reduce_form(form) if self.mode == "math" else form
 
-    def _find_representatives(self, forms: list[str]) -> dict[str, str]:
+    def _classify(self, answers: Sequence[str | None], watch: Watch) -> list[int]:
+        """Class ids of one prompt's answers."""
+        forms = ["" if answer is None else self._form(answer) for answer in answers]
+        representative = self._find_representatives(sorted({form for form in forms if form}, key=_form_order), watch)
+        ids: dict[str, int] = {}
+        watch.finish_one()
+        return [ids.setdefault(representative[form], len(ids)) if form else -1 for form in forms]
+
+    def _find_representatives(self, forms: list[str], watch: Watch) -> dict[str, str]:
         """Maps each of the sorted forms to the first form of its class."""
         representative: dict[str, str] = {}
         heads: list[str] = []
+        lost: set[str] = set()  # forms without a fingerprint
         undecided = 0
         for form in forms:
             for head in heads:
-                verdict = self._compare(head, form, use_worker=undecided < MAX_UNDECIDED)
-                undecided += verdict is None
+                verdict = self._compare_without_worker(head, form)
+                if verdict is None and (undecided >= MAX_UNDECIDED or head in lost or form in lost):
+                    with self._counters:
+                        self.skipped += 1
+                elif verdict is None:
+                    watch.tick()
+                    verdict = self._compare_with_fingerprints(head, form, lost)
+                    undecided += verdict is None
                 if verdict:
                     representative[form] = head
                     break
@@ -129,27 +183,46 @@ class AnswerChecker:
                 representative[form] = form
         return representative
 
-    def _compare(self, first: str, second: str, *, use_worker: bool = True) -> bool | None:
-        """The verdict on two canonical forms, None where no worker could reach one."""
+    def _compare_with_fingerprints(self, head: str, form: str, lost: set[str]) -> bool | None:
+        """The verdict on two sorted forms, with no comparison where their fingerprints differ; None as `_ask` does."""
+        prints: list[Fingerprint] = []
+        pair = _as_compared(head, form)
+        for one in pair:
+            found = self._fingerprint(one)
+            if found is None:
+                lost.add(one)
+                return None
+            prints.append(found)
+        return may_be_equal(*prints) and self._verdict(*pair)
+
+    def _are_told_apart(self, first: str, second: str) -> bool:
+        """Whether fingerprints differ, of which `classes` made one at least: two more would not pay for one pair."""
+        if not (self._fingerprint.knows(first) or self._fingerprint.knows(second)):
+            return False
+        one, other = self._fingerprint(first), self._fingerprint(second)
+        return one is not None and other is not None and not may_be_equal(one, other)
+
+    def _compare_without_worker(self, first: str, second: str) -> bool | None:
+        """The verdict on two canonical forms where it needs no algebra, else None."""
         if first == second:
             return True
         if self.mode == "exact" or not first or not second:
             return False
-        verdict = compare_cheaply(first, second)
-        if verdict is not None:
-            return verdict
-        if not use_worker:
-            with self._counters:
-                self.skipped += 1
-            return False
-        first, second = sorted(align(first, second) or (first, second), key=_form_order)
-        return self._verdict(first, second)
+        return compare_cheaply(first, second)
 
-    def _ask_worker(self, first: str, second: str) -> bool | None:
-        """Has an idle worker compare two forms."""
+    def _ask_verdict(self, first: str, second: str) -> bool | None:
+        """Has a worker compare two forms."""
+        return self._ask(lambda worker: worker.compare(first, second))
+
+    def _ask_fingerprint(self, form: str) -> Fingerprint | None:
+        """Has a worker make the fingerprint of a form."""
+        return self._ask(lambda worker: read_fingerprint(worker.fingerprint(form)))
+
+    def _ask(self, question: Callable[[EquivalenceWorker], T]) -> T | None:
+        """Asks an idle worker; None where it hit the limit, died, or could not say."""
         worker = self._idle.get()
         try:
-            return worker.compare(first, second)
+            return question(worker)
         except TimeoutError:
             with self._counters:
                 self.timeouts += 1

@@ -1,4 +1,4 @@
-"""Mathematical equivalence of two answers, decided by math-verify in a process that can be killed.
+"""Mathematical equivalence of two answers, and the fingerprint of one, found in a process that can be killed.
 
 Both ends of one pipe live here: `EquivalenceWorker` runs in the trainer, `serve` in the worker process, which is
 this file run as a script. Messages are JSON behind a 4-byte big-endian length. Only the standard library is imported
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import importlib
 import itertools
 import json
 import logging
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -43,7 +45,7 @@ DIGITS = 30
 
 
 class WorkerError(RuntimeError):
-    """A worker process died, or could not decide, on a pair."""
+    """A worker process died, or could not decide, on a pair or a form."""
 
 
 class StartError(RuntimeError):
@@ -85,16 +87,24 @@ class EquivalenceWorker:
             StartError: the process died or hung three times in a row while it started.
             ImportError: math-verify is not installed, or does not load.
         """
+        return self._ask(first, second)
+
+    def fingerprint(self, form: str) -> list[Any]:
+        """What `mgrpo.grading.matching.read_fingerprint` reads, for one answer; raises as `compare` does."""
+        return self._ask(form)
+
+    def _ask(self, *forms: str) -> Any:
+        """The reply on a pair, or on one form."""
         try:
             try:
-                return self._exchange(first, second)
+                return self._exchange(forms)
             except _LostError:
-                # It may have been killed or stopped from outside, which says nothing about this pair.
+                # It may have been killed or stopped from outside, which says nothing about these forms.
                 self.close()
-                return self._exchange(first, second)
+                return self._exchange(forms)
         except _LostError as error:
             self.close()
-            raise WorkerError(f"the worker process {error} on {first!r} and {second!r}") from error
+            raise WorkerError(f"the worker process {error} on {_join(forms)}") from error
         except BaseException:
             # A late reply would otherwise be read as the verdict of the next pair, and what ran out is not as it was.
             self.close()
@@ -111,12 +121,12 @@ class EquivalenceWorker:
             if pipe is not None:
                 pipe.close()
 
-    def _exchange(self, first: str, second: str) -> bool:
-        """Sends one pair and returns the verdict."""
+    def _exchange(self, forms: tuple[str, ...]) -> Any:
+        """Sends one pair or form and returns the verdict or fingerprint."""
         process = self._process or self._start()
         assert process.stdin is not None
         try:
-            process.stdin.write(_pack([first, second]))
+            process.stdin.write(_pack(forms))
             reply = _receive(process, self._hang_s)
         except TimeoutError as error:
             raise _LostError("hung") from error
@@ -125,10 +135,10 @@ class EquivalenceWorker:
                 raise TimeoutError(f"no verdict within {self._timeout_s} s of processor time") from error
             raise _LostError("died") from error
         if "error" in reply:
-            raise WorkerError(f"math-verify failed on {first!r} and {second!r}: {reply['error']}")
+            raise WorkerError(f"math-verify failed on {_join(forms)}: {reply['error']}")
         if reply["spent"]:
             self.close()
-        return reply["equivalent"]
+        return reply["answer"]
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Starts the process, again where it is lost on the way."""
@@ -176,6 +186,11 @@ class EquivalenceWorker:
         return process
 
 
+def _join(forms: tuple[str, ...]) -> str:
+    """The forms for a message."""
+    return " and ".join(map(repr, forms))
+
+
 def _pack(message: Any) -> bytes:
     """Encodes one message."""
     body = json.dumps(message).encode()
@@ -206,7 +221,7 @@ def _receive(process: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]
 
 
 def serve(timeout_s: float, hang_s: float) -> None:
-    """Answers pairs from standard input until it closes, which it does when the parent ends."""
+    """Answers pairs and forms from standard input until it closes, which it does when the parent ends."""
     _end_with_parent()
     # A terminal and some schedulers send theirs to every process of a run; this one ends with its parent.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -221,17 +236,17 @@ def serve(timeout_s: float, hang_s: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        compare = _load_comparison()
+        answer = _load_comparison()
     except Exception as error:
         replies.write(_pack({"error": f"{type(error).__name__}: {error}"}))
         return
     replies.write(_pack({"ready": True}))
-    while (pair := _read_request(requests)) is not None:
+    while (forms := _read_request(requests)) is not None:
         # The default action of both ends the process: at the limit, and where it waits on after a dead parent.
         signal.setitimer(signal.ITIMER_PROF, timeout_s)
         signal.setitimer(signal.ITIMER_REAL, hang_s + 1)
         try:
-            reply = {"equivalent": compare(*pair), "spent": _address_space() > MEMORY_KEPT_BYTES}
+            reply = {"answer": answer(*forms), "spent": _address_space() > MEMORY_KEPT_BYTES}
         except Exception as error:
             reply = {"error": type(error).__name__}
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -261,11 +276,18 @@ def _address_space() -> int:
 
 
 def _read_request(requests: BinaryIO) -> list[str] | None:
-    """Reads one pair, None at the end of the stream."""
+    """Reads one pair or form, None at the end of the stream."""
     header = requests.read(4)
     if len(header) < 4:
         return None
     return json.loads(requests.read(struct.unpack(">I", header)[0]))
+
+
+def _load_beside(name: str) -> Any:
+    """Imports a file of this folder, whatever package of the same name is installed."""
+    package = sys.modules["mgrpo"] = types.ModuleType("mgrpo")
+    package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    return importlib.import_module(f"mgrpo.grading.{name}")
 
 
 def _is_arithmetic(answer: str) -> bool:
@@ -330,8 +352,8 @@ def _tell_apart_tiny_numbers() -> None:
     grader.sympy_numeric_eq = equal
 
 
-def _load_comparison() -> Callable[[str, str], bool]:
-    """Imports math-verify and returns the symmetric comparison of two canonical answers."""
+def _load_comparison() -> Callable[..., Any]:
+    """Imports math-verify and returns the symmetric comparison of two canonical answers; of one, its fingerprint."""
     import sympy
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     from sympy.core.cache import clear_cache
@@ -339,6 +361,7 @@ def _load_comparison() -> Callable[[str, str], bool]:
 
     logging.disable(logging.CRITICAL)
     _tell_apart_tiny_numbers()
+    fingerprint = _load_beside("fingerprint").fingerprint
 
     def attempt(step: Callable[[], Any], failed: Any) -> Any:
         """What math-verify does on errors, but for those that say nothing about the answer."""
@@ -365,17 +388,21 @@ def _load_comparison() -> Callable[[str, str], bool]:
         return attempt(lambda: verify(gold, target, timeout_seconds=None, raise_on_error=True), False)
 
     def compare(first: str, second: str) -> bool:
-        # SymPy tests some identities at random points, and what it keeps of earlier pairs saves stack and memory.
-        seed(0)
-        clear_cache()
         one, other = parse_answer(first), parse_answer(second)
         if attempt(lambda: _approximates(first, other) or _approximates(second, one), False):
             return True
         pairs = list(itertools.product(one, other))
         return any(equal(a, b) for a, b in pairs) or any(equal(b, a) for a, b in pairs)
 
-    compare(r"\frac{x}{2}+\sqrt{3}", r"0.5x+3^{1/2}")  # loads what is loaded late, outside the limit of any pair
-    return compare
+    def answer(*forms: str) -> Any:
+        # SymPy tests some identities at random points, and what it keeps of earlier pairs saves stack and memory.
+        seed(0)
+        clear_cache()
+        return fingerprint(parse_answer(*forms)) if len(forms) == 1 else compare(*forms)
+
+    for forms in ((r"\frac{x}{2}+\sqrt{3}", r"0.5x+3^{1/2}"), (r"x^{2}=4",)):
+        answer(*forms)  # loads what is loaded late, outside the limit of any pair
+    return answer
 
 
 if __name__ == "__main__":

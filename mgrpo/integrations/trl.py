@@ -105,7 +105,8 @@ class MGRPOTrainer(_GRPOTrainer):
         self.extract = make_extractor(args.answer_extract)
         self.read_truth = make_truth_reader(args.answer_label_extract)
         _check_answer_key(args.data_answer_key, kwargs.get("train_dataset"))
-        self.checker = AnswerChecker(mode=self.recipe.answer.equivalence, timeout_s=args.answer_timeout_s)
+        answer = self.recipe.answer
+        self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers)
         self.monitor = Monitor(self.recipe.monitor, num_prompts=self.prompts_a_batch)
         self.momentum = MomentumCallback(self.recipe.momentum, seed=args.seed)
         self.add_callback(self.momentum)

@@ -48,6 +48,7 @@ class MGRPOConfig(GRPOConfig):
     )
     answer_equivalence: str = _option("math", "How answers are compared: math (math-verify) or exact.")
     answer_timeout_s: float = _option(5.0, "Processor seconds of one comparison.")
+    answer_workers: int | None = _option(None, "Processes that compare answers; one a core, at most 8, when None.")
     data_answer_key: str = _option("answer", "Column of true answers, for metrics alone; a.b is in the column a.")
     monitor_on_collapse: str = _option("warn", "What an alarm of the collapse monitor does: warn or stop.")
 

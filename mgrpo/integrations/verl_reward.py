@@ -43,4 +43,4 @@ def compute_score(
 @functools.lru_cache
 def _judge(extract: str, equivalence: str, timeout_s: float) -> tuple[Any, AnswerChecker]:
     """Extractor and checker of this process; the checker's own worker ends with it."""
-    return make_extractor(extract), AnswerChecker(mode=equivalence, timeout_s=timeout_s)
+    return make_extractor(extract), AnswerChecker(mode=equivalence, timeout_s=timeout_s, num_workers=1)

@@ -57,7 +57,7 @@ class MGRPOTrainer(PPOTrainerSync):
         super().__init__(config)
         answer = self.recipe.answer
         self.extract = make_extractor(answer.extract)
-        self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s)
+        self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers)
         self.monitor = Monitor(self.recipe.monitor, num_prompts=self.recipe.rollout.prompts)
         self._prompts: list[Any] = []  # of this step
         self._momentum_batch: Any = None  # KVBatchMeta

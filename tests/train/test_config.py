@@ -51,6 +51,7 @@ def test_no_number_escapes_its_range(altered, name):
         ("threads", [0], [1, None]),
         ("stop_after", [0], [1]),
         ("answer.timeout_s", [0], [0.1]),
+        ("answer.workers", [0, 1025], [1, None]),
         ("rollout.prompts", [0], [1]),
         ("rollout.policy", [0], [2]),
         ("rollout.momentum", [-1], [0]),

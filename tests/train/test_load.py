@@ -75,7 +75,7 @@ def test_nothing_grows_over_two_hundred_steps(launch, tmp_path, monkeypatch):
     monkeypatch.setattr("mgrpo.trainer.make_extractor", plant)
     options = {"steps": 200, "data.train": str(data), "checkpoint.every": 25, "log.backends": ("tensorboard",)}
     options |= {"monitor.retention_every": 10, "rollout.prompts": 8, "rollout.max_new_tokens": 8}
-    options |= {"answer.equivalence": "math", "answer.timeout_s": 1, "monitor.on_collapse": "warn"}
+    options |= {"answer.equivalence": "math", "answer.timeout_s": 1, "answer.workers": 1, "monitor.on_collapse": "warn"}
     before = resident_mib()
     assert launch(options) == 0
     early, late = seen[50], seen[200]

@@ -1,0 +1,163 @@
+"""Which answers may be equal, by their fingerprints. What math-verify calls equal is never told apart here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+# Ten times what math-verify rounds away, absolute and relative.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What `mgrpo.grading.fingerprint` says of one answer, or of one part of it."""
+
+    texts: frozenset[str]
+    kinds: tuple[tuple[Any, ...], ...]  # the name of the kind, then what it is made of
+    right_sides: tuple[Fingerprint, ...]  # of equations, which these are where the other answer is no equation
+
+
+def read_fingerprint(alternatives: Sequence[Any]) -> Fingerprint:
+    """Reads the worker's reply."""
+    texts = frozenset(alternative[1] for alternative in alternatives if alternative[0] == "text")
+    kinds = tuple(_read(*alternative) for alternative in alternatives if alternative[0] not in ("text", "right side"))
+    sides = tuple(read_fingerprint(alternative[1]) for alternative in alternatives if alternative[0] == "right side")
+    return Fingerprint(texts, kinds, sides)
+
+
+def _read(kind: str, *rest: Any) -> tuple[Any, ...]:
+    """One alternative; the parts that are answers themselves become fingerprints."""
+    if kind == "number":
+        return kind, _read_values(rest[0])
+    if kind in ("equation", "inequality"):
+        solutions = {name: roots and list(map(_read_values, roots)) for name, roots in rest[2].items()}
+        return kind, *rest[:2], solutions
+    if kind in ("set", "tuple", "chain"):
+        return kind, tuple(map(read_fingerprint, rest[0]))
+    if kind == "interval":
+        return kind, *rest[:2], *map(read_fingerprint, rest[2:])
+    if kind == "matrix":
+        return kind, *rest[:2], tuple(map(read_fingerprint, rest[2]))
+    return kind, *rest
+
+
+def _read_values(values: Sequence[Any]) -> tuple[complex | None, ...]:
+    """Numbers, of which complex ones are pairs."""
+    return tuple(complex(*value) if isinstance(value, list) else value for value in values)
+
+
+def may_be_equal(one: Fingerprint, other: Fingerprint) -> bool:
+    """Whether two answers may be equal; False is certain. Symmetric."""
+    if not one.texts.isdisjoint(other.texts) or any(_may_match(a, b) for a in one.kinds for b in other.kinds):
+        return True
+    return any(
+        _may_be_only_element(a, b) or any(may_be_equal(side, replace(b, right_sides=())) for side in a.right_sides)
+        for a, b in ((one, other), (other, one))
+    )
+
+
+def _may_match(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two alternatives may be the same thing."""
+    first, second = one[0], other[0]
+    if first == second:
+        return _SAME_KIND[first](one, other)
+    kinds = {first, second}
+    if "any" in kinds:
+        return True
+    if "some set" in kinds:
+        return not kinds.isdisjoint({"set", "region", "interval"})
+    return kinds == {"set", "tuple"} and len(one[1]) == len(other[1]) and _cover(one[1], other[1])
+
+
+def _may_be_only_element(one: Fingerprint, other: Fingerprint) -> bool:
+    """Whether the other is a set of the one, however often that holds it, or a tuple of one."""
+    things = tuple(kind for kind in one.kinds if kind[0] not in ("set", "tuple"))
+    whole = replace(one, kinds=things)
+    return bool(things) and any(
+        _cover([whole], kind[1])
+        for kind in other.kinds
+        if kind[0] == "set" or (kind[0] == "tuple" and len(kind[1]) == 1)
+    )
+
+
+def _close(one: complex | None, other: complex | None) -> bool:
+    """Whether two values may be the same but for rounding; None may be anything."""
+    if one is None or other is None or one == other:
+        return True
+    distance = abs(one - other)
+    return distance <= TOLERANCE * max(1.0, abs(one), abs(other)) and distance < math.inf
+
+
+def _cover(one: Sequence[Fingerprint], other: Sequence[Fingerprint]) -> bool:
+    """Whether everything in either list has a possible partner in the other."""
+    return all(any(may_be_equal(a, b) for b in other) for a in one) and all(
+        any(may_be_equal(a, b) for a in one) for b in other
+    )
+
+
+def _match_sets(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return _cover(one[1], other[1])
+
+
+def _match_in_order(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Tuples, and matrices of one shape."""
+    *shape, elements = one[1:]
+    *other_shape, other_elements = other[1:]
+    return (
+        shape == other_shape
+        and len(elements) == len(other_elements)
+        and all(map(may_be_equal, elements, other_elements))
+    )
+
+
+def _match_intervals(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return one[1:3] == other[1:3] and all(map(may_be_equal, one[3:], other[3:]))
+
+
+def _match_regions(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return one[2] == other[2] and all(map(_close, one[1], other[1]))
+
+
+def _match_relations(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Relations of the same strictness, with the same real solutions for every symbol, and none for one they lack.
+
+    Where both surely have real solutions, at some points they share one for some symbol, real there or not.
+    """
+    (strict, real, solutions), (other_strict, other_real, other_solutions) = one[1:], other[1:]
+    if strict != other_strict:
+        return False
+    shared = not (real and other_real)
+    for name in solutions.keys() | other_solutions.keys():
+        first, second = solutions.get(name, _NO_ROOTS), other_solutions.get(name, _NO_ROOTS)
+        if first is None or second is None:
+            shared = True
+        elif not all(map(_match_real_roots, first, second)):
+            return False
+        else:
+            shared = shared or all(any(_close(a, b) for a in x for b in y) for x, y in zip(first, second, strict=True))
+    return shared
+
+
+def _match_real_roots(one: Sequence[complex], other: Sequence[complex]) -> bool:
+    """Whether every real root is close to one of the others."""
+    one, other = ([x for x in roots if not isinstance(x, complex)] for roots in (one, other))
+    return all(any(_close(a, b) for b in other) for a in one) and all(any(_close(a, b) for a in one) for b in other)
+
+
+_NO_ROOTS: list[list[complex]] = [[], []]
+_SAME_KIND: dict[str, Callable[[tuple[Any, ...], tuple[Any, ...]], bool]] = {
+    "number": lambda one, other: all(map(_close, one[1], other[1])),
+    "any": lambda one, other: True,
+    "some set": lambda one, other: False,
+    "set": _match_sets,
+    "chain": _match_sets,
+    "tuple": _match_in_order,
+    "matrix": _match_in_order,
+    "interval": _match_intervals,
+    "region": _match_regions,
+    "equation": _match_relations,
+    "inequality": _match_relations,
+}
