@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
-from latex2sympy2_extended import is_expr_of_only_symbols
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
@@ -151,9 +150,16 @@ def _describe_relation(item: Any) -> list[Any]:
     # A relation in two symbols is no set, unless one of them cancels; f(x) < 3 is one in one symbol. An assignment is
     # read as its right side.
     if item.has(AppliedUndef) or sum(bool(roots and all(roots)) for roots in solutions.values()) < 2:
-        is_assignment = kind == "equation" and is_expr_of_only_symbols(item.lhs)
+        is_assignment = kind == "equation" and _is_assigned(item.lhs)
         found += _describe_region(lambda: find_region(item), [] if is_assignment else [["some set"]])
     return found
+
+
+def _is_assigned(item: Any) -> bool:
+    """Whether a left side makes an equation an assignment to math-verify."""
+    from latex2sympy2_extended import is_expr_of_only_symbols  # slow to load, and there by now
+
+    return is_expr_of_only_symbols(item)
 
 
 def _describe_chain(item: Any) -> list[Any]:
@@ -164,7 +170,7 @@ def _describe_chain(item: Any) -> list[Any]:
     found: list[Any] = [["chain", [_describe_relation(part) for part in parts]]]
     if all(isinstance(part, sympy.Eq) for part in parts):
         found += _describe_relation(sympy.Eq(parts[0].lhs, parts[-1].rhs, evaluate=False))
-        if is_expr_of_only_symbols(parts[0].lhs):
+        if _is_assigned(parts[0].lhs):
             return found
     return found + _describe_region(lambda: find_region(item), [["some set"]])
 

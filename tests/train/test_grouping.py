@@ -268,7 +268,7 @@ def test_no_equal_answers_of_the_graded_sets_are_told_apart(checker):
         for first, second in itertools.combinations(forms, 2):
             equal = compare_both_ways(checker, first, second)
             num_pairs, num_equal = num_pairs + (equal is not None), num_equal + bool(equal)
-    assert num_pairs > 1000 and num_equal > 200, (num_pairs, num_equal)
+    assert num_pairs > 500 and num_equal > 200, (num_pairs, num_equal)
 
 
 def test_the_classes_depend_neither_on_order_nor_on_workers(checker):
