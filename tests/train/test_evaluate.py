@@ -229,6 +229,15 @@ def test_command_line_shows_no_progress_bars(folder, capsys):
         logging.disable_progress_bar()
 
 
+def test_command_line_shows_a_long_vote(folder, monkeypatch, capsys):
+    """Every vote counts as long; the answers are such as need a worker."""
+    monkeypatch.setattr("mgrpo.grading.watch.SHOWN_AFTER_S", 0.0)
+    turns = itertools.count()
+    monkeypatch.setattr("mgrpo.evaluate.make_extractor", lambda spec: lambda text: ("x+1", "1+x")[next(turns) % 2])
+    assert main(flags(folder, "--equivalence", "math", "--workers", "1")) == 0
+    assert "comparing answers: " in capsys.readouterr().err
+
+
 def test_command_line_warns_where_nothing_is_read(folder, capsys):
     assert main(flags(folder, "--extract", "hash")) == 0
     assert "Most responses hold no answer" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -13,12 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mgrpo.grading.checker import MAX_DEFAULT_WORKERS, AnswerChecker, _as_compared, default_workers
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.matching import may_be_equal
 from mgrpo.grading.memo import Memo
 from mgrpo.grading.watch import StoppedError, Watch
+from mgrpo.progress import GroupingLine
 
 DATA = Path(os.environ.get("MGRPO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -418,3 +421,23 @@ def test_few_answers_start_one_worker_of_many():
     with AnswerChecker(timeout_s=60.0, num_workers=8) as fresh:
         fresh.group_classes([["x+1", "1+x", "x+2"]])
         assert len(fresh.worker_pids) == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_line_of_a_long_vote_is_on_the_screen(monkeypatch, terminal):
+    clock, screen = [100.0], io.StringIO()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    line = GroupingLine(Console(file=screen, force_terminal=terminal, width=80))
+    for clock[0], done in ((100.0, 0), (101.0, 3), (111.0, 4), (112.0, 16)):
+        line(done, 16)
+    shown = [f"comparing answers: {done} of 16 prompts" for done in ((0, 3, 4, 16) if terminal else (0, 4, 16))]
+    assert screen.getvalue().replace("\r", "\n").splitlines() == shown
+
+
+def test_a_run_shows_a_long_vote(launch, monkeypatch, capsys):
+    """Every vote counts as long; the answers need a worker."""
+    monkeypatch.setattr("mgrpo.grading.watch.SHOWN_AFTER_S", 0.0)
+    turns = itertools.count()
+    monkeypatch.setattr("mgrpo.trainer.make_extractor", lambda spec: lambda text: ("x+1", "1+x")[next(turns) % 2])
+    assert launch({"steps": 1, "answer.equivalence": "math", "answer.workers": 1, "rollout.prompts": 4}) == 0
+    assert "comparing answers: 4 of 4 prompts" in capsys.readouterr().out
