@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 
 class ConfigError(ValueError):
@@ -25,11 +28,27 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
+def _at_home(kind: Any, metavar: str) -> Any:
+    """How the command lines read a path: `~` and `~user` at its start mean a home folder, as in a shell."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: kind(os.path.expanduser(words[0])),
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+HomeText = Annotated[str, _at_home(str, "STR")]
+"""A path, or a name of another kind, which never begins with `~`."""
+HomePath = Annotated[Path, _at_home(Path, "PATH")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy."""
 
-    path: str = "builtin:arithmetic"
+    path: HomeText = "builtin:arithmetic"
     """Folder or hub id of a transformers causal LM; `builtin:arithmetic` is the base model shipped with the package."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes and rollouts. Master weights and optimiser state are always fp32."""
@@ -47,10 +66,10 @@ class ModelConfig:
 class DataConfig:
     """Prompts. Labels, where there are any, feed metrics only (and reward `labels`)."""
 
-    train: str = "arithmetic:8192:3-7:0"
+    train: HomeText = "arithmetic:8192:3-7:0"
     """.jsonl, .json, .parquet, .csv, .tsv or .arrow file, text also as .gz; a folder of them or of `save_to_disk`; a
     hub id; or `arithmetic:NUM:OPERANDS:SEED`."""
-    probe: str | None = None
+    probe: HomeText | None = None
     """Labelled prompts for evaluation during training, same forms as `train`."""
     prompt_key: str = "prompt"
     """Key of the prompt in a record: text, or a list of chat messages. `a.b` is the key `b` of the object `a`."""
@@ -336,7 +355,7 @@ class Config:
 
     preset: Annotated[str, tyro.conf.Suppress] = "arithmetic"
     """Name of the preset that this configuration started from."""
-    run_dir: str | None = None
+    run_dir: HomeText | None = None
     """Directory of the run; runs/PRESET-TIME when None."""
     steps: int = 200
     """Rollout batches of the whole run; the schedules span them."""
@@ -352,7 +371,7 @@ class Config:
     resume_extend: bool = False
     """With --resume, allow another --steps than the run was started with."""
     dry_run: bool = False
-    """Check everything, print the plan, and exit."""
+    """Check everything, print the plan, load the model and try a token, a gradient and a save, and exit."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     answer: AnswerConfig = field(default_factory=AnswerConfig)

@@ -12,9 +12,10 @@ import platform
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +26,14 @@ from rich.markup import escape
 from rich.table import Table
 
 import mgrpo_kernels as K
-from mgrpo.config import ConfigError, ModelConfig
+from mgrpo.config import Config, ConfigError, DataConfig, LogConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from mgrpo.display import protect_output
 from mgrpo.grading.checker import AnswerChecker
+from mgrpo.metrics import StorageError
 from mgrpo.policy import load_model, pick_device, quiet_transformers
+from mgrpo.preflight import find_problems, try_start
+from mgrpo.records import InputError, read_records
+from mgrpo.rollout import EngineError
 from mgrpo.rollout.engine import Sampling
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_model
@@ -275,10 +280,44 @@ class DoctorArgs:
 
     device: str = "auto"
     """Device of the kernels: `auto` takes a GPU where there is one; or `cpu`, `cuda`, `cuda:1`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """A model to try as a run would try it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts to read as a run would read them."""
+
+
+def check_given(model: ModelConfig, data: DataConfig) -> list[str]:
+    """What stands in the way of a run with this model and these prompts, in the words of the run."""
+    if model == ModelConfig():  # the shipped model knows digits alone
+        try:
+            for source in filter(None, (data.train, data.probe)):
+                for _ in read_records(
+                    source, prompt_key=data.prompt_key, answer_key=data.answer_key or "answer", split=data.split
+                ):
+                    pass
+        except InputError as error:
+            return [str(error)]
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        config = Config(
+            run_dir=folder,
+            model=model,
+            data=data,
+            rollout=RolloutConfig(prompts=1),
+            objective=ObjectiveConfig(kl_coef=0.0),
+            log=LogConfig(backends=()),
+        )
+        try:
+            problems = find_problems(config)
+            if not problems:
+                try_start(config)
+        except (ConfigError, InputError, EngineError, StorageError) as error:
+            problems = [str(error)]
+    return problems
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the findings; returns 0, 1 where something needed does not work, or 2 for a bad device."""
+    """Prints the findings; returns 0, 1 where something needed does not work, or 2 for bad input."""
     protect_output()
     quiet_transformers()
     limit_threads()
@@ -289,6 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     console = Console()
+    given = (args.model, args.data) != (ModelConfig(), DataConfig())
+    problems = check_given(args.model, args.data) if given else []
     console.print(_table("Machine", ("what", "found"), list(describe_machine(device).items())))
     extras = {name: "present" if importlib.util.find_spec(name) else remedy for name, remedy in EXTRAS.items()}
     console.print(_table("Extras", ("package", "present, or how to get it"), list(extras.items())))
@@ -317,7 +358,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(_table(f"Kernels on {device}", columns, rows, caption))
     healthy = all(check.works for check in needed) and not any(result.problem for result in results)
     console.print("Everything that training needs works." if healthy else "Something that training needs fails.")
-    return 0 if healthy else 1
+    if given and not problems:
+        console.print("Nothing stands in the way of a run with this model and these prompts.")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 2 if problems else 0 if healthy else 1
 
 
 if __name__ == "__main__":

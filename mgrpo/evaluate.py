@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,16 +22,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mgrpo.config import AnswerConfig, ConfigError, ModelConfig, stop_problems
+from mgrpo.config import AnswerConfig, ConfigError, HomePath, HomeText, ModelConfig, stop_problems
 from mgrpo.data import Dataset, make_dataset
 from mgrpo.display import protect_output
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.inputs import InputError
 from mgrpo.labels import Label
+from mgrpo.model_files import running
 from mgrpo.policy import LoadedModel, load_model, quiet_transformers
 from mgrpo.progress import GroupingLine
-from mgrpo.prompts import describe_data, describe_unread, read_answers
+from mgrpo.prompts import describe_data, describe_unread, read_answers, require_embedded
 from mgrpo.records import load_records
 from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source
 from mgrpo.rollout.samples import check_samples
@@ -224,7 +224,7 @@ def _commonest(groups: Sequence[Sequence[str | None]], checker: AnswerChecker) -
 class EvaluateArgs:
     """Prints greedy accuracy, avg@K, maj@K and pass@K of a model with standard errors over prompts."""
 
-    data: str
+    data: HomeText
     """Labelled prompts, in any form that `mgrpo.train --data.train` takes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model: any transformers folder, a run's checkpoints/step_N/policy and momentum among them."""
@@ -267,7 +267,7 @@ class EvaluateArgs:
     """What to do with prompts that leave no room for a response in the model's context."""
     batch_size: int = 256
     """Most sequences decoded together; bounds the KV cache."""
-    out: Path | None = None
+    out: HomePath | None = None
     """JSON file for the result and these settings; nothing is written when None."""
 
 
@@ -318,6 +318,7 @@ def run(args: EvaluateArgs) -> Evaluation:
         )
     for message in describe_data(dataset):
         print(f"evaluate: {message}", file=sys.stderr)
+    require_embedded(dataset, loaded, args.data)
     if dataset.num_overlong:
         print(f"evaluate: {dataset.num_overlong} overlong prompts were left out.", file=sys.stderr)
     engine = TransformersEngine(
@@ -329,6 +330,9 @@ def run(args: EvaluateArgs) -> Evaluation:
         stop=stop,
     )
     engine.load(loaded.model.state_dict(), source="policy", version=0)
+    with running(args.model.path, "generate a token"):
+        first = [dataset.prompts[0].ids]
+        engine.generate(first, 1, Sampling(max_new_tokens=1), source="policy", version=0)
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, max_new_tokens=max_new_tokens, seed=args.seed)
     with AnswerChecker(mode=answer.equivalence, num_workers=args.workers) as checker:
         checker.watch = GroupingLine(Console(stderr=True))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mgrpo.config import Config
 from mgrpo.data import Dataset
@@ -34,17 +36,18 @@ OPS = (
 MOMENTUM_BYTES = {"fp32": 4, "bf16-stochastic": 2, "bf16-kahan": 4}
 
 
-def print_plan(config: Config) -> None:
-    """Prints labels, batch arithmetic, memory by part, and the kernel backend of every op."""
+def print_plan(config: Config) -> int | None:
+    """Prints data, batch arithmetic, memory by part and the kernel backend of every op; returns the model's size."""
     console = Console()
     tokenizer = load_tokenizer(config.model)
     data = load_prompts(config, tokenizer, config.data.train)
     probe = load_prompts(config, tokenizer, config.data.probe) if config.data.probe else None
     device = pick_device(config.model.device)
+    num_parameters = count_parameters(config, tokenizer)
     for title, rows in (
         ("data", data_plan(data, probe)),
         ("batch", [*batch_plan(config, data), *stop_plan(config, tokenizer)]),
-        ("memory", memory_plan(config, tokenizer, data)),
+        ("memory", memory_plan(config, tokenizer, data, num_parameters)),
         (
             "kernels",
             [(op, resolve(op, device, config.kernels.backend)) for op in OPS],
@@ -54,6 +57,17 @@ def print_plan(config: Config) -> None:
         for name, value in rows:
             table.add_row(name, value)
         console.print(table)
+    return num_parameters
+
+
+def fits_memory(num_parameters: int | None) -> bool:
+    """Whether the free memory holds a model in fp32, the engine's copy of it, its gradient and its momentum."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (free,) = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError):
+        return True
+    return 16 * (num_parameters or 0) <= free
 
 
 def data_plan(data: Dataset, probe: Dataset | None) -> list[tuple[str, str]]:
@@ -88,21 +102,18 @@ def stop_plan(config: Config, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [("responses end at", f"EOS, {texts}{origin}")]
 
 
-def memory_plan(config: Config, tokenizer: Tokenizer, data: Dataset) -> list[tuple[str, str]]:
+def memory_plan(
+    config: Config, tokenizer: Tokenizer, data: Dataset, num_parameters: int | None
+) -> list[tuple[str, str]]:
     """Bytes of each part that grows with the model or the batch; activations are not in it."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            tokenizer.model_config, trust_remote_code=config.model.trust_remote_code
-        )
-    num_parameters = sum(p.numel() for p in model.parameters())
+    if num_parameters is None:
+        return [("parameters", "not known before the model is loaded")]
     text = tokenizer.model_config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     half = config.model.dtype == "bf16"
     longest = max(len(prompt.ids) for prompt in data.prompts) + config.rollout.max_new_tokens
     per_call = max(config.rollout.policy, config.rollout.momentum)
     sequences = min(max(config.rollout.batch_size // per_call, 1), config.rollout.prompts) * per_call
-    cache = 2 * text.num_hidden_layers * heads * head_dim * longest * sequences * (2 if half else 4)
+    logits = 4 * config.optim.micro_batch_tokens * (_number(text, "vocab_size") or 0)
     parts = {
         "weights (fp32)": 4 * num_parameters,
         "gradient (fp32)": 4 * num_parameters,
@@ -110,9 +121,46 @@ def memory_plan(config: Config, tokenizer: Tokenizer, data: Dataset) -> list[tup
         f"momentum ({config.momentum.dtype})": MOMENTUM_BYTES[config.momentum.dtype] * num_parameters,
         "rollout copy (bf16)": 2 * num_parameters if half else 0,
         "initial weights": (2 if half else 4) * num_parameters if needs_initial(config) else 0,
-        "logits of a micro-batch": min(4 * config.optim.micro_batch_tokens * text.vocab_size, MAX_LOGITS_BYTES),
-        f"KV cache of {sequences} x {longest} tokens": cache,
+        "logits of a micro-batch": min(logits, MAX_LOGITS_BYTES),
+        f"KV cache of {sequences} x {longest} tokens": cache_numbers(text) * longest * sequences * (2 if half else 4),
     }
     rows = [("parameters", f"{num_parameters:,}")]
     rows += [(name, f"{size / 2**20:,.1f} MiB") for name, size in parts.items() if size]
     return [*rows, ("sum, without activations", f"{sum(parts.values()) / 2**20:,.1f} MiB")]
+
+
+def count_parameters(config: Config, tokenizer: Tokenizer) -> int | None:
+    """Parameters of the model that a configuration describes; None where that takes the model itself."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                tokenizer.model_config, trust_remote_code=config.model.trust_remote_code
+            )
+        return sum(p.numel() for p in model.parameters())
+    except Exception:  # loading says what is wrong, if it is
+        return None
+
+
+def cache_numbers(text: PretrainedConfig) -> int:
+    """Numbers that a KV cache holds a token, in all layers; 0 of a model without attention heads.
+
+    Layers of another kind hold a state, which does not grow with the tokens.
+    """
+    heads = _number(text, "num_attention_heads")
+    width = _number(text, "hidden_size")
+    if not heads or not (head_dim := _number(text, "head_dim") or (width or 0) // heads):
+        return 0
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    if isinstance(kinds, list | tuple):
+        layers = sum("attention" in str(kind) and "linear" not in str(kind) for kind in kinds)
+    else:
+        layers = _number(text, "num_hidden_layers") or 0
+    return 2 * layers * (_number(text, "num_key_value_heads") or heads) * head_dim
+
+
+def _number(text: PretrainedConfig, name: str) -> int | None:
+    """A positive whole number of a configuration, the largest where each layer has one; None where there is none."""
+    value = getattr(text, name, None)
+    if isinstance(value, list | tuple) and value and all(type(entry) is int for entry in value):
+        value = max(value)
+    return value if type(value) is int and value > 0 else None

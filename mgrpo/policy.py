@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,15 @@ from transformers.utils import logging
 
 from mgrpo.config import ConfigError, ModelConfig
 from mgrpo.determinism import make_deterministic
+from mgrpo.model_files import CONFIG, GENERATION, check_folder, reading, refuse_lost, token_ids
 from mgrpo.records import InputError
+from mgrpo.saving import make_savable
 from mgrpo_kernels.backends import resolve
 
 BUILTIN = "builtin:"
+DEVICE = re.compile(r"cpu|cuda(?::(0|[1-9]\d{0,5}))?")
+# Tokens that a tokenizer may put into a prompt or beside it unasked.
+SPECIAL_TOKENS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +80,17 @@ def pick_device(device: str) -> torch.device:
     """Resolves `auto` to a GPU where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError([f"config: --model.device must be auto, cpu or cuda[:N], got {device}."]) from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
+    # torch knows devices by name that this build or the kernels have not: mps, xpu, xla, meta.
+    match = DEVICE.fullmatch(device)
+    if match is None:
+        raise ConfigError([f"config: --model.device must be auto, cpu or cuda[:N], got {device}."])
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError([f"config: --model.device must be available, got {device} where torch sees no GPU."])
-    return picked
+    if int(match[1] or 0) >= max(torch.cuda.device_count(), 1):
+        raise ConfigError(
+            [f"config: --model.device must be one of {torch.cuda.device_count()} GPUs, from cuda:0 on, got {device}."]
+        )
+    return torch.device(device)
 
 
 def pick_backend(backend: str, device: torch.device) -> str:
@@ -94,21 +106,21 @@ def pick_backend(backend: str, device: torch.device) -> str:
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """Loads the tokenizer and the configuration beside it; no weights are read."""
-    path = resolve_path(config.path)
-    with _loading(config.path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    if not config.trust_remote_code:
+    path, trusted = resolve_path(config.path), config.trust_remote_code
+    check_folder(path)
+    with reading(path, CONFIG):
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+    with reading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
+        tokenizer("0")
+    if not trusted:
         _refuse_code(config.path, tokenizer, model_config)
-    try:
-        generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:  # many folders have none
-        generation_config = None
-    found = {tokenizer.eos_token_id}
-    for holder in (generation_config, model_config):
-        ids = getattr(holder, "eos_token_id", None)
-        found.update(ids if isinstance(ids, list | tuple) else [ids])
-    eos_ids = tuple(sorted(found - {None}))
+    holders = {"the tokenizer": tokenizer, CONFIG: model_config, GENERATION: _read_generation_config(path)}
+    found = [
+        token_ids(getattr(holder, "eos_token_id", None), tokenizer, f"{name} of {config.path}")
+        for name, holder in holders.items()
+    ]
+    eos_ids = tuple(sorted(set(chain(*found))))
     if not eos_ids:
         raise InputError(
             f"model: the tokenizer of {config.path} must have an EOS token, got none. "
@@ -121,6 +133,20 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         context_length=context_length(model_config),
         model_config=model_config,
     )
+
+
+def _read_generation_config(path: str) -> GenerationConfig | None:
+    """The generation_config.json of a folder or hub id; many have none."""
+    is_local = Path(path).is_dir()
+    if is_local and not (Path(path) / GENERATION).is_file():
+        return None
+    with _silence(), reading(path, GENERATION):
+        try:
+            return GenerationConfig.from_pretrained(path)
+        except OSError as error:
+            if is_local or isinstance(error.__context__, ValueError):  # it is there and is no JSON
+                raise
+            return None
 
 
 def _refuse_code(path: str, tokenizer: Any, model_config: PretrainedConfig) -> None:
@@ -137,16 +163,18 @@ def _refuse_code(path: str, tokenizer: Any, model_config: PretrainedConfig) -> N
 def load_model(config: ModelConfig) -> LoadedModel:
     """Loads tokenizer and model; raises InputError for a folder that can not be trained from."""
     tokenizer = load_tokenizer(config)
-    with _loading(config.path):
-        model = _with_attention(
-            config.attn_implementation,
-            lambda attention: AutoModelForCausalLM.from_pretrained(
-                resolve_path(config.path),
-                dtype=torch.float32,
-                use_safetensors=True,
-                attn_implementation=attention,
-                trust_remote_code=config.trust_remote_code,
-            ),
+    model = _read_model(
+        resolve_path(config.path),
+        config.path,
+        attention=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    _check_ids(model, tokenizer, config.path)
+    if dropped := make_savable(model):
+        print(
+            f"model: {GENERATION} of {config.path} is saved without {', '.join(dropped)}: its values contradict one "
+            "another, and transformers does not write them.",
+            file=sys.stderr,
         )
     _check_finite(model, config.path)
     try:
@@ -167,7 +195,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     )
 
 
-def _with_attention(attention: str, load: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+def _with_attention(attention: str | None, load: Callable[[str | None], Any]) -> Any:
     """Loads with an implementation of attention; a family that has no sdpa, or no attention at all, takes eager."""
     try:
         return load(attention)
@@ -178,13 +206,62 @@ def _with_attention(attention: str, load: Callable[[str], PreTrainedModel]) -> P
 
 
 @contextmanager
-def _loading(path: str) -> Iterator[None]:
-    """Turns what transformers raises for a bad folder or hub id into InputError."""
+def _silence() -> Iterator[None]:
+    """Lets transformers log errors alone for a while."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise InputError(f"model: {path} must be a model folder or a reachable hub id, got: {first_line}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _read_model(path: str | Path, name: str, *, attention: str | None = None, **options: Any) -> PreTrainedModel:
+    """Reads a model in fp32, of which no parameter is missing; `name` is that of the folder in messages."""
+    read: Any = AutoModelForCausalLM.from_pretrained
+    # What transformers tells in tables is said below in a line.
+    with _silence(), reading(name, CONFIG, unless=(OSError, ValueError, RuntimeError, ImportError, SafetensorError)):
+        model, loading = _with_attention(
+            attention,
+            lambda attention: read(
+                path,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                attn_implementation=attention,
+                **options,
+            ),
+        )
+    refuse_lost(loading, name)
+    return model
+
+
+def num_embeddings(model: torch.nn.Module) -> int | None:
+    """Rows of the input embedding, which ids must stay below; None of a model that does not tell."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)  # pyright: ignore
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if weight is None else len(weight)
+
+
+def _check_ids(model: PreTrainedModel, tokenizer: Tokenizer, path: str) -> None:
+    """Raises InputError for a special token of the tokenizer that the embedding has no row for."""
+    special = {f"{name}_token": getattr(tokenizer.tokenizer, f"{name}_token_id", None) for name in SPECIAL_TOKENS}
+    special |= {"pad": tokenizer.pad_id} | {"EOS token": max(tokenizer.eos_ids)}
+    rows = num_embeddings(model)
+    for name, token in special.items():
+        if rows is not None and token is not None and token >= rows:
+            raise InputError(
+                f"model: {name} of {path} must be below {rows}, the rows of its embedding, got {token}. "
+                "Resize the embedding, or take the tokenizer that the model was made with."
+            )
+    if rows is not None and max(tokenizer.tokenizer.all_special_ids, default=0) >= rows:
+        print(
+            f"model: some special tokens of {path} have no row in its embedding: no prompt may hold them.",
+            file=sys.stderr,
+        )
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -203,18 +280,9 @@ def _check_finite(model: PreTrainedModel, path: str) -> None:
             raise InputError(f"model: {name} of {path} must be finite, got NaN or infinity. The folder is damaged.")
 
 
-def save_model(folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:
-    """Writes weights in the transformers layout, loadable by AutoModelForCausalLM."""
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-
-
 def load_weights(folder: Path, *, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
     """Reads the parameters of a saved model in fp32, under the names of `named_parameters`."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
-    return dict(model.named_parameters())
+    return dict(_read_model(folder, str(folder), trust_remote_code=trust_remote_code).named_parameters())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from mgrpo.grading.canonical import canonicalize
 from mgrpo.grading.labels import MAX_PLAIN_CHARS, make_label_reader
 from mgrpo.inputs import InputError
 from mgrpo.labels import Label
-from mgrpo.policy import LoadedModel, Tokenizer
+from mgrpo.policy import LoadedModel, Tokenizer, num_embeddings
 from mgrpo.presets import PRESETS
 from mgrpo.records import Record, read_records
 
@@ -35,7 +35,7 @@ def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -
         split=data.split,
         need_answer=_needs_answers(config, source),
     )
-    return make_dataset(
+    dataset = make_dataset(
         read_answers(records, config.answer),
         loaded.tokenizer,
         template=data.template,
@@ -44,6 +44,32 @@ def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -
         source=source,
         template_args=data.template_args,
     )
+    if isinstance(loaded, LoadedModel):
+        require_embedded(dataset, loaded, source)
+    return dataset
+
+
+def require_embedded(data: Dataset, loaded: LoadedModel, source: str) -> None:
+    """Raises InputError for the first prompt with a token that the model's embedding has no row for."""
+    rows = num_embeddings(loaded.model)
+    if rows is None:
+        return
+    for prompt in data.prompts:
+        if (largest := max(prompt.ids)) >= rows:
+            raise InputError(
+                f"{source}: tokens must be below {rows}, the rows of the model's embedding, prompt {prompt.index + 1} "
+                f"has {largest}: {prompt.text!r:.60}. Resize the embedding, or take the tokenizer that the model was "
+                "made with."
+            )
+
+
+def require_prompts(data: Dataset, config: Config) -> None:
+    """Raises InputError where a step asks for more prompts than there are."""
+    if len(data) < config.rollout.prompts:
+        raise InputError(
+            f"data: --rollout.prompts must be at most the {len(data)} prompts of the data, "
+            f"got {config.rollout.prompts}. Set another --rollout.prompts or add data."
+        )
 
 
 def _needs_answers(config: Config, source: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from mgrpo.csv_files import read_csv
 from mgrpo.files import UNREADABLE, format_of, list_files, open_bytes, read_whole
 from mgrpo.inputs import MAX_RECORD_BYTES as MAX_RECORD_BYTES
-from mgrpo.inputs import InputError, check_unicode, list_names, name_type, too_large
+from mgrpo.inputs import InputError, check_unicode, list_names, name_type, too_large, whole
 from mgrpo.json_files import read_json, read_lines
 from mgrpo.keys import ABSENT, Keys, look_up, name_keys, suggest_prompt
 from mgrpo.labels import Label, label_text
@@ -207,7 +207,8 @@ def _read_hub(source: str, keys: Keys, split: str, budget: Budget) -> Iterator[t
     try:
         dataset = datasets.load_dataset(source, split=split)
     except Exception as error:  # the hub client raises its own, httpx's, OS and value errors
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        first = str(error).strip().partition("\n")[0].rstrip()
+        reason = whole(error) if not first or first.endswith(":") else first.rstrip(".")
         raise InputError(
             f"{source}: neither a path nor a reachable hub data set with split {split!r}: {reason}."
             f"{_suggest_path(source)} Check the name and the network, or name a local file."

@@ -14,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from mgrpo.config import HomePath
 from mgrpo.display import protect_output
 from mgrpo.plots import Run, draw_figures, find_alarms, points, render_png
 from mgrpo.records import InputError
@@ -211,9 +212,9 @@ def _configuration(run: Run) -> str:
 class ReportArgs:
     """Writes report.html and plots/*.png of one run, or of several drawn together."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tyro.conf.Positional[tuple[HomePath, ...]]
     """Run directories."""
-    out: Path | None = None
+    out: HomePath | None = None
     """Folder to write. None is the directory of a single run, and the folder `report` beside several."""
 
 
@@ -222,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     protect_output()
     args = tyro.cli(ReportArgs, args=argv, prog="python -m mgrpo.report")
     try:
+        if str(args.out).startswith("~"):
+            raise InputError(f"report: --out must begin with the home of a known user, got {args.out}.")
         print(write_report(args.runs, args.out))
     except InputError as error:
         print(error, file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import shutil
@@ -21,12 +20,12 @@ from mgrpo.config import Config, ConfigError, flag, from_dict, to_dict
 from mgrpo.interrupt import AGAIN, Interrupt, Interrupted
 from mgrpo.metrics import Metrics, StorageError, make_trackers, read_metrics, to_json, write_aside
 from mgrpo.monitor import Monitor
-from mgrpo.policy import pick_backend, pick_device
-from mgrpo.preflight import refuse_distributed, refuse_used_directory
+from mgrpo.preflight import refuse_machine, rehearse
 from mgrpo.progress import Progress
 from mgrpo.prompts import describe_data
 from mgrpo.report import write_report
 from mgrpo.rollout import EngineError, StaleWeightsError
+from mgrpo.run_directory import content_of, directory_of, held
 from mgrpo.threads import limit_threads
 from mgrpo.trainer import Trainer
 
@@ -57,17 +56,17 @@ class Exit(IntEnum):
 
 def run(config: Config) -> Exit:
     """Trains from start, or from the newest checkpoint, to the last step; returns why it ended."""
-    refuse_distributed()
-    pick_backend(config.kernels.backend, pick_device(config.model.device))
+    run_dir = directory_of(config)
+    refuse_machine(config, run_dir)
     limit_threads(config.threads)
-    run_dir = Path(config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     interrupt = Interrupt()
     try:
-        with interrupt.handled(), storage_errors(), locked(run_dir, config):
+        with interrupt.handled(), storage_errors(), held(run_dir):
             if config.resume and (before := resumed_config(run_dir)):
                 check_resumable(config, before)
             trainer = Trainer(config)
             try:
+                rehearse(trainer, run_dir)
                 return _train(trainer, run_dir, interrupt)
             finally:
                 trainer.close()
@@ -254,25 +253,6 @@ def _due(every: int, step: int) -> bool:
 
 
 @contextmanager
-def locked(run_dir: Path, config: Config) -> Iterator[None]:
-    """Makes the run directory and holds it; refuses one in use, and one with content unless the run is resumed."""
-    refuse_used_directory(run_dir, config)
-    is_new = not run_dir.exists()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError([f"run: --run-dir must be free, another process trains in {run_dir}."]) from error
-        try:
-            yield
-        finally:
-            # A run that failed before it wrote anything leaves no directory behind.
-            if is_new and [path.name for path in run_dir.iterdir()] == [".lock"]:
-                shutil.rmtree(run_dir)
-
-
-@contextmanager
 def storage_errors() -> Iterator[None]:
     """Turns a full disk, or one that may not be written, into StorageError."""
     try:
@@ -294,7 +274,7 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
     if folder is None:
         # A run that died before its first checkpoint has its configuration and perhaps some rows.
         was_started = (run_dir / "config.json").is_file() and not any((run_dir / "checkpoints").glob("*step_*"))
-        if not was_started and any(path.name != ".lock" for path in run_dir.iterdir()):
+        if not was_started and content_of(run_dir):
             raise checkpoint.CheckpointError(
                 f"resume: {run_dir} must hold a valid checkpoint or nothing, got neither. Start in another directory."
             )

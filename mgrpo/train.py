@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,9 +22,9 @@ from rich.console import Console
 from mgrpo.checkpoint import CheckpointError
 from mgrpo.config import Config, ConfigError
 from mgrpo.metrics import StorageError
-from mgrpo.plan import print_plan
+from mgrpo.plan import fits_memory, print_plan
 from mgrpo.policy import quiet_transformers
-from mgrpo.preflight import find_problems
+from mgrpo.preflight import find_problems, try_start
 from mgrpo.presets import PRESETS, make_preset
 from mgrpo.records import InputError
 from mgrpo.rollout import EngineError
@@ -41,7 +42,7 @@ def parse(arguments: Sequence[str]) -> Config:
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     before = None
     if "--resume" in arguments and (run_dir := _value_of("--run-dir", arguments)):
-        before = resumed_config(Path(run_dir))
+        before = resumed_config(Path(os.path.expanduser(run_dir)))
         # These belong to one call, not to the run.
         before = before and replace(before, stop_after=None, resume=False, resume_extend=False, dry_run=False)
     if before and preset not in (None, before.preset):
@@ -79,7 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.dry_run:
             if problems := find_problems(config):
                 raise ConfigError(problems)
-            print_plan(config)
+            if fits_memory(print_plan(config)):
+                try_start(config)
+            else:
+                print("The model is not loaded and tried here: this machine has less free memory than it takes.")
             return Exit.DONE
         return run(config)
     except (ConfigError, InputError, CheckpointError) as error:

@@ -32,8 +32,8 @@ from mgrpo.learner import Learner
 from mgrpo.metrics import KEYS, Metrics, Outcome, Timer, mean, outcome_metrics
 from mgrpo.momentum import Momentum
 from mgrpo.objective import Batch
-from mgrpo.policy import LoadedModel, borrowed_weights, load_model, load_weights, save_model
-from mgrpo.prompts import load_prompts, require_answers
+from mgrpo.policy import LoadedModel, borrowed_weights, load_model, load_weights
+from mgrpo.prompts import load_prompts, require_answers, require_prompts
 from mgrpo.retention import Retention
 from mgrpo.rollout.checked import CheckedEngine
 from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source, StaleWeightsError
@@ -41,6 +41,7 @@ from mgrpo.rollout.parity import check_embedded, check_parity
 from mgrpo.rollout.server import EnginePair
 from mgrpo.rollout.start import start_engine
 from mgrpo.rollout.stop import make_stop, read_texts
+from mgrpo.saving import save_model
 from mgrpo.scoring import Scorer, TokenScores
 from mgrpo.trajectories import Trajectories, join
 
@@ -77,6 +78,7 @@ class Trainer:
             require_answers(self.data, "--objective.reward labels")
         if self.probe is not None:
             require_answers(self.probe, "--data.probe")
+        require_prompts(self.data, config)
         self.sampler = Sampler(len(self.data), config.rollout.prompts, config.seed)
         answer = config.answer
         self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers)

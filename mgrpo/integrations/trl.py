@@ -33,7 +33,7 @@ from mgrpo.labels import Label
 from mgrpo.metrics import Metrics, mean
 from mgrpo.monitor import Monitor
 from mgrpo.objective import group_advantage
-from mgrpo.policy import save_model
+from mgrpo.saving import make_savable, save_model
 
 __all__ = ["MGRPOConfig", "MGRPOTrainer", "MomentumCallback", "majority_vote"]
 require("trl")
@@ -99,6 +99,12 @@ class MGRPOTrainer(_GRPOTrainer):
                 raise ValueError(f"MGRPOTrainer: {name} must be None, for the momentum model has no turns of its own.")
         others = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         super().__init__(model, [majority_vote, *others], args, **kwargs)
+        if dropped := make_savable(self.accelerator.unwrap_model(self.model)):
+            logger.warning(
+                "generation_config is saved without %s: its values contradict one another, and transformers does not "
+                "write them.",
+                ", ".join(dropped),
+            )
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self._dist.fsdp_version == 1):
             raise ValueError("MGRPOTrainer: training must be on one device, DDP or FSDP2, got DeepSpeed or FSDP1.")
         self.recipe = args.recipe()

@@ -14,7 +14,6 @@ import json
 import random
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -22,6 +21,7 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from mgrpo.config import HomePath
 from mgrpo.display import protect_output
 from mgrpo.threads import limit_threads
 
@@ -112,7 +112,7 @@ def make_model(seed: int = 0, head_dim: int = 24) -> Qwen3ForCausalLM:
 class BaseArgs:
     """Makes the base model from scratch by imitation of flawed demonstrations, and saves it with its tokenizer."""
 
-    out: Path
+    out: HomePath
     """Folder to write."""
     operands: tuple[int, ...] = (2, 3, 4, 5)
     """Operand counts of the demonstrations."""
@@ -178,7 +178,7 @@ def make_base(args: BaseArgs) -> None:
 class ExportArgs:
     """Writes problems as JSONL records with the keys `prompt`, `answer` and `operands`."""
 
-    out: Path
+    out: HomePath
     """File to write."""
     num: int = 4096
     """Number of problems."""

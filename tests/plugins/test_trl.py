@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from small_run import BASE, problems, small_args
 
 trl = pytest.importorskip("trl")
 
+from datasets import Dataset  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
@@ -213,6 +215,20 @@ def test_a_checkpoint_holds_the_momentum_model_in_fp32(make_trainer, tmp_path):
     trainer.save_momentum_model(tmp_path / "momentum")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "momentum")
     assert same(dict(loaded.named_parameters()), trainer.momentum.started.weights)
+
+
+def test_clashing_generation_values_do_not_stop_a_save(make_args, tmp_path, caplog):
+    """transformers loads a model with them and saves none; TRL's checkpoints and the momentum model are written."""
+    folder = shutil.copytree(BASE, tmp_path / "base")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.7, "top_p": 0.9}')
+    args = make_args(save_strategy="steps", save_steps=1, max_steps=1, output_dir=str(tmp_path / "out"))
+    trainer = MGRPOTrainer(str(folder), None, args, train_dataset=Dataset.from_list(problems()))
+    assert "generation_config is saved without temperature, top_p" in caplog.text
+    trainer.train()
+    trainer.save_momentum_model(tmp_path / "momentum")
+    trainer.checker.close()
+    for saved in (tmp_path / "out" / "checkpoint-1", tmp_path / "momentum"):
+        assert AutoModelForCausalLM.from_pretrained(saved).generation_config.eos_token_id in (1, [1])
 
 
 def test_a_checkpoint_without_its_momentum_model_is_refused(make_trainer, tmp_path):

@@ -69,7 +69,7 @@ BAD = {
     "few prompts": (
         {"train.jsonl": TRAIN * 3},
         ["--data.train", "{dir}/train.jsonl"],
-        "number of prompts (3), got 4. Set another --rollout.prompts or add data.",
+        "--rollout.prompts must be at most the 3 prompts of the data, got 4. Set another --rollout.prompts or add",
     ),
     "probe without answers": (
         {"probe.jsonl": TRAIN + '{"prompt": "1+1="}\n'},

@@ -36,6 +36,7 @@ from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.worker import EquivalenceWorker
 from mgrpo.metrics import StorageError
 from mgrpo.policy import load_model, load_weights
+from mgrpo.records import InputError
 from mgrpo.run import Exit, write_fault
 from mgrpo.trainer import Trainer
 
@@ -270,7 +271,7 @@ def test_a_planted_pickle_is_never_read(launch, resume, tmp_path):
     assert resume("--stop-after", "1") == 0
     for source in ("policy", "momentum"):
         (folder / source / "model.safetensors").unlink()
-        with pytest.raises(OSError, match="safetensors"):
+        with pytest.raises(InputError, match="safetensors"):
             load_weights(folder / source)
     assert resume() == Exit.BAD_INPUT
     assert not (tmp_path / "sprung").exists()

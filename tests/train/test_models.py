@@ -15,7 +15,7 @@ from bench.models import TABLE, read_table, try_all
 from mgrpo.config import KernelsConfig, ModelConfig
 from mgrpo.determinism import make_deterministic
 from mgrpo.evaluate import main
-from mgrpo.policy import load_model, save_model
+from mgrpo.policy import load_model
 from mgrpo.records import InputError
 from mgrpo.rollout import EngineError, Sampling
 from mgrpo.rollout.choice import choose_way
@@ -23,6 +23,7 @@ from mgrpo.rollout.decoding import Padded, Recomputed, Unpadded
 from mgrpo.rollout.engine import ParityError
 from mgrpo.rollout.parity import BOUNDS, check_embedded
 from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.saving import save_model
 from mgrpo.scoring import Scorer
 from mgrpo.tasks.arithmetic import make_tokenizer
 from mgrpo.trainer import Trainer

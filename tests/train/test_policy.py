@@ -20,8 +20,8 @@ from mgrpo.policy import (
     load_weights,
     pick_device,
     resolve_path,
-    save_model,
 )
+from mgrpo.saving import save_model
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer
 
 

@@ -175,7 +175,11 @@ def test_an_engine_that_dies_of_the_same_signal_is_no_other_fault(launch, resume
 
 
 def test_other_weights_are_that_fault_whatever_was_sent(launch, monkeypatch):
-    def generate(self, *args, **options):
+    real = TransformersEngine.generate
+
+    def generate(self, prompts, n, sampling, **options):
+        if sampling.max_new_tokens == 1:  # the trial before the first step
+            return real(self, prompts, n, sampling, **options)
         send(TERM)
         raise StaleWeightsError("generate: weights must be others.")
 
