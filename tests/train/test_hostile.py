@@ -100,6 +100,12 @@ def read_all(text: str) -> list[str]:
     return [text, *(found for extract in EXTRACTORS if (found := extract(text)) is not None)]
 
 
+def processor_s() -> float:
+    """Processor time of this process and of the children that have ended: what else runs does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + used.ru_utime + used.ru_stime
+
+
 def each(rounds: int):
     """Settings of a property test of so many rounds that keeps nothing on the disk and has no deadline."""
     return settings(max_examples=rounds, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -113,11 +119,11 @@ def test_hostile_answers_are_read_and_canonicalized():
 
     def read(text):
         nonlocal slowest
-        start = time.perf_counter()
+        start = time.process_time()
         for answer in read_all(text):
             form = canonicalize(answer)
             assert canonicalize(form) == form
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
 
     @each(350)
     @given(st.lists(texts, min_size=50, max_size=50, unique=True))
@@ -180,22 +186,22 @@ def test_every_hand_made_answer_is_compared_with_its_neighbours(checker, tmp_pat
 @pytest.mark.parametrize("piece", ["9", "(", r"\frac{", r"\boxed{", "#", "-", "$", "}", "\0", "x+"])
 def test_a_megabyte_is_read_and_classed_quickly(piece):
     text = piece * ((1 << 20) // len(piece))
+    start = processor_s()
     with AnswerChecker() as fresh:
-        start = time.perf_counter()
         answers = read_all(text)
         assert fresh.classes([*answers, "7"])[-1] >= 0
-        assert time.perf_counter() - start < 10
+    assert processor_s() - start < 10
 
 
 @pytest.mark.fault("an answer of 100,000,000 digits")
 def test_a_hundred_million_digits_are_no_answer():
     digits = "9" * 10**8
-    start = time.perf_counter()
+    start = time.process_time()
     assert read_all(digits) == [digits]
     assert canonicalize(digits) is digits
     with AnswerChecker() as fresh:
         assert fresh.classes([digits, "7"]) == [0, 1] and fresh.worker_pids == []
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 # ---- data
