@@ -8,6 +8,10 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from mgrpo.grading.bases import spell_base
+from mgrpo.grading.choices import mark_choice
+from mgrpo.grading.markup import strip_markup
+from mgrpo.grading.phrases import drop_phrase
 from mgrpo.grading.units import UNIT_LETTERS, is_unit, spell_scale
 
 MAX_ANSWER_CHARS = 1000
@@ -34,17 +38,45 @@ _SYMBOLS = str.maketrans(
         "≃": r"\approx ",
         "≅": r"\cong ",
         "∼": r"\sim ",  # noqa: RUF001
+        "→": r"\to ",
+        "⇒": r"\Rightarrow ",
+        "∴": r"\therefore ",
+        "≒": r"\approx ",
+        "≡": r"\equiv ",
+        "∅": r"\emptyset ",
+        "∈": r"\in ",
+        "∪": r"\cup ",  # noqa: RUF001
+        "∩": r"\cap ",
+        "∧": r"\land ",
+        "≠": r"\ne ",
+        "±": r"\pm ",
+        "…": r"\ldots ",
         "\u066b": ".",
         "\u066c": ",",
         "~": " ",
     }
 )
+# A dash in front of a number, where it is no range.
+_DASH = re.compile(r"(?<![^\s=,;(\[{])[\u2010-\u2013](?=[0-9.\\])")
+_GREEK_NAMES = dict(
+    zip(
+        "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
+        (
+            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi "
+            "psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+        ).split(),
+        strict=True,
+    )
+)
+# Alone: letters of a Greek word stay.
+_GREEK = re.compile("(?<![\u0370-\u03ff])[α-ωΓΔΘΛΞΠΣΦΨΩ](?![\u0370-\u03ff])")  # noqa: RUF001
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
 
 _FONTS = (
     "text(?:normal|bf|it|rm|sf|tt|sc|md|up|sl)?|math(?:bf|it|rm|sf|tt|normal|ord|up)|boldsymbol|bold|bm|pmb|mbox|hbox|"
-    "fbox|boxed|bbox|underline|uline|emph|ensuremath|colorbox"
+    "fbox|framebox|makebox|boxed|bbox|underline|uline|uuline|underbrace|overbrace|emph|hl|ensuremath|colorbox|smash|"
+    "[lr]lap|clap|math(?:clap|[lr]lap|op|rel|bin|inner|open|close|punct)|sym(?:bf|up|rm|it|sf)"
 )
 _SWITCHES = (
     "displaystyle|textstyle|scriptstyle|scriptscriptstyle|tiny|scriptsize|footnotesize|small|normalsize|large|Large|"
@@ -75,7 +107,12 @@ _ENDS = (
 _REWRITES = [
     (re.compile(pattern, re.DOTALL), replacement)
     for pattern, replacement in (
-        (r"√\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"√\s*([0-9]+|[A-Za-z])|\\sqrt\s*([0-9]+)", r"\\sqrt{\1\2}"),
+        (r"(?<=[0-9])_(?=[0-9]{3}(?![0-9]))", ","),
+        (
+            r"(?<![0-9])([0-9]+)(?:\{,\}(?![0-9]{3}(?![0-9]))|(?<=(?<![0-9])0)\{,\}|,(?=[0-9]*(?:\\overline|\([0-9]+\)$)))",
+            r"\1.",
+        ),
         (r"\\?\$", ""),
         (r"\\%", "%"),
         (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
@@ -85,8 +122,9 @@ _REWRITES = [
         (r"(?<!\\)\\[()\[\]]", " "),
         (r"(?<![^\s(])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![^\s.,;:)])", r"\1"),
         (r"^[\s*`:&]+|[\s*`&]+$", ""),
-        (r"[\"“”„«»]|^['‘](?=[^'‘’]*['’]$)|(?<=[^'])['’]$(?<!\d['’])", ""),  # noqa: RUF001
-        (r"^__(.+)__$", r"\1"),
+        (r"[\"“”„«»]", ""),
+        (r"^['‘]([^'‘’]*)['’]$", r"\1"),  # noqa: RUF001
+        (r"^__+([^_].*?)__+$", r"\1"),
         (rf"\\(?:{_SPACES})(?![A-Za-z])|\\[hv]space\*?\s*\{{[^{{}}]*\}}|(?<!\\)\\[,;:>\s]", " "),
         (r"\\(?:[hv]?phantom|tag\*?|label)\s*\{[^{}]*\}", ""),
         (
@@ -97,7 +135,10 @@ _REWRITES = [
         (r"\\textsuperscript\s*(?=\{)", "^"),
         (r"\\frac\s*([0-9])(?=\s*[0-9{])", r"\\frac{\1}"),
         (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1\\text{\2}"),
+        (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 \\unit{\2}"),
+        (r"\\num\s*\{([^{}]*)\}", r"\1"),
+        (r"\\text\s*\{\s*\(?(repeating|recurring)\)?\s*\}", r" \1 "),
+        (r"(\\(?:overline|bar)\s*\{[0-9]+\}|[0-9.]+\([0-9]+\))\s*\(?(?:repeating|recurring)\)?$", r"\1"),
     )
 ]
 _UNWRAPS = [
@@ -111,35 +152,46 @@ _UNWRAPS = [
         (r"(?<=[0-9])\s*(?:[xX*]|\\cdot|\\times)\s*(?=10\s*(?:\^|\*\*))", r"\\times "),
         (r"(?i)\s*(?:\bper ?cent|\bpercentage|\bpct)\s*$", "%"),
         (r"%[\s%]*%", "%"),
-        (r"(?<=[)\]%!]) +([mgshl])$", r"\\unit{\1}"),
+        (r"(?<=[)\]}%!]) +((?:[A-Za-z]|\\(?:mu|Omega)).*)$", "unit"),
+        (r"(?<=[0-9]) ([ei])(?![A-Za-z])", r"\1"),
         (r"(?<=[\w}%)\]])\s*(?:\(\s*)?(?<![A-Za-z])(?:approx(?:imately|\.)?|exact(?:ly)?|rounded)\s*\)?\s*$", ""),
         (r"\s+", " "),
-        (r"^(?:about|approximately|approx\.?|roughly) (?=[-+0-9\\.])", ""),
         (r" ?([^A-Za-z0-9 ]) ?", r"\1"),
         (r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
         (
-            r"^(?:=|\\(?:approx|approxeq|simeq|sim|cong|doteq|equiv|therefore|implies|to|[Ll]ong(?:right)?arrow|"
+            r"^(?::?=|:|\\(?:approx|approxeq|simeq|sim|cong|doteq|equiv|therefore|implies|to|triangleq|coloneqq|mapsto|"
+            r"fallingdotseq|risingdotseq|[Ll]ong(?:right)?arrow|"
             r"[Rr]ightarrow|Longrightarrow|longrightarrow)(?![A-Za-z]) ?)+",
             "",
         ),
         (r"\^([A-Za-z]|-?[0-9]+)(?![0-9A-Za-z.])", r"^{\1}"),
+        (r"(?<!\\log)_(?:([0-9]+)(?![0-9.])|([A-Za-z])(?![0-9A-Za-z]))|(?<=\\log)_([0-9])(?![0-9])", r"_{\1\2\3}"),
         (r"\^\{\\circ ?\}", r"^\\circ"),
+        (r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}", r"\\emptyset "),
+        (r"\\log_\{?e\}? ?", r"\\ln "),
+        (r"\\lg(?![A-Za-z]) ?", r"\\log_{10}"),
+        (r"\\(?:c|d)?dots[bcm]?(?![A-Za-z])|(?<=,)\.\.\.(?=,)", r"\\ldots "),
+        (r"(?i)^(yes|no|true|false)!+$", r"\1"),
         (r"(?i)(?<=[0-9]) ?(?:a()|p)\.?m\.?$", lambda match: " pm" if match[1] is None else " am"),
         (r"^([+-]?)(?:[€£¥₹₽₩₺₫฿₪]|USD|EUR|GBP|CNY|RMB|INR|Rs\.?|US|HK|NT) ?(?=[0-9.])", r"\1"),
-        (r"(?<=[0-9]) ?[€£¥₹₽₩₺₫฿₪]$", ""),
+        (r"(?<=[0-9]) ?[€£¥₹₽₩₺₫฿₪¢]$", ""),
         (r"(?<![A-Za-z\\}_^\]0-9)])\{([0-9.]+|[A-Za-z])\}", r"\1"),
-        (r"\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)$|(?<=[0-9])(?:st|nd|rd|th)$", ""),
-        (rf"^\+|(?:\\\\|\\l?dots|[{_ENDS} ])+$", ""),
+        (r"\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)$|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[0-9])th)$", ""),
+        (rf"^\++|(?:\\\\|\\ldots|[{_ENDS} ])+$", "end"),
     )
 ]
-_DIGITS = r"(?<![A-Za-z0-9\\.}])([0-9]*)\.([0-9]*)"
+_DIGITS = r"(?:(?<![A-Za-z0-9\\.}])|(?<=\\times)|(?<=\\cdot))([0-9]*)\.([0-9]*)"
 _REPEATING = re.compile(
     _DIGITS + r"(?:\\(?:overline|bar|overbar|widebar)\s*(?:\{([0-9]+)\}|([0-9]))"
-    r"|\\dot\s*\{?([0-9])\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?)(?![0-9.])"
+    r"|((?:\\dot\s*(?:\{[0-9]\}|[0-9])){3,})|\\dot\s*\{?([0-9])\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?)(?![0-9.]|\\dot)"
 )
+# 0.333... but not 2.718281828...: one digit three times, or more digits twice behind the point or three times.
+_DOTTED = re.compile(_DIGITS + r"\s*(?:\\[lc]?dots(?![a-z])|\.\.\.|\(?((?:repeating|recurring)(?![a-z]))\)?)\s*")
+_PERIOD = re.compile(r"([0-9]*?)([0-9])\2\2+|()([0-9]{2,})\4+|([0-9]*?)([0-9]{2,})\6\6+")
 _PARENTHESES = re.compile(r"(-?)(?:([0-9]+)\.()\(([0-9]+)\)|(0?)\.([0-9]+)\(([0-9]+)\))")
 _EXPONENT = re.compile(
-    r"(?<![^=,;(\[ ])([+-]?)([0-9]+\.?[0-9]*|\.[0-9]+)(?: ?(e|E) ?)\{?([+-]?)([0-9]{1,9})\}?(?![^,;)\] %])"
+    r"(?<![^=,;(\[{ ])([+-]?)([0-9]+\.?[0-9]*|\.[0-9]+)(?: ?(e|E) ?)"
+    r"(?:\{([+-]?)([0-9]{1,9})\}|([+-]?)([0-9]{1,9}))(?![^,;)\] %}\\/*+-])"
 )
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 
@@ -168,13 +220,14 @@ def _canonicalize(answer: str) -> str:
 
 def _rewrite(text: str) -> str:
     """One pass over all rewrites."""
-    text = _spell_symbols(text)
+    text = mark_choice(strip_markup(_spell_symbols(text)))
+    text = _DOTTED.sub(_spell_dotted, text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _TEXT.sub(_mark_unit, text)
     for pattern, replacement in _UNWRAPS:
-        text = pattern.sub(replacement, text)
-    text = _strip_braces(text)
+        text = pattern.sub(_SPECIAL.get(replacement, replacement), text)
+    text = spell_base(drop_phrase(_strip_braces(text)))
     text = _REPEATING.sub(_spell_repeating, text)
     if match := _PARENTHESES.fullmatch(text):
         text = match[1] + _make_fraction(match[2] or match[5], match[3] or match[6] or "", match[4] or match[7])
@@ -197,7 +250,9 @@ def _spell_symbols(text: str) -> str:
     text = _SUBSCRIPTS.sub(r"_{\g<0>}", text)
     text = _VULGAR_FRACTION.sub(_spell_fraction, text)
     text = _BAR_OR_DOT.sub(_spell_mark, text)
+    text = _DASH.sub("-", text)
     text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
+    text = _GREEK.sub(lambda match: rf"\{_GREEK_NAMES[match[0]]} ", text)
     return _FOREIGN_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text).strip()
 
 
@@ -250,9 +305,34 @@ def _strip_braces(text: str) -> str:
 
 def _spell_repeating(match: re.Match[str]) -> str:
     """The exact fraction of a decimal whose last digits are under a bar or between two dots."""
-    whole, prefix, bar, bar_digit, first, inner, last = match.groups()
-    period = bar or bar_digit or first + (inner or "") + (last or "")
+    whole, prefix, bar, bar_digit, dotted, first, inner, last = match.groups()
+    period = bar or bar_digit or (dotted and re.sub("[^0-9]", "", dotted)) or first + (inner or "") + (last or "")
     return _make_fraction(whole, prefix, period)
+
+
+def _spell_dotted(match: re.Match[str]) -> str:
+    """The same of a decimal that shows its period and ends in dots; one that does not stays."""
+    whole, decimals, word = match.groups()
+    period = _PERIOD.fullmatch(decimals) or (word and re.fullmatch("()([0-9])", decimals))
+    if not period:
+        return match[0]
+    return _make_fraction(whole, *(group for group in period.groups() if group is not None))
+
+
+def _mark_bare_unit(match: re.Match[str]) -> str:
+    r"""Letters that a space parts from a number in brackets, which goes with the other spaces, as \unit{}."""
+    value = re.sub(r"\\(?:[dtc]?frac|sqrt|times|cdot|pi|left|right|,|!)(?![A-Za-z])", "", match.string[: match.start()])
+    if re.search(r"[A-Za-z]", value.partition("=")[2] or value) or not is_unit(match[1], after_digit=True):
+        return match[0]
+    return rf"\unit{{{match[1]}}}"
+
+
+def _keep_open_list(match: re.Match[str]) -> str:
+    """Nothing for dots at the end, but for those that go on with a list."""
+    return r",\ldots" if re.match(r" ?, ?(?:\\ldots|\.\.\.)", match[0]) else ""
+
+
+_SPECIAL = {"unit": _mark_bare_unit, "end": _keep_open_list}
 
 
 def _make_fraction(whole: str, prefix: str, period: str) -> str:
@@ -264,7 +344,8 @@ def _make_fraction(whole: str, prefix: str, period: str) -> str:
 
 def _spell_exponent(match: re.Match[str]) -> str:
     """A number with e as a decimal, or with a power of ten; 2e-3 and 2e+3 may be sums with Euler's number and stay."""
-    sign, mantissa, letter, exponent_sign, digits = match.groups()
+    sign, mantissa, letter, *exponents = match.groups()
+    exponent_sign, digits = exponents[:2] if exponents[1] else exponents[2:]
     if letter == "e" and exponent_sign and "." not in mantissa:
         return match[0]
     exponent = int(exponent_sign + digits)

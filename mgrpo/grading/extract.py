@@ -13,11 +13,15 @@ from mgrpo.grading.thoughts import drop_thought
 from mgrpo.inputs import InputError
 
 _BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([^\s{}$\\]+))?|\\.|([{}])", re.DOTALL)
+_GROUP = r"\s*\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _PLACEHOLDER = re.compile(
-    r"(?:[\s.…_?~$*,;:<>(\[{)\]}|'\"-]|\\[,;:!>_\s]"
-    r"|\\(?:[lcd]dots|dots[cb]?|square|Box|blacksquare|blank|q?quad|underline|hspace|text[a-z]*|math[a-z]*|hphantom|phantom)(?![A-Za-z])"
+    r"(?:[\s.…_?~$*,;:<>(\[{)\]}|'\"%□■▢◯⬜\u200b\u2060\ufeff-]|\\[,;:!>_%()\[\]\s]|&nbsp;"
+    rf"|\\(?:[hv]?phantom|[hv]space\*?|(?:text)?color){_GROUP}|\\rule(?:\[[^\[\]]*\])?{_GROUP}{_GROUP}"
+    r"|\\(?:[lcd]dots|dots[cb]?|cdot|square|Box|blacksquare|bigcirc|blank|q?quad|underline|displaystyle|[lr]angle|text[a-z]*|math[a-z]*)(?![A-Za-z])"
     r"|(?<![A-Za-z])(?:(?:insert|put|write|the|your|my|final|correct|numeric(?:al)?|option|choice|letter|value|result|"
-    r"expression|number|answer|ans|here|placeholder|goes|in|notation|format|command|environment|box|xxx)(?![A-Za-z]))|\\boxed|\\fbox)*",
+    r"expression|number|answer|ans|here|placeholder|goes|in|notation|format|command|environment|box|xxx|tbd|content|"
+    r"votre|réponse|finale?|su|respuesta|deine|ihre|endgültige|antwort|sua|resposta|risposta|ваш|ответ)(?![A-Za-z]))"
+    r"|你的|您的|最终|最終|正确|答案|答え|答|정답|답|在此|填入|写|这里|\\boxed|\\fbox)*",
     re.IGNORECASE,
 )
 MAX_PLACEHOLDER_CHARS = 100

@@ -7,8 +7,15 @@ import re
 # A heading may be tried this often from the end of the text on.
 MAX_HEADINGS = 20
 _LABEL = re.compile(
-    r"(?:(?:so|thus|hence|therefore),? )?(?:the |my |our )?(?:final |correct )?(?:answer|result|solution)"
+    r"(?:(?:so|thus|hence|therefore),? )?(?:the |my |our )?(?:final |correct )?"
+    r"(?:answer|result|solution|conclusion|total|summary)"
     r"(?: (?:is|equals)(?![a-z])|[ *_]*[:=])[ *_:]*",
+    re.IGNORECASE,
+)
+# 3. Final Answer, (b) Answer and Step 4: the result are headings of answers, whatever their number.
+_NUMBER_OF_LABEL = re.compile(
+    r"^(?:\(?(?:[0-9]{1,2}|[a-z])[.)]|(?:step|part) ?[0-9]{1,2}[:.)])[ *_]*"
+    r"(?=(?:so|thus|hence|therefore,? )?(?:the |my |our )?(?:final |correct )?(?:answer|result|solution|conclusion)\b)",
     re.IGNORECASE,
 )
 _MATHS = re.compile(r"[0-9$=^]|\\[A-Za-z(\[]|[¼-¾⅐-⅞∞π√∅]")
@@ -80,6 +87,7 @@ def _find_below(text: str, start: int, end: int) -> str | None:
 
 def _clean(line: str) -> str:
     """A line without the stars and hashes around it, and without words that announce an answer."""
-    line = line.strip(" \t*_#`:>").removesuffix("\\\\")
+    line = line.lstrip(" \t*_#`:>").rstrip(" \t*_#`:").removesuffix("\\\\")
+    line = _NUMBER_OF_LABEL.sub("", line)
     label = _LABEL.match(line)
     return line[label.end() :].strip(" \t*_`") if label else line

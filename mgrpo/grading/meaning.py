@@ -6,31 +6,29 @@ import functools
 import re
 from dataclasses import replace
 
+from mgrpo.grading.bases import align_bases
 from mgrpo.grading.canonical import normalize_number
-from mgrpo.grading.units import drop_unit
+from mgrpo.grading.choices import read_choice
+from mgrpo.grading.units import drop_unit, split_sense
 from mgrpo.grading.values import Value, read_value, same_values
 
 MAX_MATH_CHARS = 300
 
-# (B), (B)12, B.12, B:12 and B)12, but not sums, products and names such as (A)+1, (A)(B) and J.K.Rowling.
-_CHOICE = re.compile(
-    r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? ?)?(?:\(([A-J])\)|([A-J])[.:)])"
-    r"(?![A-Z]$|[A-Z]\.|[=^_*+<>'/|&,;!]|\\(?:cdot|times|cap|cup|setminus|to|le|ge|Right|in)(?![a-z])|(?:and|or)(?![a-z]))"
-    r"(?!.*\([A-J]\)).*|(?:[Oo]ption|[Cc]hoice):? ?([A-J])",
-    re.DOTALL,
-)
 _LETTER = re.compile(r"[A-J]")
-_DIGIT_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
-_BASED = re.compile(
-    r"(-?)\(?([0-9][0-9A-Fa-f]*(?:\.[0-9A-Fa-f]+)?|[A-F][0-9A-F]*(?=\)?_\{?1[1-6]))\)?_"
-    rf"(?:\{{\(?([0-9]+|{'|'.join(_DIGIT_WORDS)})\)?\}}|([0-9]))"
-)
 _GREEK = "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
-_VARIABLE = rf"(?:[A-Za-z]|\\(?:var)?(?:{_GREEK}) ?)(?:_(?:\{{[0-9A-Za-z]+\}}|[0-9A-Za-z]))?"
+_VARIABLE = rf"(?:[A-Za-z]+|\\(?:var)?(?:{_GREEK}) ?)(?:_(?:\{{[0-9A-Za-z]+\}}|[0-9A-Za-z]))?'*(?:\([A-Za-z0-9]+\))?"
 _ASSIGNMENT = re.compile(rf"({_VARIABLE})=([^=<>]+)")
 _NAMED_TUPLE = re.compile(rf"\(({_VARIABLE}(?:,{_VARIABLE})+)\)=(\(.*\))", re.DOTALL)
+_SYSTEM = re.compile(
+    r"\\\{(.*)\\\}|(?:\\\{)?\\begin\{(?:cases|array|aligned)\}(?:\{[lcr]*\})?(.*)\\end\{(?:cases|array|aligned)\}",
+    re.DOTALL,
+)
+_EMPTY = re.compile(r"(?:the |an )?(?:empty|null) set|[Nn]ull set", re.IGNORECASE)
 _EXPONENT = re.compile(r"(-?[0-9]+)e([+-][0-9]+)")
 _MERIDIEM = re.compile(r"[0-9] ([ap])m")
+# What math-verify drops.
+_OPEN_LIST, _PRIME = re.compile(r"\\ldots"), re.compile(r"[A-Za-z]'")
+_RELATION = re.compile(r"([A-Za-z](?:<|>|\\(?:le|ge|leq|geq|lt|gt|ne) ?))(.+)")
 _NOT_A_LIST = re.compile(r"\\(?:begin|end|in|cup|cap|le|ge|text|mid|quad|text)(?![a-z])|[|]")
 
 
@@ -39,28 +37,48 @@ def reduce_form(form: str) -> str:
     """What forms are compared by: a choice without its text, a value without its unit, assignments in order."""
     if len(form) > MAX_MATH_CHARS:
         return form
-    if match := _CHOICE.fullmatch(form):
-        return match[1] or match[2] or match[3]
+    if letter := read_choice(form):
+        return letter
     bare = drop_unit(form)
-    form = normalize_number(bare) or bare
+    form = _spell_tuple(normalize_number(bare) or bare)
     if match := _NAMED_TUPLE.fullmatch(form):
         names, values = match[1].split(","), _split_tuple(match[2])
         if values and len(values) == len(set(names)) == len(names):
             form = ",".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
     if assignments := _read_assignments(form):
-        return ",".join(f"{name}={value}" for name, value in sorted(assignments.items(), key=_variable_order))
-    return form
+        return _write(assignments)
+    return _read_points(form) or _EMPTY.sub(r"\\emptyset ", form).strip()
+
+
+def _spell_tuple(form: str) -> str:
+    """A tuple with commas where it has semicolons."""
+    return form.replace(";", ",") if "," not in form and re.fullmatch(r".*\([^()]*;[^()]*\)", form) else form
+
+
+def _write(assignments: dict[str, str]) -> str:
+    """Assignments in alphabetical order."""
+    return ",".join(f"{name}={value}" for name, value in sorted(assignments.items(), key=_variable_order))
+
+
+def _read_points(form: str) -> str | None:
+    """Solutions in several variables, such as x=1,y=2 or x=3,y=4, as points; None for any other form."""
+    points = [_read_assignments(part) for part in re.split(r",? or |;", form)]
+    if len(points) < 2 or not all(points):
+        return None
+    sorted_points = [dict(sorted(point.items(), key=_variable_order)) for point in points if point]
+    if len(sorted_points[0]) < 2 or any(list(point) != list(sorted_points[0]) for point in sorted_points):
+        return None
+    return ",".join(map(_join, sorted_points))
 
 
 def align(first: str, second: str) -> tuple[str, str] | None:
     """Two reduced forms as they can be compared; None where they differ by a base, a variable or half of the day."""
-    one, other = _BASED.fullmatch(first), _BASED.fullmatch(second)
-    if one and other:
-        return None if _base(one) != _base(other) else (_digits(one), _digits(other))
-    if one and _is_number(second):
-        return _digits(one), second
-    if other and _is_number(first):
-        return first, _digits(other)
+    if (pair := align_bases(first, second)) is None:
+        return None
+    first, second = pair
+    (first, sense), (second, other_sense) = split_sense(first), split_sense(second)
+    if sense and other_sense and sense != other_sense:
+        return None
     first, second = _spell_exponent(first, second), _spell_exponent(second, first)
     first_half, second_half = _MERIDIEM.search(first), _MERIDIEM.search(second)
     if first_half and second_half and first_half[1] != second_half[1]:
@@ -74,6 +92,10 @@ def align(first: str, second: str) -> tuple[str, str] | None:
         return _join(assigned), second
     if assigned_too and _split_tuple(first):
         return first, _join(assigned_too)
+    if _split_tuple(first) and _is_list(second):
+        return first, f"({second})"
+    if _split_tuple(second) and _is_list(first):
+        return f"({first})", second
     return first, second
 
 
@@ -96,9 +118,14 @@ def compare_cheaply(first: str, second: str) -> bool | None:
     words, words_too = _are_words(first), _are_words(second)
     if words and words_too:
         # To an algebra system words are products of letters, and anagrams equal.
-        return first.casefold() == second.casefold()
+        return _spell_words(first) == _spell_words(second)
     if (words or words_too) and _letters(first) != _letters(second):
         return False
+    if any(bool(mark.search(first)) != bool(mark.search(second)) for mark in (_OPEN_LIST, _PRIME)):
+        return False
+    one, other = _RELATION.fullmatch(first), _RELATION.fullmatch(second)
+    if one and other and one[1] == other[1] and read_value(one[2]) and read_value(other[2]):
+        first, second = one[2], other[2]
     return _compare_numbers(first, second)
 
 
@@ -134,31 +161,26 @@ def _spell_exponent(form: str, other: str) -> str:
 
 def _are_words(form: str) -> bool:
     """Whether a form is letters only, two or more of which stand together, and no list of variables."""
-    parts = re.split(r"[ '\-’]+", form)  # noqa: RUF001
+    parts = re.split(r"[ ,.:;!?'\-’]+", form)  # noqa: RUF001
     if not all(part.isalpha() or not part for part in parts):
         return False
     return any(len(part) > 1 and part not in ("and", "or") for part in parts)
 
 
+def _spell_words(form: str) -> list[str]:
+    """Words in lower case and without a plural s, lists of them in alphabetical order."""
+    parts = re.split(r",? (?:and|or) |[,;]", form.casefold())
+    return sorted(re.sub(r"(?<=[^\W\d_]{3})s(?!\w)|[ .:!?]", "", part) for part in parts)
+
+
+def _is_list(form: str) -> bool:
+    """Whether it is values between commas, in no brackets."""
+    return not form.startswith(("(", "[", "\\")) and len(_split(form)) > 1
+
+
 def _letters(form: str) -> set[str]:
     """The letters of a form that are no LaTeX command, in lower case."""
     return set(re.sub(r"\\[A-Za-z]+|[^\w]|[\d_]", "", form).casefold())
-
-
-def _is_number(form: str) -> bool:
-    """Whether a form may be a number whose base was left off."""
-    return re.fullmatch(r"-?(?:[0-9][0-9A-Fa-f]*(?:\.[0-9A-Fa-f]+)?|[A-F][0-9A-F]*)", form) is not None
-
-
-def _base(match: re.Match[str]) -> int:
-    """The base of a number that is written with it."""
-    name = match[3] or match[4]
-    return _DIGIT_WORDS.get(name) or int(name)
-
-
-def _digits(match: re.Match[str]) -> str:
-    """The sign and digits of a number that is written with its base."""
-    return match[1] + (match[2].upper().lstrip("0") or "0")
 
 
 def _join(assigned: dict[str, str]) -> str:
@@ -175,12 +197,14 @@ def _variable_order(item: tuple[str, str]) -> tuple[bool, str]:
 @functools.lru_cache(maxsize=16384)
 def _read_assignments(form: str) -> dict[str, str] | None:
     """The values of different variables, such as those of x=1,y=2; None for any other form."""
-    if "=" not in form or _NOT_A_LIST.search(form):
+    if "=" not in form:
         return None
     found: dict[str, str] = {}
-    for part in _split(re.sub(r",? (?:and|or) |;|\\\\", ",", form)):
+    if match := _SYSTEM.fullmatch(form):
+        form = next(filter(None, match.groups())).replace("&", "").removesuffix(r"\\")
+    for part in _split(re.sub(r"(?:,? (?:and|or) |,? ?\\(?:land|wedge) ?|;|,?\\\\)(?:\[[^\[\]]*\])?", ",", form)):
         match = _ASSIGNMENT.fullmatch(part.strip())
-        if match is None or match[1].strip() in found:
+        if match is None or _NOT_A_LIST.search(part) or match[1].strip() in found:
             return None
         found[match[1].strip()] = match[2]
     return found

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 MAX_UNIT_CHARS = 300
 # Letters that are a unit where they are set as text; others stay variables.
-UNIT_LETTERS = frozenset("msghlLNJWVAKCFTHtd")
+UNIT_LETTERS = frozenset("msghlLNJWVAKCFTHMtd")
 
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SCALE = re.compile(rf"(?<![0-9.,}}/])([0-9]+)(?:\.([0-9]+))? ?({'|'.join(_SCALES)})(?![A-Za-z])")
@@ -20,7 +20,12 @@ _SHORT = (
     "kg|gm|gms|mg|cm|mm|km|nm|dm|ml|mL|ms|ns|kW|MW|kWh|Wh|kN|Nm|kJ|MJ|kV|mV|mA|MHz|GHz|kHz|THz|Hz|Pa|kPa|MPa|hPa|eV|"
     "keV|MeV|GeV|kB|MB|GB|TB|mol|cal|kcal|kgs|kms|cms|in|ft|yd|yds|mi|mph|kmh|kph|kmph|mpg|rpm|fps|sec|secs|min|mins|"
     "hr|hrs|day|days|wk|wks|yr|yrs|mo|mos|lb|lbs|oz|ton|tons|gal|qt|qts|pt|pts|cup|cups|cc|ha|deg|rad|sq|cu|atm|bar|"
-    "psi|amu|dB|hp|mmHg|mt|mtr|mtrs|USD|EUR|GBP|CNY|INR|Rs|rs|yen"
+    "psi|amu|dB|hp|mmHg|mt|mtr|mtrs|USD|EUR|GBP|CNY|INR|Rs|rs|yen|fl|au|ly|pc|nC|mC|kHz|mW|GW|kmol|mmol|rev"
+)
+# Those that are no product where no space parts them from the number: 3ab, 60t, 2mg and 5m are.
+_GLUED_SHORT = (
+    "kg|kgs|cm|cms|mm|km|kms|ml|mL|kW|kWh|kN|kJ|MHz|GHz|kHz|THz|Hz|kPa|MPa|hPa|eV|keV|MeV|GeV|mol|kcal|ft|mph|kmh|kph|"
+    "kmph|mpg|rpm|fps|sec|secs|min|mins|hr|hrs|days?|yrs?|lbs?|oz|tons?|gal|cups?|mmHg|USD|EUR|GBP|CNY|INR|yen"
 )
 _WORDS = (
     "ohms?|bits?|inch|inches|feet|foot|miles?|units?|years?|hours?|months?|weeks?|minutes?|seconds?|degrees?|yards?|"
@@ -30,12 +35,16 @@ _WORDS = (
 _LETTERS = "[mgshlLNJWVK]"
 _BAR = r"(?<![A-Za-z\\])"
 _KNOWN = rf"{_BAR}(?:{_SHORT}|{_WORDS})(?![A-Za-z])"
+_GLUED = (
+    rf"{_BAR}(?:(?:{_GLUED_SHORT}|{_WORDS})(?![A-Za-z])|(?:m/s|g/mol|g/(?=cm|m[lL]))(?![a-z])"
+    rf"|(?<=/)(?:{_WORDS})(?![A-Za-z]))"
+)
 _MARKED = (
     r"\\unit\{(?:[^{}]|\{[^{}]*\})*\}|\\(?:Omega|ohm|Hz|AA)(?![A-Za-z])"
-    r"|\\mu ?(?:\\unit\{[a-zA-Z]\}|[mgslLCFAVW](?![A-Za-z]))|\^\\circ ?(?:[CFK](?![A-Za-z]))?"
+    r"|\\mu ?(?:\\unit\{[a-zA-Z]\}|[mgslLCFAVW](?![A-Za-z]))|[kM] ?\\Omega|\^\\circ ?(?:[CFKNSEW](?![A-Za-z]))?"
     r"|[^\W\d_a-zA-Z\u0370-\u03ff]+"
 )
-_LONG = rf"{_BAR}[A-Za-z][a-z'-]{{3,}}(?![A-Za-z])"
+_LONG = rf"{_BAR}[A-Za-zÀ-ɏ][a-zà-ɏ'-]{{3,}}(?![A-Za-z])"
 _POWER = r"(?:\^(?:\{-?[0-9]\}|-?[0-9])|\*\*-?[0-9]|[23](?![0-9.]))?"
 _LATER = rf"(?:{_KNOWN}|{_MARKED}|{_LONG}|{_BAR}[a-zA-Z](?![A-Za-z])){_POWER}"
 _JOIN = r"(?:/\(?|\*|\\cdot ?|\\times ?|\.|-|\)|(?: per | a | an | of | the | in |  ?)(?=[A-Za-z\\]))"
@@ -44,16 +53,27 @@ _FIRST_OF_PRODUCT = rf"(?:{_KNOWN}|{_MARKED}|{_BAR}{_LETTERS}(?![A-Za-z])){_POWE
 _FRACTION = rf"\\frac\{{{_FIRST_OF_PRODUCT}{_MORE}\}}\{{{_FIRST_OF_PRODUCT}{_MORE}\}}"
 _END = r"(?=$|[,;)\]]|\\\}| (?:and|or) )"
 _UNIT = re.compile(
-    rf"(?:(?<=[0-9]) (?:{_BAR}{_LETTERS}(?![A-Za-z]){_POWER}|{_LONG}){_MORE}"
-    rf"|(?:(?<=[0-9}})\]%!' ])|(?<=\\pi)) ?(?:\(?(?:{_KNOWN}|{_MARKED}){_POWER}{_MORE}|{_FRACTION})"
+    rf"(?:(?<=[0-9]) (?:{_BAR}{_LETTERS}(?![A-Za-z]){_POWER}|{_LONG}|\(?{_KNOWN}{_POWER}){_MORE}"
+    r"|(?<=[0-9]) [ACFHMT]$"
+    rf"|(?<=[0-9}}])/(?:{_WORDS}|min|sec|hr|day|kg|lb){_MORE}"
+    rf"|(?<=[0-9}}]) ?of (?:an? |the )?(?:{_KNOWN}|{_LONG}){_MORE}"
+    rf"|(?:(?<=[0-9}})\]%!' ])|(?<=\\pi)) ?(?:\(?(?:{_GLUED}|{_MARKED}){_POWER}{_MORE}|{_FRACTION})"
     rf"|(?<=%) ?{_LONG}{_MORE}|(?<=[A-Za-z.])\\unit\{{[^{{}}]*\}}{_POWER}{_MORE}){_END}"
 )
 # Words that make another value or a statement of it.
 _MEANT = re.compile(
     r"(?<![A-Za-z])(?:and|or|if|when|where|is|are|not|no|mod|than|to|but|with|plus|minus|times|over|root|pi|sqrt|"
     r"squared|cubed|choose|factorial|infinity|sin|cos|tan|log|ln|exp|base|half|halves|thirds?|quarters?|fourths?|"
-    rf"fifths?|tenths?|remainder|{'|'.join(_SCALES)})(?![A-Za-z])"
+    rf"fifths?|tenths?|remainder|repeating|recurring|{'|'.join(_SCALES)})(?![A-Za-z])"
 )
+# Of a quantity that has a direction: 5 m/s north, 10% more. Where both are written they must be the same.
+_SENSES = (
+    "north|south|east|west|northeast|northwest|southeast|southwest|left|right|upwards?|downwards?|inwards?|outwards?|"
+    "clockwise|counter-?clockwise|anti-?clockwise|forwards?|backwards?|above|below|more|less|increases?d?|decreases?d?|"
+    "profit|loss|gain|ahead|behind|before|after|older|younger|faster|slower|larger|smaller|BC|AD|BCE|CE"
+)
+_SENSE = re.compile(rf"(?<![A-Za-z])({_SENSES})(?![A-Za-z])|(?<=\^\\circ)(?: ?\\unit\{{)? ?([NSEW])(?![A-Za-z])")
+_WITH_SENSE = re.compile(rf"(.*[^ ])(?: ({_SENSES})|\^\\circ ?([NSEW]))", re.DOTALL)
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|arc[a-z]+|log|ln|exp)(?![A-Za-z])")
 _LEFT_OVER = re.compile(r"[0-9}] ?(?:(?<!\\)(?<![A-Za-z\\])[A-Za-z]{2,}|\\unit\{)")
 
@@ -68,14 +88,24 @@ def drop_unit(form: str) -> str:
         text = match[0]
         if _MEANT.search(text) or ("circ" in text and _FUNCTION.search(form)):
             return text
+        if sense := _SENSE.search(text):
+            return f" {sense[1]}" if sense[1] else rf"^\circ {sense[2]}"
         return ")" * (text.count(")") - text.count("("))
 
     bare = _UNIT.sub(drop, form).strip(" .")
     if bare == form:
         return form.replace("\\unit{", "\\text{")
-    if not bare or _LEFT_OVER.search(bare):
+    if not bare or _LEFT_OVER.search(split_sense(bare)[0]):
         return form.replace("\\unit{", "\\text{")
     return bare
+
+
+def split_sense(form: str) -> tuple[str, str]:
+    """A form without units and the direction of its quantity, which may be nothing."""
+    match = _WITH_SENSE.fullmatch(form)
+    return (
+        (match[1], (match[2] or match[3]).removesuffix("s")) if match and re.search("[0-9]", match[1]) else (form, "")
+    )
 
 
 def is_unit(text: str, *, after_digit: bool) -> bool:

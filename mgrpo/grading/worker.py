@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -352,6 +353,14 @@ def _tell_apart_tiny_numbers() -> None:
     grader.sympy_numeric_eq = equal
 
 
+def _keep_letters(config: Any) -> Any:
+    """The configuration without math-verify's units, which are products too (3ab, 60t); ours are gone by now."""
+    normalization = getattr(config, "normalization_config", None)
+    if normalization is None:
+        return config
+    return dataclasses.replace(config, normalization_config=dataclasses.replace(normalization, units=False))
+
+
 def _load_comparison() -> Callable[..., Any]:
     """Imports math-verify and returns the symmetric comparison of two canonical answers; of one, its fingerprint."""
     import sympy
@@ -372,13 +381,15 @@ def _load_comparison() -> Callable[..., Any]:
         except Exception:
             return failed
 
+    latex = _keep_letters(LatexExtractionConfig())
+
     # The limits of math-verify itself are off throughout: they use the alarm that guards the whole pair.
     def parse_as(text: str, config: Any) -> list[Any]:
         return attempt(lambda: parse(text, [config], parsing_timeout=None, raise_on_error=True), [])  # pyright: ignore[reportArgumentType]
 
     @functools.lru_cache(maxsize=512)
     def parse_answer(answer: str) -> list[Any]:
-        parsed = parse_as(f"${answer}$", LatexExtractionConfig())
+        parsed = parse_as(f"${answer}$", latex)
         # On other text the plain parser would pick one number out of many.
         if not any(isinstance(item, sympy.Basic) for item in parsed) and _is_arithmetic(answer):
             return parse_as(answer, ExprExtractionConfig()) or parsed
