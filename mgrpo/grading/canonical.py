@@ -56,6 +56,7 @@ _SYMBOLS = str.maketrans(
         "~": " ",
     }
 )
+_DOUBLE_STRUCK = re.compile("[\u2102\u2115\u211a\u211d\u2124]")
 # A dash in front of a number, where it is no range.
 _DASH = re.compile(r"(?<![^\s=,;(\[{])[\u2010-\u2013](?=[0-9.\\])")
 _GREEK_NAMES = dict(
@@ -107,6 +108,8 @@ _ENDS = (
 _REWRITES = [
     (re.compile(pattern, re.DOTALL), replacement)
     for pattern, replacement in (
+        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"∛\s*\(?([0-9]+|[A-Za-z])\)?", r"\\sqrt[3]{\1}"),
         (r"√\s*([0-9]+|[A-Za-z])|\\sqrt\s*([0-9]+)", r"\\sqrt{\1\2}"),
         (r"(?<=[0-9])_(?=[0-9]{3}(?![0-9]))", ","),
         (
@@ -135,10 +138,10 @@ _REWRITES = [
         (r"\\textsuperscript\s*(?=\{)", "^"),
         (r"\\frac\s*([0-9])(?=\s*[0-9{])", r"\\frac{\1}"),
         (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 \\unit{\2}"),
+        (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{(?:[^{}]|\{[^{}]*\})*\}", r"\1 \\unit{unit}"),
         (r"\\num\s*\{([^{}]*)\}", r"\1"),
         (r"\\text\s*\{\s*\(?(repeating|recurring)\)?\s*\}", r" \1 "),
-        (r"(\\(?:overline|bar)\s*\{[0-9]+\}|[0-9.]+\([0-9]+\))\s*\(?(?:repeating|recurring)\)?$", r"\1"),
+        (r"(\\(?:overline|bar)\s*\{[0-9]+\}|[0-9.]+\([0-9]+\))\s*\(?(?:repeating|recurring)\)?\s*$", r"\1"),
     )
 ]
 _UNWRAPS = [
@@ -172,7 +175,7 @@ _UNWRAPS = [
         (r"\\lg(?![A-Za-z]) ?", r"\\log_{10}"),
         (r"\\(?:c|d)?dots[bcm]?(?![A-Za-z])|(?<=,)\.\.\.(?=,)", r"\\ldots "),
         (r"(?i)^(yes|no|true|false)!+$", r"\1"),
-        (r"(?i)(?<=[0-9]) ?(?:a()|p)\.?m\.?$", lambda match: " pm" if match[1] is None else " am"),
+        (r"(?i)(?<=[0-9]) ?(?:a()|p)\.?m\.?$", "meridiem"),
         (r"^([+-]?)(?:[€£¥₹₽₩₺₫฿₪]|USD|EUR|GBP|CNY|RMB|INR|Rs\.?|US|HK|NT) ?(?=[0-9.])", r"\1"),
         (r"(?<=[0-9]) ?[€£¥₹₽₩₺₫฿₪¢]$", ""),
         (r"(?<![A-Za-z\\}_^\]0-9)])\{([0-9.]+|[A-Za-z])\}", r"\1"),
@@ -251,6 +254,7 @@ def _spell_symbols(text: str) -> str:
     text = _VULGAR_FRACTION.sub(_spell_fraction, text)
     text = _BAR_OR_DOT.sub(_spell_mark, text)
     text = _DASH.sub("-", text)
+    text = _DOUBLE_STRUCK.sub(lambda match: rf"\mathbb{{{unicodedata.normalize('NFKC', match[0])}}}", text)
     text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
     text = _GREEK.sub(lambda match: rf"\{_GREEK_NAMES[match[0]]} ", text)
     return _FOREIGN_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text).strip()
@@ -332,7 +336,12 @@ def _keep_open_list(match: re.Match[str]) -> str:
     return r",\ldots" if re.match(r" ?, ?(?:\\ldots|\.\.\.)", match[0]) else ""
 
 
-_SPECIAL = {"unit": _mark_bare_unit, "end": _keep_open_list}
+def _spell_half_of_day(match: re.Match[str]) -> str:
+    """The half of the day in two letters."""
+    return " pm" if match[1] is None else " am"
+
+
+_SPECIAL = {"meridiem": _spell_half_of_day, "unit": _mark_bare_unit, "end": _keep_open_list}
 
 
 def _make_fraction(whole: str, prefix: str, period: str) -> str:

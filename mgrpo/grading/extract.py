@@ -34,8 +34,8 @@ def make_extractor(spec: str) -> Callable[[str], str | None]:
         spec: `boxed` (the content of the last complete \boxed{...} or \fbox{...}, or the word after a \boxed without
             braces; boxes that are empty or hold a placeholder such as `...` do not count), `hash` (the rest of the
             line after the last ####, or the next line with text where the rest is a heading without digit or formula),
-            `last-number` (an integer, decimal, fraction, root or power with its sign, without a percent sign), or
-            `regex:PATTERN` (the last match; its group where the pattern has one).
+            `last-number` (an integer, decimal, fraction, root, power, ratio or time with its sign, without a percent
+            sign), or `regex:PATTERN` (the last match; its group where the pattern has one).
 
     Returns:
         A function of the response that never raises. It reads what follows the last closed thought (`</think>` and

@@ -5,12 +5,15 @@ from __future__ import annotations
 import html
 import re
 
-_ENTITY = re.compile(r"&(?:[A-Za-z]{2,8}|#[0-9]{1,6}|#x[0-9A-Fa-f]{1,5});")
+_ENTITY = re.compile(r"&(?:[A-Za-z]{2,8}[0-9]{0,2}|#[0-9]{1,6}|#x[0-9A-Fa-f]{1,5});")
 _TAGS = (
     "b|strong|i|em|u|s|p|span|div|font|code|mark|center|big|small|math|box|answer|final_?answer|ans|final|result|"
     "solution|output|response|h[1-6]"
 )
-_ENVIRONMENTS = "equation|align|aligned|alignat|gather|gathered|multline|split|math|displaymath|center|flushleft|eqnarray|large|huge"
+_ENVIRONMENTS = (
+    "equation|align|aligned|alignat|gather|gathered|multline|split|math|displaymath|center|"
+    "flushleft|eqnarray|large|huge"
+)
 # Commands whose first arguments say how the last one looks.
 _STYLED = r"\\(?:raisebox|scalebox|rotatebox|parbox|enclose|class|cssId|style|href|html[A-Z][a-z]+)"
 _TOMBSTONES = "blacksquare|square|Box|qedsymbol|qedhere|qed|checkmark|hfill|nonumber|notag|newline|par|bigstar"

@@ -16,11 +16,11 @@ MAX_MATH_CHARS = 300
 
 _LETTER = re.compile(r"[A-J]")
 _GREEK = "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
-_VARIABLE = rf"(?:[A-Za-z]+|\\(?:var)?(?:{_GREEK}) ?)(?:_(?:\{{[0-9A-Za-z]+\}}|[0-9A-Za-z]))?'*(?:\([A-Za-z0-9]+\))?"
+_VARIABLE = rf"(?:[A-Za-z]|\\(?:var)?(?:{_GREEK}) ?)(?:_(?:\{{[0-9A-Za-z]+\}}|[0-9A-Za-z]))?'*(?:\([A-Za-z0-9]+\))?"
 _ASSIGNMENT = re.compile(rf"({_VARIABLE})=([^=<>]+)")
 _NAMED_TUPLE = re.compile(rf"\(({_VARIABLE}(?:,{_VARIABLE})+)\)=(\(.*\))", re.DOTALL)
 _SYSTEM = re.compile(
-    r"\\\{(.*)\\\}|(?:\\\{)?\\begin\{(?:cases|array|aligned)\}(?:\{[lcr]*\})?(.*)\\end\{(?:cases|array|aligned)\}",
+    r"\\\{((?:(?!\\begin).)*?)(?:\\\})?|(?:\\\{)?\\begin\{(?:cases|array|aligned)\}(?:\{[lcr]*\})?(.*)\\end\{(?:cases|array|aligned)\}",
     re.DOTALL,
 )
 _EMPTY = re.compile(r"(?:the |an )?(?:empty|null) set|[Nn]ull set", re.IGNORECASE)
@@ -29,6 +29,7 @@ _MERIDIEM = re.compile(r"[0-9] ([ap])m")
 # What math-verify drops.
 _OPEN_LIST, _PRIME = re.compile(r"\\ldots"), re.compile(r"[A-Za-z]'")
 _RELATION = re.compile(r"([A-Za-z](?:<|>|\\(?:le|ge|leq|geq|lt|gt|ne) ?))(.+)")
+_AND = re.compile(r",? (?:and|or) ")
 _NOT_A_LIST = re.compile(r"\\(?:begin|end|in|cup|cap|le|ge|text|mid|quad|text)(?![a-z])|[|]")
 
 
@@ -93,9 +94,9 @@ def align(first: str, second: str) -> tuple[str, str] | None:
     if assigned_too and _split_tuple(first):
         return first, _join(assigned_too)
     if _split_tuple(first) and _is_list(second):
-        return first, f"({second})"
+        return first, f"({_AND.sub(',', second)})"
     if _split_tuple(second) and _is_list(first):
-        return f"({first})", second
+        return f"({_AND.sub(',', first)})", second
     return first, second
 
 
@@ -161,7 +162,7 @@ def _spell_exponent(form: str, other: str) -> str:
 
 def _are_words(form: str) -> bool:
     """Whether a form is letters only, two or more of which stand together, and no list of variables."""
-    parts = re.split(r"[ ,.:;!?'\-’]+", form)  # noqa: RUF001
+    parts = re.split(r"[ ,.:;!?'()/\-’]+", form)  # noqa: RUF001
     if not all(part.isalpha() or not part for part in parts):
         return False
     return any(len(part) > 1 and part not in ("and", "or") for part in parts)
@@ -170,12 +171,13 @@ def _are_words(form: str) -> bool:
 def _spell_words(form: str) -> list[str]:
     """Words in lower case and without a plural s, lists of them in alphabetical order."""
     parts = re.split(r",? (?:and|or) |[,;]", form.casefold())
-    return sorted(re.sub(r"(?<=[^\W\d_]{3})s(?!\w)|[ .:!?]", "", part) for part in parts)
+    words = [re.sub(r"(?<=[^\W\d_]{3})s(?!\w)|[ .:!?()]", "", part) for part in parts]
+    return words if form.startswith("(") else sorted(words)
 
 
 def _is_list(form: str) -> bool:
     """Whether it is values between commas, in no brackets."""
-    return not form.startswith(("(", "[", "\\")) and len(_split(form)) > 1
+    return not form.startswith(("(", "[", "\\")) and len(_split(_AND.sub(",", form))) > 1
 
 
 def _letters(form: str) -> set[str]:
@@ -201,8 +203,8 @@ def _read_assignments(form: str) -> dict[str, str] | None:
         return None
     found: dict[str, str] = {}
     if match := _SYSTEM.fullmatch(form):
-        form = next(filter(None, match.groups())).replace("&", "").removesuffix(r"\\")
-    for part in _split(re.sub(r"(?:,? (?:and|or) |,? ?\\(?:land|wedge) ?|;|,?\\\\)(?:\[[^\[\]]*\])?", ",", form)):
+        form = next(filter(None, match.groups())).replace("&", "").removesuffix(r"\\").strip(" .,;")
+    for part in _split(re.sub(r"(?:,? (?:and|or) |,? ?\\(?:land|wedge) ?|;|&|,?\\\\)(?:\[[^\[\]]*\])?", ",", form)):
         match = _ASSIGNMENT.fullmatch(part.strip())
         if match is None or _NOT_A_LIST.search(part) or match[1].strip() in found:
             return None

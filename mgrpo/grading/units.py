@@ -64,7 +64,8 @@ _UNIT = re.compile(
 _MEANT = re.compile(
     r"(?<![A-Za-z])(?:and|or|if|when|where|is|are|not|no|mod|than|to|but|with|plus|minus|times|over|root|pi|sqrt|"
     r"squared|cubed|choose|factorial|infinity|sin|cos|tan|log|ln|exp|base|half|halves|thirds?|quarters?|fourths?|"
-    rf"fifths?|tenths?|remainder|repeating|recurring|{'|'.join(_SCALES)})(?![A-Za-z])"
+    rf"fifths?|tenths?|remainder|repeating|recurring|"
+    rf"January|February|March|April|May|June|July|August|September|October|November|December|{'|'.join(_SCALES)})(?![A-Za-z])"
 )
 # Of a quantity that has a direction: 5 m/s north, 10% more. Where both are written they must be the same.
 _SENSES = (

@@ -29,6 +29,8 @@ PLACEHOLDERS = [
         "Final Answer",
         r"\square",
     ],
+    *[r"\phantom{0}", r"\hphantom{\frac{1}{2}}", r"\hspace*{2em}", r"\underline{\hspace{1cm}}", r"\rule{1cm}{0.4pt}"],
+    *[r"\textcolor{red}{}", "□", "\u200b", "&nbsp;", "答案", "你的答案", "votre réponse", "Antwort", r"\[ \]", r"\%"],
     *[r"\text{answer}", r"\text{your final answer here}", r"\quad", "\\\n", "[answer]", "<your answer>", r"\boxed{}"],
 ]
 BOXED = [
@@ -54,6 +56,12 @@ HASH = [
     ("#### Step 3: the sum\nwe add", "we add"),
     ("#### 42\n\n#### Explanation", "42"),
     ("#### 42\n\n#### Explanation\nIt is so.", "42"),
+    ("#### 3. Final Answer: 5", "5"),
+    ("#### (1) Answer\n5", "5"),
+    ("#### Step 4: The result\n5", "5"),
+    ("#### Conclusion: 5", "5"),
+    ("#### Total: 5", "5"),
+    ("#### <b>5</b>", "<b>5</b>"),
     ("#### Final Answer", None),
     ("#### Conclusion\n\n", None),
     ("#### yes", "yes"),
@@ -88,6 +96,22 @@ LAST_NUMBER = [
     ("a - 5", "5"),
     ("(3, -4)", "-4"),
     ("It costs 72 euros.", "72"),
+    ("The answer is **72**.", "72"),
+    ("2 + 3 = **5**", "5"),
+    ("2**3", "2**3"),
+    ("3 atoms in CO2 and H2O", "3"),
+    ("it is √2", "√2"),
+    ("it is 2√3", "2√3"),
+    ("it is 0.333...", "0.333..."),
+    ("it is 5...", "5"),
+    ("it is 0.1(6)", "0.1(6)"),
+    ("at 5:30", "5:30"),
+    ("a ratio of 3:4.", "3:4"),
+    ("it is –5", "–5"),  # noqa: RUF001
+    ("x = - 5", "- 5"),
+    ("1⁄2 of it", "1⁄2"),  # noqa: RUF001
+    ("２３ apples", "23"),  # noqa: RUF001
+    ("٢٣", "23"),
 ]
 
 
