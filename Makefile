@@ -10,6 +10,8 @@ NATIVE := CMakeLists.txt setup.py mgrpo_kernels/_sources.py $(wildcard csrc/*.* 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
 
+# In a random order, by file and within each, whose seed is printed: ARGS='-p no:randomly' takes the written one,
+# ARGS='--randomly-seed=N' repeats one.
 test: $(VENV)/.built
 	$(BIN)/python -m pytest $(ARGS)
 
