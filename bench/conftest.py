@@ -27,7 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-seconds", type=float, default=6.0, help="time for the rounds of a case, 2 or 3 at least")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    # Timings come in the written order, on inputs of their own seeds, whatever pytest-randomly does to tests.
+    for name in ("randomly_reset_seed", "randomly_reorganize"):
+        if hasattr(config.option, name):
+            setattr(config.option, name, False)
     config.stash[_results] = []
     config.addinivalue_line("markers", "cpu_shapes: a case of the shapes for a CPU alone")
 
