@@ -190,7 +190,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         tokenizer=tokenizer.tokenizer,
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
-        context_length=tokenizer.context_length,
+        context_length=min(tokenizer.context_length, _num_positions(model)),
         dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32,
     )
 
@@ -266,11 +266,23 @@ def _check_ids(model: PreTrainedModel, tokenizer: Tokenizer, path: str) -> None:
 
 def context_length(config: PretrainedConfig) -> int:
     """Longest sequence in tokens that a model was built for."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions"):
         length = getattr(config.get_text_config(), name, None)
         if length and length > 0:  # -1 of XLNet is no limit
             return int(length)
     return 2**31
+
+
+def _num_positions(model: torch.nn.Module) -> int:
+    """Positions that the model's own table of them has rows for; RoBERTa and its kin begin after the padding's."""
+    rows = [
+        len(module.weight) - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings")
+        and isinstance(module, torch.nn.Embedding)
+        and module.padding_idx is not None
+    ]
+    return min(rows, default=2**31)
 
 
 def _check_finite(model: PreTrainedModel, path: str) -> None:

@@ -14,14 +14,22 @@ import pytest
 import torch
 from helpers import tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from mgrpo import doctor, evaluate
-from mgrpo.config import Config, ConfigError
+from mgrpo.config import Config, ConfigError, ModelConfig
 from mgrpo.inputs import InputError, whole
 from mgrpo.metrics import StorageError
 from mgrpo.plan import cache_numbers
-from mgrpo.policy import resolve_path
+from mgrpo.policy import load_model, resolve_path
 from mgrpo.run_directory import directory_of, refuse_directory, require_room
 from mgrpo.saving import make_savable, try_save
 from mgrpo.tasks.arithmetic import make_tokenizer
@@ -247,6 +255,21 @@ def test_the_first_prompt_without_a_row_is_named(refused, folder, tmp_path, caps
     )
     assert evaluate.main(["--model.path", str(folder), "--data", str(data), "--samples", "1"]) == 2
     assert said(capsys) == [line]
+
+
+def test_positions_after_the_paddings_are_the_context(refused, folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    shape = RobertaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=32, pad_token_id=1, is_decoder=True, **sizes
+    )
+    RobertaForCausalLM(shape).save_pretrained(folder)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("1+1=", "1" * 27)))
+    line = refused({"model.path": folder, "data.train": data, "rollout.prompts": 2})
+    assert "26" in line and "27" in line
+    loaded = load_model(ModelConfig(path=str(folder)))
+    assert loaded.context_length == 30
 
 
 def test_rows_too_many_are_fine(launch, folder):
