@@ -13,10 +13,12 @@ from mgrpo.inputs import InputError, whole
 from mgrpo.rollout.engine import EngineError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 # Of these transformers passes damaged ones over, or names none in what it says.
 SMALL = (
     *(CONFIG, GENERATION, "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json"),
+    *("special_tokens_map.json", "added_tokens.json", INDEX),
 )
 LARGE = ("tokenizer.json", "vocab.json")
 NAMED_TENSORS = 5  # in messages
@@ -32,6 +34,8 @@ def check_folder(path: str) -> None:
                 f"Name {' or '.join(map(str, found[1:]))}."
             )
         _refuse_damaged(folder, SMALL)
+        if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+            _refuse_index(folder)
 
 
 def _is_model(folder: Path) -> bool:
@@ -75,6 +79,24 @@ def _refuse_damaged(folder: Path, names: tuple[str, ...]) -> None:
             raise InputError(f"model: {path} must hold JSON, got: {whole(error)}. Fetch the file again.") from error
         if not isinstance(content, dict):
             raise InputError(f"model: {path} must hold a JSON object, got {content!r:.40}. Fetch the file again.")
+
+
+def _refuse_index(folder: Path) -> None:
+    """Raises InputError for an index of weights without what transformers reads in it, or that names absent files."""
+    content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    names = content.get("weight_map")
+    is_map = isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values())
+    if not is_map or not isinstance(content.get("metadata"), dict):
+        raise InputError(
+            f"model: {folder / INDEX} must hold metadata and a weight_map of tensors to files, got keys "
+            f"{', '.join(content) or 'none'}. Fetch the file again."
+        )
+    absent = sorted({name for name in names.values() if not (folder / name).is_file()})
+    if absent:
+        raise InputError(
+            f"model: {folder} must hold the files that its {INDEX} names, it lacks {_list(absent)}. "
+            "Fetch the folder again."
+        )
 
 
 @contextmanager

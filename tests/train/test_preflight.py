@@ -28,6 +28,7 @@ from mgrpo import doctor, evaluate
 from mgrpo.config import Config, ConfigError, ModelConfig
 from mgrpo.inputs import InputError, whole
 from mgrpo.metrics import StorageError
+from mgrpo.model_files import check_folder
 from mgrpo.plan import cache_numbers
 from mgrpo.policy import load_model, resolve_path
 from mgrpo.run_directory import directory_of, refuse_directory, require_room
@@ -226,6 +227,26 @@ def test_a_checkpoint_that_lacks_a_parameter_is_not_resumed(launch, resume, tmp_
         f"model: {policy} must hold every parameter of the model, it lacks model.norm.weight. "
         "Fetch or convert the folder again."
     ]
+
+
+INDEXES = {
+    "no map": ({"metadata": {}}, "must hold metadata and a weight_map of tensors to files, got keys metadata."),
+    "nothing": ({}, "must hold metadata and a weight_map of tensors to files, got keys none."),
+    "a list": ({"metadata": {}, "weight_map": ["a"]}, "got keys metadata, weight_map."),
+    "no names": ({"metadata": {}, "weight_map": {"a": None}}, "got keys metadata, weight_map."),
+    "no file": ({"metadata": {}, "weight_map": {"a": "1.safetensors"}}, "names, it lacks 1.safetensors."),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_of_weights_must_name_files_that_are_there(refused, folder, name):
+    content, message = INDEXES[name]
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(content))
+    check_folder(str(folder))  # nobody reads it beside the weights
+    (folder / "model.safetensors").unlink()
+    line = refused({"model.path": folder})
+    assert message in line and index.name in line
 
 
 def test_tied_names_and_tensors_too_many_are_no_loss(launch, folder):
