@@ -29,6 +29,7 @@ import mgrpo_kernels as K
 from mgrpo.config import Config, ConfigError, DataConfig, LogConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from mgrpo.display import protect_output
 from mgrpo.grading.checker import AnswerChecker
+from mgrpo.inputs import whole
 from mgrpo.metrics import StorageError
 from mgrpo.policy import load_model, pick_device, quiet_transformers
 from mgrpo.preflight import find_problems, try_start
@@ -167,7 +168,7 @@ def check_kernel(name: str, op: Op, backend: str, gb_per_s: float) -> KernelResu
         error = torch.stack([(a - b).abs().max() / a.abs().max().clamp_min(1) for a, b in pairs]).max().item()
         time_s = statistics.median(measure_times(lambda: op.call(inputs, backend), device))
     except (ValueError, RuntimeError) as error:
-        return KernelResult(name, backend, None, None, None, str(error).partition("\n")[0])
+        return KernelResult(name, backend, None, None, None, whole(error))
     num_bytes = sum(t.nbytes for t in [*op.inputs.values(), *found])
     share = num_bytes / time_s / 1e9 / gb_per_s if op.is_memory_bound else None
     problem = None if error <= MAX_ERROR else f"error must be at most {MAX_ERROR:.1e}"

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from mgrpo.forward import plain_logits
+from mgrpo.inputs import whole
 from mgrpo.rollout.decoding import WAYS, Decoding
 from mgrpo.rollout.engine import EngineError
 from mgrpo.rollout.parity import BOUNDS
@@ -139,10 +140,7 @@ def _plain(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise EngineError(
-            f"model: {name} must give logits for token ids alone, got {type(error).__name__}: {first_line}"
-        ) from error
+        raise EngineError(f"model: {name} must give logits for token ids alone, got {whole(error)}.") from error
 
 
 def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -96,6 +96,17 @@ def test_a_model_that_wants_more_than_token_ids_is_refused():
         choose_way(model, PAD)
 
 
+def test_what_a_forward_pass_raises_is_told_whole():
+    model = plain_model("llama")
+
+    def forward(*_, **__):
+        raise RuntimeError("must have one of:\n - images\n - sounds\n")
+
+    model.forward = forward
+    with pytest.raises(EngineError, match=r"token ids alone, got must have one of: - images - sounds\.$"):
+        choose_way(model, PAD)
+
+
 def test_choosing_draws_nothing_and_changes_nothing():
     model = plain_model("qwen3")
     state, before = torch.get_rng_state(), snapshot(model.state_dict())
