@@ -15,6 +15,7 @@ from mgrpo.rollout.engine import EngineError
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+ADAPTER = "adapter_config.json"
 # Of these transformers passes damaged ones over, or names none in what it says.
 SMALL = (
     *(CONFIG, GENERATION, "tokenizer_config.json"),
@@ -32,6 +33,12 @@ def check_folder(path: str) -> None:
             raise InputError(
                 f"model: --model.path must be a model folder, {path} is the folder of {found[0]}. "
                 f"Name {' or '.join(map(str, found[1:]))}."
+            )
+        # transformers passes it over beside a model, unless the package peft is there.
+        if (folder / ADAPTER).is_file():
+            raise InputError(
+                f"model: --model.path must be a whole model, {path} holds an adapter, {ADAPTER}. "
+                "Merge it into its model and name that folder."
             )
         _refuse_damaged(folder, SMALL)
         if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():

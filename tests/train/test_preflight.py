@@ -249,6 +249,12 @@ def test_an_index_of_weights_must_name_files_that_are_there(refused, folder, nam
     assert message in line and index.name in line
 
 
+def test_an_adapter_is_no_model(refused, folder):
+    (folder / "adapter_config.json").write_text("{}")
+    line = refused({"model.path": folder})
+    assert line.startswith(f"model: --model.path must be a whole model, {folder} holds an adapter")
+
+
 def test_tied_names_and_tensors_too_many_are_no_loss(launch, folder):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     change_weights(folder, lambda w: w.update({"extra.weight": torch.ones(3)}))
