@@ -26,8 +26,9 @@ _OVERLINED = re.compile(r"(?<![0-9.])\\overline\{([0-9A-F]+)\}(?=_)")
 _GROUPED = re.compile(r"(?<![0-9A-Za-z.,(\\])[0-9A-F]+(?:[ ,][0-9A-F]+)+(?=_)")
 _DIGITS = r"(?:[0-9][0-9A-Fa-f]*(?:\.[0-9A-Fa-f]+)?|[A-F][0-9A-F]*(?=\)?_\{?1[1-6]))"
 _SUBSCRIPT = r"_(?:\{\(?([0-9]+)\)?\}|([0-9]))"
-_WHOLE = re.compile(rf"(-?)\(?({_DIGITS})\)?{_SUBSCRIPT}")
-_INSIDE = re.compile(rf"(?<![A-Za-z0-9.\\}}])\(?({_DIGITS})\)?{_SUBSCRIPT}(?![0-9])")
+_WHOLE = re.compile(rf"(-?)\(?(-?)({_DIGITS})\)?{_SUBSCRIPT}")
+_INSIDE = re.compile(rf"(?:(?<![A-Za-z0-9.\\}}])|(?<=\\cdot)|(?<=\\times))\(?({_DIGITS})\)?{_SUBSCRIPT}(?![0-9])")
+_NAMED = re.compile(r"(?<=[0-9)])_\{([A-Za-z]+)\}")
 _BARE = re.compile(r"-?(?:[0-9][0-9A-Fa-f]*(?:\.[0-9A-Fa-f]+)?|[A-F][0-9A-F]*)")
 
 
@@ -43,6 +44,11 @@ def spell_base(text: str) -> str:
     return _GROUPED.sub(lambda match: re.sub("[ ,]", "", match[0]), text)
 
 
+def has_base(form: str) -> bool:
+    """Whether a number in the form is written with its base."""
+    return "_" in form and _INSIDE.search(form) is not None
+
+
 def align_bases(first: str, second: str) -> tuple[str, str] | None:
     """Two forms without the bases that both are written in; None where these are not the same."""
     if "_" not in first and "_" not in second:
@@ -55,6 +61,9 @@ def align_bases(first: str, second: str) -> tuple[str, str] | None:
     if other and _BARE.fullmatch(first):
         return first, _digits(other)
     bases, bases_too = ({int(match[2] or match[3]) for match in _INSIDE.finditer(form)} for form in (first, second))
+    names, names_too = (set(_NAMED.findall(form)) for form in (first, second))
+    if names and names_too and names != names_too:
+        return None
     if not (bases and bases_too):
         return first, second
     if bases != bases_too:
@@ -72,9 +81,9 @@ def _number(name: str) -> int:
 
 def _base(match: re.Match[str]) -> int:
     """The base of a whole form."""
-    return int(match[3] or match[4])
+    return int(match[4] or match[5])
 
 
 def _digits(match: re.Match[str]) -> str:
     """The sign and digits of a whole form."""
-    return match[1] + (match[2].upper().lstrip("0") or "0")
+    return (match[1] or match[2]) + (match[3].upper().lstrip("0") or "0")

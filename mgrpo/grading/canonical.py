@@ -39,6 +39,9 @@ _SYMBOLS = str.maketrans(
         "≅": r"\cong ",
         "∼": r"\sim ",  # noqa: RUF001
         "→": r"\to ",
+        "⟹": r"\Rightarrow ",
+        "➜": r"\to ",
+        "⟶": r"\to ",
         "⇒": r"\Rightarrow ",
         "∴": r"\therefore ",
         "≒": r"\approx ",
@@ -76,13 +79,13 @@ _NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]*)(?:\.([0-9]*))
 
 _FONTS = (
     "text(?:normal|bf|it|rm|sf|tt|sc|md|up|sl)?|math(?:bf|it|rm|sf|tt|normal|ord|up)|boldsymbol|bold|bm|pmb|mbox|hbox|"
-    "fbox|framebox|makebox|boxed|bbox|underline|uline|uuline|underbrace|overbrace|emph|hl|ensuremath|colorbox|smash|"
+    "fbox|framebox|makebox|boxed|bbox|underline|uline|uuline|uwave|sout|textlf|math(?:sfit|bfsf|bfup)|underbrace|overbrace|emph|hl|ensuremath|colorbox|smash|"
     "[lr]lap|clap|math(?:clap|[lr]lap|op|rel|bin|inner|open|close|punct)|sym(?:bf|up|rm|it|sf)"
 )
 _SWITCHES = (
     "displaystyle|textstyle|scriptstyle|scriptscriptstyle|tiny|scriptsize|footnotesize|small|normalsize|large|Large|"
     "LARGE|huge|Huge|bf|it|rm|sf|tt|sc|em|bfseries|itshape|rmfamily|sffamily|ttfamily|mdseries|upshape|normalfont|"
-    "boldmath|unboldmath|centering|noindent|limits|nolimits|strut|mathstrut|left|right|middle|[bB]igg?[lrm]?"
+    "bold|cal|frak|scr|sl|relax|null|leavevmode|boldmath|unboldmath|centering|noindent|limits|nolimits|strut|mathstrut|left|right|middle|[bB]igg?[lrm]?"
 )
 _SPACES = (
     "q?quad|enspace|thinspace|medspace|thickspace|neg(?:thin|med|thick)space|nobreakspace|space|hfill|hfil|allowbreak"
@@ -103,7 +106,7 @@ _LOGIC = re.compile(
 _MERIDIEM = re.compile(r"\s*([ap])\.?\s*m\.?\s*", re.IGNORECASE)
 
 _ENDS = (
-    r".,;:\u3001\u3002\uff0c\uff0e\uff61\uff64\u060c\u061b\u061f\u06d4\u0964\u0965\u0589\u1362\u104a\u104b\u17d4\u2026"
+    r".,;:?\u3001\u3002\uff0c\uff0e\uff61\uff64\u060c\u061b\u061f\u06d4\u0964\u0965\u0589\u1362\u104a\u104b\u17d4\u2026"
 )
 _REWRITES = [
     (re.compile(pattern, re.DOTALL), replacement)
@@ -123,7 +126,7 @@ _REWRITES = [
         (r"(?<=[0-9])(?:\\[,!]|\{,\}|['’])(?=[0-9]{3}(?![0-9]))", ","),  # noqa: RUF001
         (r"\\!", ""),
         (r"(?<!\\)\\[()\[\]]", " "),
-        (r"(?<![^\s(])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![^\s.,;:)])", r"\1"),
+        (r"(?<![^\s(])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![^\s.,;:)%])", r"\1"),
         (r"^[\s*`:&]+|[\s*`&]+$", ""),
         (r"[\"“”„«»]", ""),
         (r"^['‘]([^'‘’]*)['’]$", r"\1"),  # noqa: RUF001
@@ -134,7 +137,12 @@ _REWRITES = [
             r"\\f?colorbox\s*(?:\{[^{}]*\}\s*)+(?=\{)|\\(?:text)?color\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}|\\bbox\s*\[[^\]]*\]",
             "",
         ),
-        (r"\{\s*\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"\{\s*\\(?:rm|bf|it)\s+((?:[^{}]|\{[^{}]*\})*)\}", r"\\text{\1}"),
+        (
+            r"\\(?:text)?degrees?(?![A-Za-z])|(?<=[0-9])\s*\^\s*(?:o|\{\s*o\s*\}|\\text\s*\{\s*o\s*\})(?![A-Za-z])",
+            r"^\\circ ",
+        ),
+        (r"(?<=[0-9)])\{\}(?=\s*\^)", ""),
         (r"\\textsuperscript\s*(?=\{)", "^"),
         (r"\\frac\s*([0-9])(?=\s*[0-9{])", r"\\frac{\1}"),
         (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
@@ -156,14 +164,20 @@ _UNWRAPS = [
         (r"(?i)\s*(?:\bper ?cent|\bpercentage|\bpct)\s*$", "%"),
         (r"%[\s%]*%", "%"),
         (r"(?<=[)\]}%!]) +((?:[A-Za-z]|\\(?:mu|Omega)).*)$", "unit"),
+        (r"(?<=[0-9}]) *\[([A-Za-z\\][^\[\]]*)\]$", "unit"),
         (r"(?<=[0-9]) ([ei])(?![A-Za-z])", r"\1"),
         (r"(?<=[\w}%)\]])\s*(?:\(\s*)?(?<![A-Za-z])(?:approx(?:imately|\.)?|exact(?:ly)?|rounded)\s*\)?\s*$", ""),
+        (
+            r"(?<=[\w}%)\]])\s*\(\s*(?:rounded|correct to|nearest|(?:to )?[0-9]+ ?"
+            r"(?:s\.? ?f|d\.? ?p|sig|decimal places))[^()]*\)\s*$",
+            "",
+        ),
         (r"\s+", " "),
         (r" ?([^A-Za-z0-9 ]) ?", r"\1"),
         (r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
         (
-            r"^(?::?=|:|\\(?:approx|approxeq|simeq|sim|cong|doteq|equiv|therefore|implies|to|triangleq|coloneqq|mapsto|"
-            r"fallingdotseq|risingdotseq|[Ll]ong(?:right)?arrow|"
+            r"^(?:=+>|-+>|:?=|:|\\(?:approx|approxeq|simeq|sim|cong|doteq|equiv|therefore|implies|to|triangleq|coloneqq|mapsto|"
+            r"fallingdotseq|risingdotseq|thickapprox|asymp|backsimeq|leadsto|hookrightarrow|iff|Leftrightarrow|because|[Ll]ong(?:right)?arrow|"
             r"[Rr]ightarrow|Longrightarrow|longrightarrow)(?![A-Za-z]) ?)+",
             "",
         ),
@@ -174,13 +188,21 @@ _UNWRAPS = [
         (r"\\log_\{?e\}? ?", r"\\ln "),
         (r"\\lg(?![A-Za-z]) ?", r"\\log_{10}"),
         (r"\\(?:c|d)?dots[bcm]?(?![A-Za-z])|(?<=,)\.\.\.(?=,)", r"\\ldots "),
+        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        (r"(?<![A-Za-z\\])[iI]nfinity(?![A-Za-z])", r"\\infty "),
+        (r"(?<![A-Za-z\\])sqrt\s*([0-9]+)", r"\\sqrt{\1}"),
+        (r"(?<=[A-Za-z)])\*\*([0-9]+)(?![0-9*])", r"^{\1}"),
         (r"(?i)^(yes|no|true|false)!+$", r"\1"),
         (r"(?i)(?<=[0-9]) ?(?:a()|p)\.?m\.?$", "meridiem"),
         (r"^([+-]?)(?:[€£¥₹₽₩₺₫฿₪]|USD|EUR|GBP|CNY|RMB|INR|Rs\.?|US|HK|NT) ?(?=[0-9.])", r"\1"),
         (r"(?<=[0-9]) ?[€£¥₹₽₩₺₫฿₪¢]$", ""),
         (r"(?<![A-Za-z\\}_^\]0-9)])\{([0-9.]+|[A-Za-z])\}", r"\1"),
-        (r"\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)$|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[0-9])th)$", ""),
-        (rf"^\++|(?:\\\\|\\ldots|[{_ENDS} ])+$", "end"),
+        (
+            r"\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)$"
+            r"|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[0-9])th)(?=$| [a-z]{3,}$)",
+            "",
+        ),
+        (rf"^\++|(?:\\\\|\\ldots|\\$|[{_ENDS} ])+$", "end"),
     )
 ]
 _DIGITS = r"(?:(?<![A-Za-z0-9\\.}])|(?<=\\times)|(?<=\\cdot))([0-9]*)\.([0-9]*)"
@@ -253,7 +275,7 @@ def _spell_symbols(text: str) -> str:
     text = _SUBSCRIPTS.sub(r"_{\g<0>}", text)
     text = _VULGAR_FRACTION.sub(_spell_fraction, text)
     text = _BAR_OR_DOT.sub(_spell_mark, text)
-    text = _DASH.sub("-", text)
+    text = _DASH.sub("-", text.replace("\u00ba", "°"))
     text = _DOUBLE_STRUCK.sub(lambda match: rf"\mathbb{{{unicodedata.normalize('NFKC', match[0])}}}", text)
     text = unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
     text = _GREEK.sub(lambda match: rf"\{_GREEK_NAMES[match[0]]} ", text)
@@ -274,6 +296,8 @@ def _spell_mark(match: re.Match[str]) -> str:
 def _mark_unit(match: re.Match[str]) -> str:
     r"""The text behind a value: a known unit as plain text, another as \unit{}, which tells it from a product."""
     before, content = match.string[: match.start()].rstrip(" $"), " ".join(match[1].split())
+    if before[-1:].isdigit() and (percent := re.match(r"\\?%\s*(?=\S)", content)):
+        return rf"% \text{{{content[percent.end() :]}}}"
     if before[-1:].isdigit() and (meridiem := _MERIDIEM.fullmatch(content)):
         return f" {meridiem[1].lower()}m "
     meant = not re.search(r"[^\W\d_]", content) or _LOGIC.search(content)
@@ -355,7 +379,7 @@ def _spell_exponent(match: re.Match[str]) -> str:
     """A number with e as a decimal, or with a power of ten; 2e-3 and 2e+3 may be sums with Euler's number and stay."""
     sign, mantissa, letter, *exponents = match.groups()
     exponent_sign, digits = exponents[:2] if exponents[1] else exponents[2:]
-    if letter == "e" and exponent_sign and "." not in mantissa:
+    if letter == "e" and exponent_sign and "." not in mantissa and mantissa != "1":
         return match[0]
     exponent = int(exponent_sign + digits)
     if abs(exponent) > MAX_PLAIN_EXPONENT:

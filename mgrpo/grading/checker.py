@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from mgrpo.grading.canonical import canonicalize
 from mgrpo.grading.matching import Fingerprint, may_be_equal, read_fingerprint
-from mgrpo.grading.meaning import align, compare_cheaply, reduce_form
+from mgrpo.grading.meaning import align, compare_cheaply, rank, reduce_form
 from mgrpo.grading.memo import Memo
 from mgrpo.grading.watch import Watch
 from mgrpo.grading.worker import EquivalenceWorker, WorkerError
@@ -27,9 +27,9 @@ CACHED_FINGERPRINTS = 16384
 MAX_DEFAULT_WORKERS = 8
 
 
-def _form_order(form: str) -> tuple[int, str]:
-    """Short forms come first, and so represent their classes."""
-    return len(form), form
+def _form_order(form: str) -> tuple[int, int, str]:
+    """Forms that say most come first, then short ones, and so represent their classes."""
+    return rank(form), len(form), form
 
 
 def _as_compared(first: str, second: str) -> tuple[str, str]:
@@ -128,9 +128,9 @@ class AnswerChecker:
         """Class ids of one prompt's answers: equal ids for equivalent answers, numbered from 0 by first appearance.
 
         None and blank answers get -1. The partition does not depend on the order of the answers: the distinct forms
-        are taken by length, then alphabetically, and each joins the first class whose first form it is equivalent
-        to. A form whose fingerprint could not be made (time limit, dead worker), and after 3 undecided pairs every
-        form, is compared without a worker.
+        are taken by rank (those with a base or a direction first, percentages last), length and alphabet, and each
+        joins the first class whose first form it is equivalent to. A form whose fingerprint could not be made (time
+        limit, dead worker), and after 3 undecided pairs every form, is compared without a worker.
         """
         return self._classify(answers, Watch(1, None))
 

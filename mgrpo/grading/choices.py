@@ -24,9 +24,10 @@ _WHOLE = re.compile(
     r"|【([A-J])】|\[([A-J])\](?=.))"
     r"(?![A-Z]$|[A-Z]\.|[A-J][:=]|[=^_*+<>'/|&;!]|\[[A-J]\]|,[A-J(\[]|,? ?(?:and|or)(?![a-z])"
     r"|\\(?:cdot|times|cap|cup|setminus|to|le|ge|Right|in)(?![a-z])|[-\u2013][A-J(](?![A-Za-z]))"
-    r"(?![0-9]*,[^ ]|,$)?"
+    r"(?!.*[,; ][A-J][.:)])"
     r"(?!(?!(?:[Bb]oth|[Ee]ither|[Nn]either|[Aa]ll|[Oo]nly|[Nn]one|\([A-J]\),? ?(?:and|or)\([A-J]\)$)).*\([A-J]\)).*"
-    r"|(?:[Oo]ption|[Cc]hoice):? ?([A-J])|<([A-J])>",
+    r"|(?:[Oo]ption|[Cc]hoice):? ?([A-J])|<([A-J])>"
+    r"|\(?([A-J])\)? ?is (?:the )?(?:correct|right|best)(?: (?:answer|choice|option))?",
     re.DOTALL,
 )
 

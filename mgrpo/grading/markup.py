@@ -36,6 +36,13 @@ _REWRITES = [
         (r"\\begin\s*\{array\}\s*\{[^{}]*\}((?:(?!\\begin|&|\\\\).)*)\\end\s*\{array\}", r"\1"),
         (r"\\(?:framebox|makebox|raisebox|parbox)(?:\s*\[[^\[\]]*\])+\s*(?=\{)", r"\\mbox"),
         (rf"{_STYLED}\s*(?:\[[^\[\]]*\])?\s*\{{[^{{}}]*\}}\s*(?=\{{)", r"\\mbox"),
+        (r"\\(?:under|over)set\s*\{\s*\}\s*(?=\{)", r"\\mbox"),
+        (
+            r"\\m?(?:kern|skip)\s*-?[0-9.]+ ?(?:pt|em|mu|cm|mm|ex)"
+            r"|\\(?:mspace|footnote)\s*\{[^{}]*\}|(?:^|(?<=[0-9)]))\{\}",
+            " ",
+        ),
+        (r"(?<![\w*\\)\]}])\*(?=[^\s*])([^*\n]+)(?<=[^\s*])\*(?![\w*(\\])", r"\1"),
         (r"\\resizebox\s*\{[^{}]*\}\s*\{[^{}]*\}\s*(?=\{)", r"\\mbox"),
         (r"\\unit\s*\[([^\[\]]*)\]\s*\{([^{}]*)\}", r"\1\\text{\2}"),
         (r"\\math(?:cal|bb|frak|scr)\s*(?:\{([0-9.,]+)\}|([0-9]))", r"\1\2"),
@@ -54,7 +61,7 @@ _REWRITES = [
         ),
         (rf"^(?:\\checkmark(?![A-Za-z])|[{_PICTURES}\u2022\u2023\u25aa\u25cf\u25e6]|#{{1,6}} )\s*(?=\S)", ""),
         (r"^==(?=[^=])(.*[^=])==$", r"\1"),
-        (r"^_([^_]+)_$", r"\1"),
+        (r"^_([^_]+)_(?=\s|$)", r"\1"),
         (r"^(?:「(.*)」|『(.*)』|《(.*)》|〈(.*)〉|【(.*)】|〖(.*)〗)$", "quoted"),
     )
 ]
@@ -74,7 +81,7 @@ def strip_markup(text: str) -> str:
 
 def _join_cells(match: re.Match[str]) -> str:
     """Lines of an environment without their alignment."""
-    return " " + match[3].replace("&", " ").strip(" \n\t\\") + " "
+    return f" {match[3].replace('&', ' ').strip().removesuffix(chr(92) * 2)} "
 
 
 def _spell_bracket(match: re.Match[str]) -> str:

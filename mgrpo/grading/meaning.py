@@ -6,8 +6,8 @@ import functools
 import re
 from dataclasses import replace
 
-from mgrpo.grading.bases import align_bases
-from mgrpo.grading.canonical import normalize_number
+from mgrpo.grading.bases import align_bases, has_base
+from mgrpo.grading.canonical import canonicalize
 from mgrpo.grading.choices import read_choice
 from mgrpo.grading.units import drop_unit, split_sense
 from mgrpo.grading.values import Value, read_value, same_values
@@ -28,7 +28,7 @@ _EXPONENT = re.compile(r"(-?[0-9]+)e([+-][0-9]+)")
 _MERIDIEM = re.compile(r"[0-9] ([ap])m")
 # What math-verify drops.
 _OPEN_LIST, _PRIME = re.compile(r"\\ldots"), re.compile(r"[A-Za-z]'")
-_RELATION = re.compile(r"([A-Za-z](?:<|>|\\(?:le|ge|leq|geq|lt|gt|ne) ?))(.+)")
+_RELATION = re.compile(r"(.*(?:<|>|\\(?:le|ge|leq|geq|lt|gt|ne) ?))(.+)")
 _AND = re.compile(r",? (?:and|or) ")
 _NOT_A_LIST = re.compile(r"\\(?:begin|end|in|cup|cap|le|ge|text|mid|quad|text)(?![a-z])|[|]")
 
@@ -41,7 +41,7 @@ def reduce_form(form: str) -> str:
     if letter := read_choice(form):
         return letter
     bare = drop_unit(form)
-    form = _spell_tuple(normalize_number(bare) or bare)
+    form = _spell_tuple(bare if bare == form or "\\text" in bare else canonicalize(bare))
     if match := _NAMED_TUPLE.fullmatch(form):
         names, values = match[1].split(","), _split_tuple(match[2])
         if values and len(values) == len(set(names)) == len(names):
@@ -49,6 +49,17 @@ def reduce_form(form: str) -> str:
     if assignments := _read_assignments(form):
         return _write(assignments)
     return _read_points(form) or _EMPTY.sub(r"\\emptyset ", form).strip()
+
+
+def rank(form: str) -> int:
+    """Where a form comes in a group, so that no form joins two that differ.
+
+    What says more than others need to comes first: 234 is 234_5 or 234_7, and 5 is 5 east or 5 west. A percentage,
+    which is 35 as well as 0.35, comes last.
+    """
+    if form.endswith("%"):
+        return 2
+    return 0 if has_base(form) or _MERIDIEM.search(form) or split_sense(form)[1] else 1
 
 
 def _spell_tuple(form: str) -> str:
@@ -204,7 +215,13 @@ def _read_assignments(form: str) -> dict[str, str] | None:
     found: dict[str, str] = {}
     if match := _SYSTEM.fullmatch(form):
         form = next(filter(None, match.groups())).replace("&", "").removesuffix(r"\\").strip(" .,;")
-    for part in _split(re.sub(r"(?:,? (?:and|or) |,? ?\\(?:land|wedge) ?|;|&|,?\\\\)(?:\[[^\[\]]*\])?", ",", form)):
+    for part in _split(
+        re.sub(
+            r"(?:,? (?:and|or) |,? ?\\(?:land|wedge) ?|;|&|(?<=[0-9})]) (?=[A-Za-z]=)|,?\\\\)(?:\[[^\[\]]*\])?",
+            ",",
+            form,
+        )
+    ):
         match = _ASSIGNMENT.fullmatch(part.strip())
         if match is None or _NOT_A_LIST.search(part) or match[1].strip() in found:
             return None

@@ -13,6 +13,7 @@ _ANNOUNCEMENT = re.compile(
     r"(?:(?:so|thus|hence|therefore|and|finally),? ?)?"
     rf"(?:(?:(?:the|my|our|your) )?(?:{_QUALITY})*{_NOUN}(?: to (?:the|this) (?:problem|question))?"
     r" ?(?::|=| (?:is|are|equals|will be|would be)(?![a-z])) ?(?::|=)? ?"
+    r"|(?:i |we )?(?:choose|pick|select) (?:option |choice )?(?=\(?[A-J](?![A-Za-z]))"
     r"|it(?: is| equals|'s) |(?:the )?final answer (?=[-+0-9\\(]))"
     r"(?:(?:approximately|about|roughly|simply|therefore|option|choice) )?"
     r"(?=[^\s.,;:])",
@@ -30,8 +31,10 @@ _FOREIGN = re.compile(
     re.IGNORECASE,
 )
 _ABOUT = re.compile(
-    r"(?:about|approximately|approx\.?|roughly|around|nearly|circa|ca\.|ungefähr|etwa|environ|aproximadamente|"
-    r"примерно|приблизительно|около|大约|大約|约为|約為|约等于|约|約) ?(?=[-+0-9.]|\\(?:frac|sqrt|pi))",
+    r"(?:(?:so|therefore|thus|hence|exactly|only|just|a total of),? ?)?"
+    r"(?:(?:about|approximately|approx\.?|roughly|around|nearly|circa|ca\.|ungefähr|etwa|environ|aproximadamente|"
+    r"примерно|приблизительно|около|大约|大約|约为|約為|约等于|约|約) ?)?"
+    r"(?=[-+0-9.]|\\(?:frac|sqrt|pi))",
     re.IGNORECASE,
 )
 

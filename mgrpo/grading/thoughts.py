@@ -13,6 +13,10 @@ MARKS = {
     "◁think▷": "◁/think▷",
     "<|begin_of_thought|>": "<|end_of_thought|>",
     "[THINK]": "[/THINK]",
+    "<thought>": "</thought>",
+    "<reasoning>": "</reasoning>",
+    "<unused94>": "<unused95>",
+    "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
 }
 # Tokens at the end of a prompt that are looked at: a mark that is no token of its own takes some.
 TAIL_TOKENS = 32
@@ -23,8 +27,6 @@ def drop_thought(text: str) -> str | None:
 
     A response need not hold the opening mark: chat templates may end the prompt with it.
     """
-    if "think" not in text and "thought" not in text and "THINK]" not in text:
-        return text
     start = 0
     for close in MARKS.values():
         start = max(start, text.rfind(close) + len(close) if close in text else 0)
@@ -36,6 +38,11 @@ def opened_thought(prompt: str) -> str:
     """The mark with which a prompt ends that opens the model's thought, else nothing."""
     end = prompt.rstrip()
     return next((mark for mark in MARKS if end.endswith(mark)), "")
+
+
+def _is_of_mark(token: str, marks: set[str]) -> bool:
+    """Whether a token is a mark, or one of several that a mark consists of."""
+    return token in marks or (token.startswith("<|") and any(token in mark for mark in marks))
 
 
 def decode_responses(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
@@ -51,7 +58,7 @@ def decode_responses(tokenizer: Any, prompts: Sequence[Sequence[int]], responses
     """
     marks = {*MARKS, *MARKS.values()}
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    kept = {i for i, token in added.items() if str(token) in marks and getattr(token, "special", False)}
+    kept = {i for i, token in added.items() if getattr(token, "special", False) and _is_of_mark(str(token), marks)}
     if kept:
         special = {i for i, token in added.items() if getattr(token, "special", False)} | set(tokenizer.all_special_ids)
         rows = [[i for i in row if i in kept or i not in special] for row in responses]

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 MAX_UNIT_CHARS = 300
 # Letters that are a unit where they are set as text; others stay variables.
-UNIT_LETTERS = frozenset("msghlLNJWVAKCFTHMtd")
+UNIT_LETTERS = frozenset("msghlLNJWVAKCFTHMtdDSu")
 
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SCALE = re.compile(rf"(?<![0-9.,}}/])([0-9]+)(?:\.([0-9]+))? ?({'|'.join(_SCALES)})(?![A-Za-z])")
@@ -20,7 +20,7 @@ _SHORT = (
     "kg|gm|gms|mg|cm|mm|km|nm|dm|ml|mL|ms|ns|kW|MW|kWh|Wh|kN|Nm|kJ|MJ|kV|mV|mA|MHz|GHz|kHz|THz|Hz|Pa|kPa|MPa|hPa|eV|"
     "keV|MeV|GeV|kB|MB|GB|TB|mol|cal|kcal|kgs|kms|cms|in|ft|yd|yds|mi|mph|kmh|kph|kmph|mpg|rpm|fps|sec|secs|min|mins|"
     "hr|hrs|day|days|wk|wks|yr|yrs|mo|mos|lb|lbs|oz|ton|tons|gal|qt|qts|pt|pts|cup|cups|cc|ha|deg|rad|sq|cu|atm|bar|"
-    "psi|amu|dB|hp|mmHg|mt|mtr|mtrs|USD|EUR|GBP|CNY|INR|Rs|rs|yen|fl|au|ly|pc|nC|mC|kHz|mW|GW|kmol|mmol|rev"
+    "psi|amu|dB|hp|mmHg|mt|mtr|mtrs|USD|EUR|GBP|CNY|INR|Rs|rs|yen|fl|au|ly|pc|nC|mC|kHz|mW|GW|kmol|mmol|rev|ppm|ppb|Km|KM|Kms|CM|Cm|Kg|KG|MM|Hrs|Mins|US"
 )
 # Those that are no product where no space parts them from the number: 3ab, 60t, 2mg and 5m are.
 _GLUED_SHORT = (
@@ -30,7 +30,7 @@ _GLUED_SHORT = (
 _WORDS = (
     "ohms?|bits?|inch|inches|feet|foot|miles?|units?|years?|hours?|months?|weeks?|minutes?|seconds?|degrees?|yards?|"
     "(?:kilo|centi|milli)?(?:meters?|metres?|grams?|liters?|litres?)|gallons?|pounds?|ounces?|dollars?|cents?|square|"
-    "cubic|people|students?|men|man|boys?|toys?|ways?|cows?|hens?|eggs?|pies?|pens?|bags?|box|boxes|cars?"
+    "old|cubic|people|students?|men|man|boys?|toys?|ways?|cows?|hens?|eggs?|pies?|pens?|bags?|box|boxes|cars?"
 )
 _LETTERS = "[mgshlLNJWVK]"
 _BAR = r"(?<![A-Za-z\\])"
@@ -41,7 +41,8 @@ _GLUED = (
 )
 _MARKED = (
     r"\\unit\{(?:[^{}]|\{[^{}]*\})*\}|\\(?:Omega|ohm|Hz|AA)(?![A-Za-z])"
-    r"|\\mu ?(?:\\unit\{[a-zA-Z]\}|[mgslLCFAVW](?![A-Za-z]))|[kM] ?\\Omega|\^\\circ ?(?:[CFKNSEW](?![A-Za-z]))?"
+    r"|\\mu ?(?:\\unit\{[a-zA-Z]\}|[mgslLCFAVW](?![A-Za-z]))|[kM] ?\\Omega"
+    r"|[MRL]_\{?\\(?:odot|oplus) ?\}?|\^\\circ ?(?:[CFKNSEW](?![A-Za-z]))?"
     r"|[^\W\d_a-zA-Z\u0370-\u03ff]+"
 )
 _LONG = rf"{_BAR}[A-Za-zÀ-ɏ][a-zà-ɏ'-]{{3,}}(?![A-Za-z])"
@@ -56,6 +57,7 @@ _UNIT = re.compile(
     rf"(?:(?<=[0-9]) (?:{_BAR}{_LETTERS}(?![A-Za-z]){_POWER}|{_LONG}|\(?{_KNOWN}{_POWER}){_MORE}"
     r"|(?<=[0-9]) [ACFHMT]$"
     rf"|(?<=[0-9}}])/(?:{_WORDS}|min|sec|hr|day|kg|lb){_MORE}"
+    rf"|(?<=[0-9}}])(?: ?per (?:{_KNOWN}|{_LONG})|-(?:{_WORDS})(?![A-Za-z])){_MORE}"
     rf"|(?<=[0-9}}]) ?of (?:an? |the )?(?:{_KNOWN}|{_LONG}){_MORE}"
     rf"|(?:(?<=[0-9}})\]%!' ])|(?<=\\pi)) ?(?:\(?(?:{_GLUED}|{_MARKED}){_POWER}{_MORE}|{_FRACTION})"
     rf"|(?<=%) ?{_LONG}{_MORE}|(?<=[A-Za-z.])\\unit\{{[^{{}}]*\}}{_POWER}{_MORE}){_END}"
@@ -74,7 +76,8 @@ _SENSES = (
     "profit|loss|gain|ahead|behind|before|after|older|younger|faster|slower|larger|smaller|BC|AD|BCE|CE"
 )
 _SENSE = re.compile(rf"(?<![A-Za-z])({_SENSES})(?![A-Za-z])|(?<=\^\\circ)(?: ?\\unit\{{)? ?([NSEW])(?![A-Za-z])")
-_WITH_SENSE = re.compile(rf"(.*[^ ])(?: ({_SENSES})|\^\\circ ?([NSEW]))", re.DOTALL)
+_WITH_SENSE = re.compile(rf"(.*[^ ])(?:(?: |(?<=%))({_SENSES})|\^\\circ ?([NSEW]))", re.DOTALL)
+_POWER_IN_WORDS = re.compile(r"(?<=[a-zA-Z] )(?:squared|cubed)(?![a-z])")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|arc[a-z]+|log|ln|exp)(?![A-Za-z])")
 _LEFT_OVER = re.compile(r"[0-9}] ?(?:(?<!\\)(?<![A-Za-z\\])[A-Za-z]{2,}|\\unit\{)")
 
@@ -87,7 +90,7 @@ def drop_unit(form: str) -> str:
 
     def drop(match: re.Match[str]) -> str:
         text = match[0]
-        if _MEANT.search(text) or ("circ" in text and _FUNCTION.search(form)):
+        if _MEANT.search(_POWER_IN_WORDS.sub("", text)) or ("circ" in text and _FUNCTION.search(form)):
             return text
         if sense := _SENSE.search(text):
             return f" {sense[1]}" if sense[1] else rf"^\circ {sense[2]}"

@@ -18,9 +18,11 @@ SAME = {
             for text in ("B - Paris", "B — 12", "B、Paris", "B：12", "【B】12", "[B] 12", "<B>", "选项B", "故选B")  # noqa: RUF001
         ],
         *[("The correct answer is B. Paris", "B"), ("Answer: (B)", "B"), ("答案：B", "B"), ("(C) +5", "C")],  # noqa: RUF001
+        *[("I choose B", "B"), ("B is correct", "B"), ("(B) is the correct answer", "B")],
         *[("(D) (A) and (B)", "D"), ("(D) Both (A) and (B)", "D"), ("(C) [1,2]", "C")],
     ],
     "assignments": [
+        ("x=1 y=2", "(1,2)"),
         (r"\begin{cases} x=1 \\ y=2 \end{cases}", "(1,2)"),
         (r"\left\{\begin{array}{l}x=1,\\y=2.\end{array}\right.", "(1,2)"),
         (r"\left\{\begin{aligned}x&=1\\y&=2\end{aligned}\right.", "x=1,y=2"),
@@ -69,6 +71,14 @@ SAME = {
             (text, "12")
             for text in (r"\$12/hour", r"\unit[12]{cm}", r"\SI{12}{\meter\per\second\squared}", r"\num{12}")
         ],
+        *[(text, "25") for text in ("25 Km", "25 cm squared", "$25 per hour", "25 years old", "25-year-old", "25 ppm")],
+        *[(text, "25") for text in ("25^o", r"25\degree", r"25{}^\circ\text{C}", "25º", "25 [m/s^2]", r"25 M_\odot")],
+        *[
+            (r"25\,{\rm m\,s^{-2}}", "25"),
+            ("12 1/2 hours", "12.5"),
+            ("25th day", "25"),
+            (r"10\text{% more}", "10% more"),
+        ],
         (r"\frac{3}{4} of an hour", "0.75"),
         (r"\frac{3}{4} m", "0.75"),
         (r"6.67\times10^{-11} N m^2 / kg^2", "6.67e-11"),
@@ -107,13 +117,31 @@ SAME = {
             ("ℝ", r"\mathbb{R}"),  # noqa: RUF001
         ],
         *[(r"\emptyset", r"\varnothing"), (r"\varnothing", r"\{ \}"), (r"\text{empty set}", r"\emptyset")],
+        *[
+            (text, "5")
+            for text in (r"\begin{equation*}\boxed{5}\end{equation*}", r"\underset{}{5}", r"5\mspace{3mu}", "=> 5")
+        ],
+        *[
+            (text, "5")
+            for text in (r"\iff 5", "Thus, 5", "exactly 5", "5.00 (3 s.f.)", r"5\text{ (to 2 d.p.)}", "*5* cm", "5?")
+        ],
+        *[("2pi", r"2\pi"), ("sqrt3", r"\sqrt{3}"), ("infinity", r"\infty"), ("x**2+1", "x^2+1")],
         *[(r"\ln 2", r"\log_e 2"), (r"\lg 2", r"\log_{10}2")],
     ],
 }
 DIFFERENT = {
     "choices": [
         *[("**A** the dog", "**B** the dog"), (r"\mathbf{A}\mathbf{x}", "A"), ("**A** and **C**", "A"), ("A、C", "A")],
-        *[("A:B=1:2", "A"), ("A'", "A"), ("[A][B]", "A"), ("A B", "A"), ("(A), (C)", "A"), ("A - B", "A")],
+        *[
+            ("A:B=1:2", "A"),
+            ("A'", "A"),
+            ("[A][B]", "A"),
+            ("A B", "A"),
+            ("A: 5, B: 7", "A: 6, B: 8"),
+            ("A. 5; B. 7", "A"),
+            ("(A), (C)", "A"),
+            ("A - B", "A"),
+        ],
     ],
     "assignments": [
         (r"\begin{cases} x=1 \\ y=2 \end{cases}", "(2,1)"),
@@ -132,12 +160,19 @@ DIFFERENT = {
         ("x=234_5", "x=234_7"),
         ("1011_2", "1011_10"),
         ("0b10", "0x10"),
+        (r"2\cdot 12_7", r"2\cdot12_8"),
+        ("12_b", "12_c"),
+        ("(-1011)_2", "-1011_3"),
     ],
     "repeating decimals": [
         *[("0.333...", "0.333"), (r"0.3\text{ repeating}", "0.3"), ("0.1666...", "0.16"), ("1.4142...", "1.4143")],
         *[("2.718281828...", "2.71828"), (r"1,2,\ldots", "1,2"), ("1, 2, 3, ...", "1,2,3"), ("0.(3)", "0")],
     ],
-    "numbers of any size": [("x<10^{-20}", "x<10^{-21}"), (r"x\le 2^{-60}", r"x\le 2^{-61}")],
+    "numbers of any size": [
+        ("x<10^{-20}", "x<10^{-21}"),
+        (r"x\le 2^{-60}", r"x\le 2^{-61}"),
+        ("0<x<10^{-20}", "0<x<10^{-21}"),
+    ],
     "units": [
         *[
             (f"{value}{letters}", value)
@@ -216,3 +251,22 @@ def test_the_order_of_answers_changes_no_class(checker, kind):
         first = {classes[i]: i for i in reversed(range(len(answers)))}
         partitions.add(tuple(first[classes[i]] for i in range(len(answers))))
     assert len(partitions) == 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "classes"),
+    [
+        (["35%", "0.35", "35"], [0, 1, 0]),
+        (["35%", r"\frac{7}{20}", r"\frac{70}{2}"], [0, 1, 0]),
+        (["35%", "0.35"], [0, 0]),
+        (["234", "234_5", "234_7"], [0, 0, 1]),
+        (["5", "5 east", "5 west"], [0, 0, 1]),
+        (["1,2", "(1,2)", "(2,1)", "2,1"], [0, 0, 1, 0]),
+    ],
+)
+def test_no_answer_joins_two_that_differ(checker, answers, classes):
+    for order in itertools.permutations(range(len(answers))):
+        found = checker.classes([answers[i] for i in order])
+        pairs = itertools.combinations(range(len(answers)), 2)
+        for i, j in pairs:
+            assert (found[i] == found[j]) == (classes[order[i]] == classes[order[j]]), order
