@@ -68,7 +68,7 @@ class DataConfig:
 
     train: HomeText = "arithmetic:8192:3-7:0"
     """.jsonl, .json, .parquet, .csv, .tsv or .arrow file, text also as .gz; a folder of them or of `save_to_disk`; a
-    hub id; or `arithmetic:NUM:OPERANDS:SEED`."""
+    hub id, `ID:NAME` for one of its configurations; or `arithmetic:NUM:OPERANDS:SEED`."""
     probe: HomeText | None = None
     """Labelled prompts for evaluation during training, same forms as `train`."""
     prompt_key: str = "prompt"
@@ -77,7 +77,7 @@ class DataConfig:
     """Key of the true answer in a record, likewise. None is `answer`, which may be missing; a key that is given and
     that no record has is an error."""
     split: str = "train"
-    """Split of a hub data set or of a saved DatasetDict."""
+    """Split of a hub data set, of a saved DatasetDict, or of a folder whose files are named by splits."""
     template: str | None = None
     """None takes prompts as they are, `chat` the tokenizer's chat template; else a text that holds `{prompt}`."""
     template_args: tuple[str, ...] = ()
@@ -95,7 +95,8 @@ class AnswerConfig:
     group 1). What stands before the end of a thought (`</think>`) is not read."""
     label_extract: str = "auto"
     """How the true answer is read from a label, whatever responses look like: `auto` (last box, else the line after
-    ####, else the label itself), `plain` (the label itself), `boxed`, `hash`, `last-number`, `regex:PATTERN`."""
+    ####, else what "the answer is" at its end, else the label itself), `plain` (the label itself), `boxed`, `hash`,
+    `last-number`, `regex:PATTERN`. Labels of the built-in problems are plain."""
     equivalence: Literal["math", "exact"] = "math"
     """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
     timeout_s: float = 5.0

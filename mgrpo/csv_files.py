@@ -15,6 +15,7 @@ from mgrpo.keys import Keys
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 # The line with which spreadsheets name the separator.
 SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?[ \t]*(?:\r\n?|\n)', re.IGNORECASE)
+_OTHER_SEPARATOR = re.compile(r"(?<=\w)[ \"']*[~^:!#@&%*+=\\/\x1c-\x1f¦§·]+[ \"']*(?=\w)")
 MAX_HEADER_CHARS = 1 << 20
 
 
@@ -38,7 +39,7 @@ def read_csv(content: bytes, path: Path, keys: Keys) -> Iterator[tuple[str, dict
                 if names:
                     yield f":{line}", _make_row(fields, names, separator, f"{path}:{line}")
                 else:
-                    names = _read_header(fields, f"{path}:{line}")
+                    names = _read_header(fields, f"{path}:{line}", keys)
             line = reader.line_num + first
     except csv.Error as error:
         raise InputError(f"{path}:{line}: not valid CSV: {error}. Correct the row or use .jsonl.") from error
@@ -62,15 +63,25 @@ def _sniff(text: str, given: str, is_named: bool, keys: Keys) -> tuple[str, bool
     return best, found[best][1]
 
 
-def _read_header(fields: list[str], where: str) -> list[str]:
+def _read_header(fields: list[str], where: str, keys: Keys) -> list[str]:
     """Names of the columns, without those at the end that have none."""
     names = [field.strip() for field in fields]
     while not names[-1]:
         names.pop()
+    if len(names) == 1 and keys.prompt != names[0] and _is_joined(names[0], keys.prompt):
+        raise InputError(
+            f"{where}: fields must be separated by {', '.join(SEPARATORS.values())}, got the header {names[0]!r:.80}. "
+            "Save the file with one of these separators."
+        )
     named = [name for name in names if name]
     if len(set(named)) < len(named):
         raise InputError(f"{where}: column names must differ, got {', '.join(named)}. Rename the columns.")
     return names
+
+
+def _is_joined(name: str, key: str) -> bool:
+    """Whether the name of an only column looks like several names with another separator between them."""
+    return len(_OTHER_SEPARATOR.split(name)) > 1 or key in name.split()
 
 
 def _make_row(fields: list[str], names: list[str], separator: str, where: str) -> dict[str, Any]:
@@ -78,8 +89,9 @@ def _make_row(fields: list[str], names: list[str], separator: str, where: str) -
     while len(fields) > len(names) and not fields[-1].strip():
         fields.pop()
     if len(fields) != len(names):
+        remedy = " Complete the row if it ends early." if len(fields) < len(names) else ""
         raise InputError(
             f"{where}: row must have {len(names)} fields, got {len(fields)}. "
-            f'Put fields that hold a {SEPARATORS[separator]} or a newline in "quotes".'
+            f'Put fields that hold a {SEPARATORS[separator]} or a newline in "quotes".{remedy}'
         )
     return {name: field for name, field in zip(names, fields, strict=True) if name}

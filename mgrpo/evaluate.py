@@ -32,7 +32,7 @@ from mgrpo.labels import Label
 from mgrpo.model_files import running
 from mgrpo.policy import LoadedModel, load_model, quiet_transformers
 from mgrpo.progress import GroupingLine
-from mgrpo.prompts import describe_data, describe_unread, read_answers, require_embedded
+from mgrpo.prompts import answers_of, describe_data, describe_unread, read_answers, require_embedded
 from mgrpo.records import load_records
 from mgrpo.rollout.engine import Engine, EngineError, Rollouts, Sampling, Source
 from mgrpo.rollout.samples import check_samples
@@ -235,7 +235,7 @@ class EvaluateArgs:
     answer_key: str = "answer"
     """Key of the true answer in a record, likewise."""
     split: str = "train"
-    """Split of a hub data set or of a saved DatasetDict."""
+    """Split of a hub data set, of a saved DatasetDict, or of a folder whose files are named by splits."""
     template: str | None = None
     """None takes prompts as they are, `chat` the tokenizer's chat template; else a text that holds `{prompt}`."""
     template_args: tuple[str, ...] = ()
@@ -244,8 +244,9 @@ class EvaluateArgs:
     """`boxed` (last \\boxed{} with content), `hash` (after the last ####), `last-number`, `regex:PATTERN` (last match,
     group 1). What stands before the end of a thought (`</think>`) is not read."""
     label_extract: str = "auto"
-    """How the true answer is read from a label: `auto` (last box, else the line after ####, else the label itself),
-    `plain` (the label itself), `boxed`, `hash`, `last-number`, `regex:PATTERN`."""
+    """How the true answer is read from a label: `auto` (last box, else the line after ####, else what "the answer
+    is" at its end, else the label itself), `plain` (the label itself), `boxed`, `hash`, `last-number`,
+    `regex:PATTERN`."""
     equivalence: Literal["math", "exact"] = "math"
     """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
     workers: int | None = None
@@ -304,7 +305,7 @@ def run(args: EvaluateArgs) -> Evaluation:
     stop = make_stop(args.stop, args.template, loaded.tokenizer)
     max_new_tokens = args.max_new_tokens or min(loaded.context_length // 2, MAX_DEFAULT_NEW_TOKENS)
     dataset = make_dataset(
-        read_answers(records[: args.limit], answer),
+        read_answers(records[: args.limit], answers_of(args.data, answer)),
         loaded.tokenizer,
         template=args.template,
         max_prompt_tokens=loaded.context_length - max_new_tokens,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +13,7 @@ from typing import Any, Protocol
 # The bytes of one record, and of a file that is parsed as one, which may take 25 times its size meanwhile.
 MAX_RECORD_BYTES = 4 << 20
 MAX_WHOLE_BYTES = 64 << 20
+MAX_LITERAL_CHARS = 1 << 16  # of a value as Python prints it
 NAMED_KEYS = 20  # in messages
 MAX_ERROR_CHARS = 2000  # transformers lists hundreds of classes
 
@@ -55,6 +58,8 @@ def too_large(what: str, limit: int) -> InputError:
 
 def decode(raw: bytes, path: Path, first_line: int = 1) -> str:
     """Decodes UTF-8 with or without a byte order mark."""
+    if b"\0" in raw[:4]:
+        raise InputError(f"{path}:{first_line}: not valid UTF-8: zero bytes, as UTF-16 has. Save the file as UTF-8.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -82,6 +87,28 @@ def check_unicode(text: str, what: str, where: str) -> None:
         raise InputError(
             f"{where}: {what} must be valid Unicode, got the lone surrogate U+{code:04X}. Correct or remove it."
         ) from error
+
+
+def parse_value(text: str) -> Any:
+    """The list or object that a text spells in JSON, or as Python prints it; None where it spells none."""
+    bare = text.strip()
+    if bare[:1] + bare[-1:] not in ("{}", "[]"):
+        return None
+    try:
+        value = json.loads(bare)
+    except (ValueError, RecursionError):
+        value = _parse_literal(bare) if len(bare) <= MAX_LITERAL_CHARS else None
+    return value if isinstance(value, dict | list) else None
+
+
+def _parse_literal(text: str) -> Any:
+    """The value of a Python literal, None where there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
 
 
 def name_type(value: Any) -> str:

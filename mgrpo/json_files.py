@@ -98,6 +98,11 @@ def _find_rows(content: Any, path: Path, keys: Keys, split: str) -> Iterable[Any
         return content.values()  # by names or numbers of rows
     if len(lists) == 1:
         return next(iter(lists.values()))
+    tables = [key for key, value in lists.items() if value and all(isinstance(row, dict) for row in value)]
+    if len(tables) > 1:
+        raise InputError(
+            f"{path}: --data.split must be one of its lists, {list_names(tables)}, got {split!r}. Name one of them."
+        )
     found = f"keys {list_names(content)}" if content else "no keys"
     raise InputError(f"{path}: file must hold one list of records, got an object with {found}. {REMEDY}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mgrpo.inputs import InputError, list_names, nearest
+from mgrpo.inputs import InputError, list_names, nearest, parse_value
 
 ABSENT = object()  # what look_up returns for a key that is not there
 MAX_SEEN = 200
@@ -49,12 +49,16 @@ class Keys:
 
 
 def look_up(row: Mapping[str, Any], key: str) -> Any:
-    """The value under a key, or ABSENT; `a.b` is the key `b` of the object `a`, unless there is a key `a.b`."""
+    """The value under a key, or ABSENT; `a.b` is the key `b` of the object `a`, unless there is a key `a.b`.
+
+    The object may be written as text, as tables without objects have it.
+    """
     if key in row:
         return row[key]
     end = key.rfind(".")
     while end > 0:
         inner = row.get(key[:end])
+        inner = parse_value(inner) if isinstance(inner, str) else inner
         if isinstance(inner, Mapping):
             value = look_up(inner, key[end + 1 :])
             if value is not ABSENT:

@@ -34,6 +34,11 @@ def label_text(value: Any, key: str, where: str) -> Label | None:
         return _to_text(value, key, where)
     if len(value) > MAX_ANSWERS:
         raise InputError(f"{where}: {key!r} must have at most {MAX_ANSWERS} answers, got {len(value)}. Choose some.")
+    if any(isinstance(item, Mapping) for item in value):
+        raise InputError(
+            f"{where}: {key!r} must be text, a number or a list of those, got a list of objects. "
+            "Correct the record or name another key with --data.answer-key."
+        )
     texts = dict.fromkeys(_to_text(_plain(item), key, where) for item in value)
     return join_labels([text for text in texts if text is not None])
 
@@ -44,7 +49,9 @@ def join_labels(labels: list[str]) -> Label | None:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and arrays of numpy as Python's."""
+    """Numbers and arrays of numpy as Python's, each with the digits that it is printed with."""
+    if hasattr(value, "astype") and getattr(value.dtype, "kind", "") == "f" and value.dtype.itemsize < 8:
+        value = value.astype(str).astype(float)  # 0.1 in fp32 is not 0.1 in fp64
     return value.tolist() if hasattr(value, "tolist") else value
 
 

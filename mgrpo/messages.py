@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
-from mgrpo.inputs import InputError, check_unicode, name_type
+from mgrpo.inputs import InputError, check_unicode, name_type, parse_value
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai", "bard", "bing", "claude"), "assistant"),
     "system": "system",
 }
+# Names of models and of what they write, which some data have as the role.
+_MODEL = re.compile(
+    r"(?:gpt|chatgpt|claude|llama|qwen|deepseek|gemini|gemma|mistral|phi|o[134])[-_ .\d].*|gpt\d.*|.*assistant|llm"
+    r"|chatbot|language[-_ ]model|agent|answer|response|completion|output|solution"
+)
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 TEXT_PARTS = ("text", "input_text", "output_text")
+# How the text of a printed list of messages begins; that of an array too.
+_WRITTEN = re.compile(r"""\s*(?:array\()?\[\s*\{\s*(?P<q>['"])(?:role|from|content|value)(?P=q)\s*:""")
 Messages = list[dict[str, Any]]
 
 
@@ -33,6 +41,28 @@ def read_messages(messages: Iterable[dict[str, Any]], key: str, where: str) -> M
     return [_read_message(message, key, where) for message in messages]
 
 
+def parse_messages(text: str, key: str, where: str) -> list[dict[str, Any]] | None:
+    """The chat messages that a text spells in JSON, or as Python prints them, as tables without lists have them.
+
+    Returns:
+        None where the text begins and ends as no such list does, or where its objects are no messages.
+
+    Raises:
+        InputError: the text begins as messages do and cannot be read.
+
+    """
+    if not (_WRITTEN.match(text) and text.rstrip().endswith(("]", ")"))):
+        return None
+    found = parse_value(text)
+    if found is None:
+        raise InputError(
+            f"{where}: {key!r} must be text or a list of chat messages, got a list that was printed as text and cannot "
+            f"be read back: {text[:60]!r}. Write the data as .jsonl or .parquet, which keep lists."
+        )
+    is_chat = all(isinstance(m, dict) and any(k in m for k in ROLE_KEYS) for m in found)
+    return found if is_chat and any(k in m for m in found for k in CONTENT_KEYS) else None
+
+
 def _read_message(message: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     """One message; other fields are kept, but for nulls, with which columnar formats fill what a message lacks."""
     present = {name: value for name, value in message.items() if value is not None}
@@ -40,7 +70,7 @@ def _read_message(message: dict[str, Any], key: str, where: str) -> dict[str, An
     content = next((present.pop(name) for name in CONTENT_KEYS if name in present), None)
     if isinstance(role, str):
         check_unicode(role, f"{key!r} role", where)
-        role = ROLES.get(role.strip().lower(), role)
+        role = _usual_role(role)
         content = "" if content is None and role == "assistant" else content  # of a turn that only calls tools
     if isinstance(content, (list, dict)):
         content = _join_parts(content if isinstance(content, list) else [content], key, where)
@@ -90,4 +120,10 @@ def leave_off_answer(messages: Messages, where: str) -> Messages:
 
 def _is_assistant(message: dict[str, Any]) -> bool:
     """Whether a message is the model's."""
-    return ROLES.get(str(message.get("role")).strip().lower()) == "assistant"
+    return _usual_role(str(message.get("role"))) == "assistant"
+
+
+def _usual_role(role: str) -> str:
+    """The name that chat templates know a role by, if it is one of a user, a model or the system."""
+    name = role.strip().lower()
+    return ROLES.get(name) or ("assistant" if _MODEL.fullmatch(name) else role)

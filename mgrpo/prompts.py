@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -17,6 +18,18 @@ from mgrpo.records import Record, read_records
 
 SHOWN_LABELS = 3
 MANY_WORDS = 6  # of an answer
+# Labels that may mean something else than they say: how they look, what they look like, the share of all labels from
+# which on it is said, and the remedy.
+_DOUBTFUL = (
+    (re.compile(r"nan|null|<na>|n/a|#n/a", re.I), "look like missing ones", 0, "leave them empty."),
+    (
+        re.compile(r"[+-]?\d+,(?:\d{1,2}|\d{4,})"),
+        "look like decimal numbers with a comma",
+        0.1,
+        "write them with a point, or they are compared as lists.",
+    ),
+    (re.compile(r"""\{\s*["']\w+["']\s*:.*\}""", re.DOTALL), "are objects", 0, "name the key within, as in a.b."),
+)
 
 
 def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -> Dataset:
@@ -36,7 +49,7 @@ def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -
         need_answer=_needs_answers(config, source),
     )
     dataset = make_dataset(
-        read_answers(records, config.answer),
+        read_answers(records, answers_of(source, config.answer)),
         loaded.tokenizer,
         template=data.template,
         max_prompt_tokens=room,
@@ -82,6 +95,12 @@ def _needs_answers(config: Config, source: str) -> bool:
     # checked when it began.
     is_probes = data.probe is not None and not data.probe.startswith("arithmetic:")
     return data.answer_key not in (None, usual.answer_key) and not is_probes and not config.resume
+
+
+def answers_of(source: str, config: AnswerConfig) -> AnswerConfig:
+    """How the answers of a source are read: labels of the built-in problems are bare numbers, whatever others are."""
+    make_label_reader(config.label_extract)  # which is checked all the same
+    return replace(config, label_extract="plain") if source.startswith("arithmetic:") else config
 
 
 def read_answers(records: Iterable[Record], config: AnswerConfig) -> Iterator[Record]:
@@ -149,6 +168,12 @@ def describe_data(data: Dataset) -> list[str]:
             f"{len(wordy):,} labels have {MANY_WORDS} words or more, such as {wordy[0]!r:.80}: "
             "if the answer is within, set --answer.label-extract."
         )
+    said += [
+        f"{len(found):,} labels {what}, such as {found[0]!r:.80}: {remedy}"
+        for pattern, what, share, remedy in _DOUBTFUL
+        if (found := [label for label in labels if pattern.fullmatch(label.strip())])
+        and len(found) >= share * len(labels)
+    ]
     return said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -17,13 +18,16 @@ from mgrpo.inputs import InputError, check_unicode, list_names, name_type, too_l
 from mgrpo.json_files import read_json, read_lines
 from mgrpo.keys import ABSENT, Keys, look_up, name_keys, suggest_prompt
 from mgrpo.labels import Label, label_text
-from mgrpo.messages import Messages, read_messages
+from mgrpo.messages import Messages, parse_messages, read_messages
 
 __all__ = ["InputError", "Record", "check_unicode", "load_records", "read_records"]
 # What a data set may hold, so that no file can fill the memory: bytes of all text, and the number of records.
 MAX_TEXT_BYTES = 1 << 30
 MAX_RECORDS = 10_000_000
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# The id of a data set, and behind a colon one of its configurations.
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?::([\w.-]+))?")
+# What the package datasets says where a configuration must be named.
+_CONFIGS = re.compile(r"Config name is missing.*?\[([^\]]{1,500})", re.DOTALL)
 # Bounded digits: a slip of the finger cannot ask for a billion operands.
 ARITHMETIC = re.compile(r"arithmetic:([0-9]{1,9}):([0-9]{1,2})(?:-([0-9]{1,2}))?:([0-9]{1,18})")
 
@@ -97,13 +101,13 @@ def read_records(
 
     Args:
         source: a .jsonl, .json, .parquet, .csv, .tsv or .arrow file, text also packed as .gz; a folder (every such file
-            in it, sorted by name, hidden files and subfolders left out); a folder of `save_to_disk`;
-            `arithmetic:NUM:OPERANDS:SEED` for built-in problems (OPERANDS is `5` or `3-7`); or else the id of a hub
-            data set.
+            in it, sorted by name, hidden files and subfolders left out; those of the split where all are named by
+            splits); a folder of `save_to_disk`; `arithmetic:NUM:OPERANDS:SEED` for built-in problems (OPERANDS is `5`
+            or `3-7`); or else the id of a hub data set, with `:NAME` where it has several configurations.
         prompt_key: key of the prompt; `a.b` is the key `b` of the object `a`. The built-in problems ignore it.
         answer_key: key of the answer, likewise; None reads no answers, and a record without the key has none.
-        split: split of a hub data set, of a saved DatasetDict, or of a .json file with a list for each; other files
-            ignore it.
+        split: split of a hub data set, of a saved DatasetDict, of a folder with files of several splits, or of a .json
+            file with a list for each; other files ignore it.
         need_answer: whether a key of answers that no record has is an error.
 
     Yields:
@@ -192,7 +196,11 @@ def _make_arithmetic(source: str) -> Iterator[Record]:
 
 def _suggest_path(source: str) -> str:
     """Names the entry of the same folder that is nearest to a missing path, as a sentence, or nothing."""
+    if "://" in source:
+        return " A URL is not read: download the file, or name a hub data set by its id."
     path = Path(source)
+    if os.path.islink(path):
+        return f" It is a link to {os.readlink(path)}."
     names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
     close = difflib.get_close_matches(path.name, names, n=1)
     return f" Did you mean {path.parent / close[0]}?" if close else ""
@@ -204,15 +212,25 @@ def _read_hub(source: str, keys: Keys, split: str, budget: Budget) -> Iterator[t
 
     from mgrpo.tables import read_table
 
+    match = HUB_ID.fullmatch(source)
+    names = [name for name in match.groups() if name] if match else [source]
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    client.setLevel(logging.ERROR)  # a line for each time that it tries again
     try:
-        dataset = datasets.load_dataset(source, split=split)
+        dataset = datasets.load_dataset(*names, split=split)
     except Exception as error:  # the hub client raises its own, httpx's, OS and value errors
         first = str(error).strip().partition("\n")[0].rstrip()
         reason = whole(error) if not first or first.endswith(":") else first.rstrip(".")
+        remedy = "Check the name and the network, or name a local file."
+        if configs := _CONFIGS.search(str(error)):
+            remedy = f"Name one of the configurations {configs[1]} behind a colon, as {names[0]}:NAME."
         raise InputError(
             f"{source}: neither a path nor a reachable hub data set with split {split!r}: {reason}."
-            f"{_suggest_path(source)} Check the name and the network, or name a local file."
+            f"{_suggest_path(source)} {remedy}"
         ) from error
+    finally:
+        client.setLevel(level)
     yield from read_table(dataset, source, keys, budget)
 
 
@@ -235,6 +253,8 @@ def _make_record(row: Any, keys: Keys, *, where: str, origin: str) -> Record:
 
 def _check_prompt(prompt: Any, key: str, where: str) -> str | Messages:
     """Returns a prompt that is text or a non-empty list of chat messages with text in at least one."""
+    if isinstance(prompt, str):
+        prompt = parse_messages(prompt, key, where) or prompt
     if isinstance(prompt, str):
         texts = [prompt]
     elif isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):

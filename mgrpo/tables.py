@@ -34,11 +34,17 @@ class Column:
     key: str
     name: str  # of the column
     fields: tuple[str, ...]  # names of the fields below it, down to the values
+    is_written: bool = False  # the values are objects as text, in which the rest of the key is looked up
 
     @property
     def path(self) -> str:
         """Name of the values in a parquet file."""
         return ".".join((self.name, *self.fields))
+
+    @property
+    def row_key(self) -> str:
+        """Key of the values in a row."""
+        return self.path if self.is_written else self.key
 
 
 def read_parquet(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -81,7 +87,8 @@ def read_parquet(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, 
     except MemoryError:  # arrow's own is an ArrowException too
         raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, HeaderError, RecursionError) as error:
-        message = f"{path}: not a readable parquet file after row {position}: {error}. Write or download it again."
+        reason = str(error).rstrip(". ")
+        message = f"{path}: not a readable parquet file after row {position}: {reason}. Write or download it again."
         raise InputError(message) from error
 
 
@@ -139,7 +146,9 @@ def _find_column(schema: pyarrow.Schema, key: str) -> Column | None:
         if name not in schema.names or len(fields) > NESTED:
             continue
         kind = schema.field(schema.names.index(name)).type
-        for field in fields:
+        for depth, field in enumerate(fields):
+            if _is_text(kind) or (types.is_dictionary(kind) and _is_text(kind.value_type)):
+                return Column(key=key, name=name, fields=tuple(fields[:depth]), is_written=True)
             if not types.is_struct(kind) or kind.get_field_index(field) < 0:
                 break
             kind = kind.field(field).type
@@ -163,7 +172,7 @@ def pick(batch: pyarrow.RecordBatch, columns: list[Column]) -> pyarrow.RecordBat
         compute.struct_field(batch.column(c.name), list(c.fields)) if c.fields else batch.column(c.name)
         for c in columns
     ]
-    return pyarrow.RecordBatch.from_arrays(arrays, names=[c.key for c in columns])
+    return pyarrow.RecordBatch.from_arrays(arrays, names=[c.row_key for c in columns])
 
 
 def unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget) -> Iterator[dict[str, Any]]:
@@ -177,7 +186,17 @@ def unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget
         row = {name: column[i] for name, column in columns.items()}
         for name, value in row.items():
             _check_length(name, value, place)
-        yield {name: value.as_py() for name, value in row.items()}
+        yield {name: _to_python(value) for name, value in row.items()}
+
+
+def _to_python(value: Any) -> Any:
+    """A value as Python's; numbers of fewer than 64 bits as numpy's, whose digits are those that were written."""
+    kind = value.type.value_type if _is_list(value.type) else value.type
+    if not value.is_valid or not (types.is_float32(kind) or types.is_float16(kind)):
+        return value.as_py()
+    if _is_list(value.type):
+        return value.values.to_numpy(zero_copy_only=False)
+    return kind.to_pandas_dtype()(value.as_py())
 
 
 def _check_length(name: str, value: Any, place: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from mgrpo.grading.extract import make_extractor
@@ -11,6 +12,13 @@ from mgrpo.labels import Label, join_labels
 FORMATS = "auto, plain, boxed, hash, last-number or regex:PATTERN"
 # Longer text without a box and without a #### line is a solution, not an answer.
 MAX_PLAIN_CHARS = 200
+# How a solution may end that marks its answer in words alone; looked for near the end.
+_ANNOUNCED = re.compile(
+    r"(?s:.*)(?<![A-Za-z])answer(?: +is(?: +equal +to)?(?![A-Za-z]|[ :]+not(?![A-Za-z]))[ :]*|[ *]*[:=]|[ *]*\n)[ \t*]*"
+    r"(?P<answer>(?:(?![.!?;]\s)[^\n]){1,100}?)[ \t*.!]*\Z",
+    re.IGNORECASE,
+)
+ANNOUNCED_CHARS = 200
 # What is tried, and up to how many characters a text in which nothing is found is the answer itself.
 _READERS = {"auto": ("boxed", "hash"), "plain": ()}
 _PLAIN = {"auto": MAX_PLAIN_CHARS, "plain": MAX_RECORD_BYTES}
@@ -20,8 +28,9 @@ def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
     r"""Returns the function that takes the answer out of a label, whatever the format of responses is.
 
     Args:
-        spec: `auto` (the last \boxed{...}, else the line after ####, else the whole text of at most 200 characters),
-            `plain` (the whole text), or how `make_extractor` finds an answer in a response.
+        spec: `auto` (the last \boxed{...}, else the line after ####, else what follows "answer is" or "Answer:" up to
+            the end, else the whole text of at most 200 characters), `plain` (the whole text), or how `make_extractor`
+            finds an answer in a response.
 
     Returns:
         A function of a label, or of several of which any is right. It returns None for None, and for a label that
@@ -31,11 +40,11 @@ def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
         InputError: unknown spec, or an invalid pattern.
 
     """
-    readers = [make_extractor(name) for name in _READERS.get(spec, (spec,))] if _is_known(spec) else None
-    if readers is None:
+    if not _is_known(spec):
         raise InputError(
             f"make_label_reader: spec must be {FORMATS}, got {spec!r}. Choose how the data mark a true answer."
         )
+    readers = [make_extractor(name) for name in _READERS.get(spec, (spec,))] + [_find_announced] * (spec == "auto")
     longest = _PLAIN.get(spec, 0)
 
     def read_one(text: str) -> str | None:
@@ -53,3 +62,9 @@ def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
 def _is_known(spec: str) -> bool:
     """Whether a format has the name."""
     return spec in (*_READERS, "boxed", "hash", "last-number") or spec.startswith("regex:")
+
+
+def _find_announced(text: str) -> str | None:
+    """What a solution says at its end that the answer is."""
+    match = _ANNOUNCED.match(text.rstrip()[-ANNOUNCED_CHARS:])
+    return match["answer"].strip() or None if match else None
