@@ -108,7 +108,7 @@ def make_dataset(
             continue
         digest.update(struct.pack(f"<{len(ids) + 1}q", len(ids), *ids))
         ids = tuple(map(shared.setdefault, ids, ids))
-        prompts.append(Prompt(ids=ids, text=text, answer=record.answer, index=len(prompts)))
+        prompts.append(Prompt(ids=ids, text=text, answer=record.label, index=len(prompts)))
         num_answered += record.answered
         unread += [f"{record.origin}: {record.unread!r:.80}"] if record.unread is not None else []
     if num_overlong and (overlong == "error" or not prompts):

@@ -112,17 +112,18 @@ def read_answers(records: Iterable[Record], config: AnswerConfig) -> Iterator[Re
     """
     read = make_label_reader(config.label_extract)
     for record in records:
-        answer = read(record.answer)
+        answer = read(record.label)
         if answer is None and record.answer is not None:
             if config.label_extract == "auto":
                 raise InputError(_describe_long(record))
-            record = replace(record, unread=record.answer)
-        yield record if answer == record.answer else replace(record, answer=answer)
+            record = replace(record, unread=record.label)
+        yield record if answer == record.answer and not record.others else replace(record, answer=answer, others=())
 
 
 def _describe_long(record: Record) -> str:
     """What is wrong with a label that is a solution and marks no answer."""
-    labels = [record.answer] if isinstance(record.answer, str) else record.answer or [""]
+    label = record.label or ""
+    labels = [label] if isinstance(label, str) else label
     longest = max(labels, key=len)
     return (
         f"{record.origin}: label must mark its answer by a box or a #### line, or have at most {MAX_PLAIN_CHARS} "

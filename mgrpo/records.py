@@ -37,6 +37,7 @@ class Record:
     """One raw record: text or chat messages, the answer if known (or several of which any is right), and where it was
     read (counted from 1).
 
+    Where several answers are known `others` has the further ones until the label is read, which then holds all.
     `unread` is a label in which no answer was found; `answered` says that the assistant's turn at the end was left off.
     """
 
@@ -45,6 +46,12 @@ class Record:
     origin: str
     unread: Label | None = None
     answered: bool = False
+    others: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> Label | None:
+        """The answer, or all of them."""
+        return (self.answer, *self.others) if self.others and isinstance(self.answer, str) else self.answer
 
 
 class Budget:
@@ -247,8 +254,10 @@ def _make_record(row: Any, keys: Keys, *, where: str, origin: str) -> Record:
         )
     if not keys.has_answer:
         keys.note(name_keys(row))
-    answer = label_text(keys.find_answer(row), keys.answer or "", where)
-    return Record(prompt=_check_prompt(prompt, keys.prompt, where), answer=answer, origin=origin)
+    label = label_text(keys.find_answer(row), keys.answer or "", where)
+    answer, *others = label if isinstance(label, tuple) else (label,)
+    prompt = _check_prompt(prompt, keys.prompt, where)
+    return Record(prompt=prompt, answer=answer, origin=origin, others=tuple(others))
 
 
 def _check_prompt(prompt: Any, key: str, where: str) -> str | Messages:

@@ -26,7 +26,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def pairs(source, **options):
-    return [(record.prompt, record.answer) for record in load_records(str(source), **options)]
+    return [(record.prompt, record.label) for record in load_records(str(source), **options)]
 
 
 def write(path, content):
@@ -455,14 +455,14 @@ def test_an_absent_key_is_looked_for_in_all_records_and_files(tmp_path):
 )
 def test_lists_of_answers_are_alternatives(tmp_path, value, label):
     write(tmp_path / "x.jsonl", json.dumps({"prompt": "p", "answer": value}))
-    assert load_records(str(tmp_path / "x.jsonl"))[0].answer == label
+    assert load_records(str(tmp_path / "x.jsonl"))[0].label == label
     texts = [None if item is None or item != item else str(item) for item in value]
     for form in ("parquet", "arrow"):
         column = pyarrow.array([texts], pyarrow.list_(pyarrow.string()))
         table = pyarrow.table({"prompt": ["p"], "answer": column})
         pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
         write_arrow(tmp_path / "x.arrow", table)
-        assert load_records(str(tmp_path / f"x.{form}"))[0].answer == label
+        assert load_records(str(tmp_path / f"x.{form}"))[0].label == label
 
 
 def test_answers_of_one_record_are_limited(tmp_path):

@@ -29,7 +29,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
 def pairs(source, **options):
-    return [(record.prompt, record.answer) for record in load_records(str(source), **options)]
+    return [(record.prompt, record.label) for record in load_records(str(source), **options)]
 
 
 # ---- encodings and separators
