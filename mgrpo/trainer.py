@@ -41,6 +41,7 @@ from mgrpo.rollout.parity import check_embedded, check_parity
 from mgrpo.rollout.server import EnginePair
 from mgrpo.rollout.start import start_engine
 from mgrpo.rollout.stop import make_stop, read_texts
+from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.saving import save_model
 from mgrpo.scoring import Scorer, TokenScores
 from mgrpo.trajectories import Trajectories, join
@@ -256,7 +257,9 @@ class Trainer:
         c = self.config.rollout
         due = self.step <= PARITY_STEPS or (c.parity_every > 0 and self.step % c.parity_every == 0)
         # Under nucleus sampling vLLM divides by a mass that the trainer does not know.
-        if not due or (c.engine == "vllm" and c.top_p < 1):
+        # An engine that a program brings has log-probs of its own making.
+        is_foreign = c.engine != "vllm" and not isinstance(self.engine, TransformersEngine)
+        if not due or is_foreign or (c.engine == "vllm" and c.top_p < 1):
             return {}
         metrics: Metrics = {}
         from_momentum = trajectories.is_momentum.flatten()
