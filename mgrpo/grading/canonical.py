@@ -124,6 +124,10 @@ _REWRITES = [
         (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
         (r"\\[dtc]frac(?![A-Za-z])|\\(?:nice|s|flat)frac(?![A-Za-z])", r"\\frac"),
         (r"(?<=[0-9])(?:\\[,!]|\{,\}|['’])(?=[0-9]{3}(?![0-9]))", ","),  # noqa: RUF001
+        (
+            r"^([+-]?[0-9]{1,3})((?:\.[0-9]{3})+),([0-9]{1,2}|[0-9]{4,})$|^([+-]?[0-9]{1,3}(?:\.[0-9]{3}){2,})$",
+            "european",
+        ),
         (r"\\!", ""),
         (r"(?<!\\)\\[()\[\]]", " "),
         (r"(?<![^\s(])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![^\s.,;:)%])", r"\1"),
@@ -248,7 +252,7 @@ def _rewrite(text: str) -> str:
     text = mark_choice(strip_markup(_spell_symbols(text)))
     text = _DOTTED.sub(_spell_dotted, text)
     for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
+        text = pattern.sub(_SPECIAL.get(replacement, replacement), text)
     text = _TEXT.sub(_mark_unit, text)
     for pattern, replacement in _UNWRAPS:
         text = pattern.sub(_SPECIAL.get(replacement, replacement), text)
@@ -365,7 +369,17 @@ def _spell_half_of_day(match: re.Match[str]) -> str:
     return " pm" if match[1] is None else " am"
 
 
-_SPECIAL = {"meridiem": _spell_half_of_day, "unit": _mark_bare_unit, "end": _keep_open_list}
+def _spell_european(match: re.Match[str]) -> str:
+    """A number whose thousands are parted by full stops, as 1.234,5 and 1.234.567 but not 1.234 are."""
+    return match[4].replace(".", "") if match[4] else f"{match[1]}{match[2].replace('.', '')}.{match[3]}"
+
+
+_SPECIAL = {
+    "european": _spell_european,
+    "meridiem": _spell_half_of_day,
+    "unit": _mark_bare_unit,
+    "end": _keep_open_list,
+}
 
 
 def _make_fraction(whole: str, prefix: str, period: str) -> str:

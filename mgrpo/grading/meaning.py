@@ -29,6 +29,8 @@ _MERIDIEM = re.compile(r"[0-9] ([ap])m")
 # What math-verify drops.
 _OPEN_LIST, _PRIME = re.compile(r"\\ldots"), re.compile(r"[A-Za-z]'")
 _RELATION = re.compile(r"(.*(?:<|>|\\(?:le|ge|leq|geq|lt|gt|ne) ?))(.+)")
+# 5x-7y+4=0, which math-verify takes for an assignment of 0; a+b=0 may be one.
+_EQUATION = re.compile(r"(?=.*[0-9].*=)(?=.*[A-Za-z])[^=<>]+[+-][^=<>]+=0")
 _AND = re.compile(r",? (?:and|or) ")
 _NOT_A_LIST = re.compile(r"\\(?:begin|end|in|cup|cap|le|ge|text|mid|quad|text)(?![a-z])|[|]")
 
@@ -134,6 +136,8 @@ def compare_cheaply(first: str, second: str) -> bool | None:
     if (words or words_too) and _letters(first) != _letters(second):
         return False
     if any(bool(mark.search(first)) != bool(mark.search(second)) for mark in (_OPEN_LIST, _PRIME)):
+        return False
+    if (first == "0" or second == "0") and (_EQUATION.fullmatch(first) or _EQUATION.fullmatch(second)):
         return False
     one, other = _RELATION.fullmatch(first), _RELATION.fullmatch(second)
     if one and other and one[1] == other[1] and read_value(one[2]) and read_value(other[2]):

@@ -47,7 +47,7 @@ _MARKED = (
 )
 _LONG = rf"{_BAR}[A-Za-zÀ-ɏ][a-zà-ɏ'-]{{3,}}(?![A-Za-z])"
 _POWER = r"(?:\^(?:\{-?[0-9]\}|-?[0-9])|\*\*-?[0-9]|[23](?![0-9.]))?"
-_LATER = rf"(?:{_KNOWN}|{_MARKED}|{_LONG}|{_BAR}[a-zA-Z](?![A-Za-z])){_POWER}"
+_LATER = rf"(?:{_KNOWN}|{_MARKED}|{_LONG}|{_BAR}[mgshlLNJWVKACFTHMDSuc](?![A-Za-z])){_POWER}"
 _JOIN = r"(?:/\(?|\*|\\cdot ?|\\times ?|\.|-|\)|(?: per | a | an | of | the | in |  ?)(?=[A-Za-z\\]))"
 _MORE = rf"(?:{_JOIN}?{_LATER})*\)?{_POWER}\.?"
 _FIRST_OF_PRODUCT = rf"(?:{_KNOWN}|{_MARKED}|{_BAR}{_LETTERS}(?![A-Za-z])){_POWER}"

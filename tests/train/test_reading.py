@@ -112,6 +112,13 @@ LAST_NUMBER = [
     ("1⁄2 of it", "1⁄2"),  # noqa: RUF001
     ("２３ apples", "23"),  # noqa: RUF001
     ("٢٣", "23"),
+    ("The answer is __72__.", "72"),
+    ("it is 3 / 4", "3 / 4"),
+    (r"it is 2\pi/3", r"2\pi/3"),
+    (r"it is \sqrt{3}/2", r"\sqrt{3}/2"),
+    ("it is 7 ½", "7 ½"),
+    ("it is 1.234,56 or so", "1.234,56"),
+    ("24 atoms in C_6H_{12}O_6", "24"),
 ]
 
 
