@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Threads that spin where they wait make every test depend on what else the machine does; torch reads this as it loads.
@@ -12,6 +13,9 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
 import pytest
 import torch
 from hypothesis import settings
+
+# Under nohup a hang-up is ignored, by every process that a test starts too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
