@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,18 +114,16 @@ def test_rollouts_end_at_eos_or_at_the_limit(engine, models):
     assert found.lengths[found.truncated].eq(24).all()
 
 
-def test_a_stop_text_ends_a_response_with_the_token_that_completes_it(engine, models):
+def test_a_stop_text_ends_a_response_with_the_token_that_completes_it(models):
     """The same tokens as without, as far as they go, and vLLM itself stops there: nothing is left to cut."""
-    tokenizer = make_tokenizer()
-    stop = StopTexts(["12", "7", "<eos>"], tokenizer)
-    arguments = {"eos_ids": (1,), "pad_id": 0, "dtype": torch.float32, "max_length": 128}
-    stopping = VllmEngine(models["policy"], **arguments, options=OPTIONS, stop=stop)
-    try:
-        whole, found = roll_out(engine, models, "policy", 0), roll_out(stopping, models, "policy", 0)
+    stop = StopTexts(["12", "7", "<eos>"], make_tokenizer())
+    arguments = {"eos_ids": (1,), "pad_id": 0, "dtype": torch.float32, "max_length": 128, "options": OPTIONS}
+    with closing(VllmEngine(models["policy"], **arguments)) as plain:
+        whole = roll_out(plain, models, "policy", 0)
+    with closing(VllmEngine(models["policy"], **arguments, stop=stop)) as stopping:
+        found = roll_out(stopping, models, "policy", 0)
         stopping._ended = lambda response, stop: response
         uncut = roll_out(stopping, models, "policy", 0)
-    finally:
-        stopping.close()
     ends = [stop.end(whole.response(row)) for row in range(len(whole.tokens))]
     assert None in ends and len(set(ends)) > 3
     for row, end in enumerate(ends):
