@@ -15,12 +15,13 @@ COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Lets OpenMP's threads sleep at barriers, unless the environment says how they wait; ahead of torch's import.
+    """Lets OpenMP's threads sleep soon at barriers, unless the environment says how they wait; ahead of torch's import.
 
     By default they spin: beside other work each spins away the time slice in which the one that it waits for could run.
+    Sleep without a spin doubles the step of an idle machine (docs/LOG.md).
     """
     if not any(name in environment for name in WAITING):
-        environment.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
+        environment["GOMP_SPINCOUNT"] = "50000"
 
 
 def limit_threads(threads: int | None = None) -> None:

@@ -178,7 +178,7 @@ def test_number_of_threads(monkeypatch, variables, threads, cpus, expected):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}),
+        ({}, {"GOMP_SPINCOUNT": "50000"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
         ({"GOMP_SPINCOUNT": "10000"}, {"GOMP_SPINCOUNT": "10000"}),
         ({"OMP_WAIT_POLICY": ""}, {"OMP_WAIT_POLICY": ""}),
@@ -197,10 +197,10 @@ TELLS = "import os; print([os.environ.get(name) for name in ('OMP_WAIT_POLICY', 
     ("command", "given", "expected"),
     [
         *(
-            (["-m", f"mgrpo.{name}"], {}, ["PASSIVE", "0"])
+            (["-m", f"mgrpo.{name}"], {}, [None, "50000"])
             for name in ("train", "evaluate", "doctor", "tasks.arithmetic")
         ),
-        (["-u", "-W", "ignore", "-m", "mgrpo.train", "arithmetic"], {}, ["PASSIVE", "0"]),
+        (["-u", "-W", "ignore", "-m", "mgrpo.train", "arithmetic"], {}, [None, "50000"]),
         (["-m", "mgrpo.train"], {"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", None]),
         (["-m", "mgrpo.train"], {"GOMP_SPINCOUNT": "9"}, [None, "9"]),
         (["-c", "import mgrpo.trainer"], {}, [None, None]),
