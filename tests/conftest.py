@@ -6,13 +6,15 @@ import os
 import signal
 from pathlib import Path
 
-# Threads that spin where they wait make every test depend on what else the machine does; torch reads this as it loads.
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
-
 import pytest
-import torch
 from hypothesis import settings
+
+from mgrpo.threads import wait_passively
+
+# As every command does, before torch loads.
+wait_passively()
+
+import torch  # noqa: E402
 
 # Under nohup a hang-up is ignored, by every process that a test starts too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -61,7 +61,7 @@ def test_a_kernel_that_raises_says_why():
         raise ValueError("scale: x must be wide.\nMore.")
 
     result = check_kernel("scale", Op({"x": torch.ones(2)}, fail), "reference", 1.0)
-    assert result == KernelResult("scale", "reference", None, None, None, "scale: x must be wide.")
+    assert result == KernelResult("scale", "reference", None, None, None, "scale: x must be wide. More")
 
 
 def test_an_op_in_place_is_compared_after_one_call():
