@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from mgrpo_kernels import _native, verified
-from mgrpo_kernels._checks import invalid
-from mgrpo_kernels._triton import interprets
+from mgrpo_kernels import verified
+from mgrpo_kernels._common import native
+from mgrpo_kernels._common.checks import invalid
+from mgrpo_kernels._common.triton import interprets
 
 
 class Availability(NamedTuple):
@@ -31,12 +33,12 @@ class _Support(NamedTuple):
 
 _SUPPORT = {
     "reference": _Support(None, None),
-    "cpu": _Support(("cpu", "meta"), _native.DTYPES),
-    "triton": _Support(("cuda", "meta"), _native.DTYPES),
-    "cuda": _Support(("cuda", "meta"), _native.DTYPES),
+    "cpu": _Support(("cpu", "meta"), native.DTYPES),
+    "triton": _Support(("cuda", "meta"), native.DTYPES),
+    "cuda": _Support(("cuda", "meta"), native.DTYPES),
 }
-# Backends that run an operation by its schema in ops.py.
-COMPILED = ("cpu", "cuda")
+# Run an operation by its schema in ops.py.
+_COMPILED = ("cpu", "cuda", "triton")
 # Of a CPU and of what is no GPU; on a GPU `verified` chooses.
 _ORDER = {"cpu": ("cpu", "reference")}
 _ANY_DEVICE = ("reference",)
@@ -47,9 +49,9 @@ _announced: set[tuple[str, str, str]] = set()
 # Whether they are here; a GPU backend also needs a GPU, whose driver the import of the package must not touch.
 _KNOWN = {
     "reference": Availability(True, "plain PyTorch, runs on every device"),
-    "cpu": Availability(*_native.CPU),
+    "cpu": Availability(*native.CPU),
     "triton": Availability(find_spec("triton") is not None, "the package triton is not installed"),
-    "cuda": Availability(*_native.CUDA),
+    "cuda": Availability(*native.CUDA),
 }
 _GPU_ONLY = ("cuda", "triton")
 
@@ -64,6 +66,11 @@ def _state(name: str) -> Availability:
     if not torch.cuda.is_available():
         return Availability(False, "no CUDA device is available")
     return Availability(True, "compiled")
+
+
+def implementations(reference: Callable[..., Any], compiled: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Implementation by backend; `compiled` is that of all others and takes the backend's name."""
+    return {"reference": reference} | {name: partial(compiled, backend=name) for name in _COMPILED}
 
 
 def backends() -> dict[str, Availability]:

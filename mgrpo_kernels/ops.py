@@ -1,7 +1,8 @@
 """Schema, fake and dispatch of every compiled operation (torch.library), so that torch.compile sees one node for each.
 
-The last argument of every operation names the backend, whose module in the operation's folder holds a function of the
-operation's name. The reference backend is plain PyTorch and needs none of this. Letters: see the package.
+The last argument of every operation names the backend. A module of that name in the operation's folder, or native.py
+where both devices share it, holds a function of the operation's name. The reference backend is plain PyTorch and needs
+none of this. Letters: see the package.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,13 +18,14 @@ from torch import Tensor
 
 _NAMESPACE = "mgrpo_kernels"
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
-_MODULES = {"cpu": "native", "cuda": "native", "triton": "triton"}
 
 
 @cache
 def _launcher(folder: str, name: str, backend: str) -> Callable[..., Any]:
     """The function that runs an operation on a backend; it takes the schema's arguments but for the backend."""
-    return getattr(import_module(f"{_NAMESPACE}.{folder}.{_MODULES[backend]}"), name)
+    package = f"{_NAMESPACE}.{folder}"
+    module = backend if find_spec(f"{package}.{backend}") else "native"
+    return getattr(import_module(f"{package}.{module}"), name)
 
 
 def _define(folder: str, schema: str) -> Callable[[Callable[..., Any]], None]:

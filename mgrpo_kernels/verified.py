@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from mgrpo_kernels._native import sources
+from mgrpo_kernels._common.native import sources
 from mgrpo_kernels._sources import hash_python
 
 FILE = Path(__file__).with_name("verified.json")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from operator import add, attrgetter, le
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._checks import (
+from mgrpo_kernels._common.checks import (
     FLOATS,
     INTEGERS,
     as_integer,
@@ -22,7 +20,7 @@ from mgrpo_kernels._checks import (
     checks_values,
     invalid,
 )
-from mgrpo_kernels.backends import COMPILED, resolve
+from mgrpo_kernels.backends import implementations, resolve
 from mgrpo_kernels.ema_update import reference
 
 _WHERE = "ema_update_"
@@ -61,9 +59,7 @@ def _compiled(
     )
 
 
-_IMPLEMENTATIONS: dict[str, Any] = {"reference": reference.ema_update_} | {
-    name: partial(_compiled, backend=name) for name in (*COMPILED, "triton")
-}
+_IMPLEMENTATIONS = implementations(reference.ema_update_, _compiled)
 
 
 @torch.no_grad()

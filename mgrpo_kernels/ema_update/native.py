@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import DTYPES, address, code, native
+from mgrpo_kernels._common.native import DTYPES, address, code, native
 
 _CODES = {dtype: code(dtype) for dtype in DTYPES}
 

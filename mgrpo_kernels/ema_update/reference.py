@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._segments import accumulation_dtype
+from mgrpo_kernels._common.segments import accumulation_dtype
 from mgrpo_kernels.ema_update.rounding import random_words, round_stochastically
 
 _BLOCK_ELEMENTS = 2**20

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgrpo_kernels._triton import Variant, variant
+from mgrpo_kernels._common.triton import Variant, variant
 
 # 16 elements a thread: 2 or 4 loads of 16 bytes of each list are in flight.
 _BLOCK, _NUM_WARPS = 2048, 4

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._checks import FLOATS, check_choice, check_tensor, invalid
-from mgrpo_kernels.backends import COMPILED, resolve
+from mgrpo_kernels._common.checks import FLOATS, check_choice, check_tensor, invalid
+from mgrpo_kernels.backends import implementations, resolve
 from mgrpo_kernels.group_advantage import reference
 
 
@@ -18,9 +16,7 @@ def _compiled(rewards: Tensor, *, keep: Tensor | None, mode: str, backend: str) 
     return torch.ops.mgrpo_kernels.group_advantage(rewards, keep, mode, backend)
 
 
-_IMPLEMENTATIONS = {"reference": reference.group_advantage} | {
-    name: partial(_compiled, backend=name) for name in (*COMPILED, "triton")
-}
+_IMPLEMENTATIONS = implementations(reference.group_advantage, _compiled)
 
 
 def group_advantage(rewards: Tensor, *, keep: Tensor | None = None, mode: str = "std", backend: str = "auto") -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import address, as_fp32, contiguous, native
+from mgrpo_kernels._common.native import address, as_fp32, contiguous, native
 
 _MODES = ("std", "mean", "leave_one_out", "sign")
 

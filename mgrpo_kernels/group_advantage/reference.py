@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._segments import accumulation_dtype
+from mgrpo_kernels._common.segments import accumulation_dtype
 
 _EPS = 1e-6
 

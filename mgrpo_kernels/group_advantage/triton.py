@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgrpo_kernels._checks import invalid
-from mgrpo_kernels._native import contiguous
-from mgrpo_kernels._triton import Variant, variant
+from mgrpo_kernels._common.checks import invalid
+from mgrpo_kernels._common.native import contiguous
+from mgrpo_kernels._common.triton import Variant, variant
 
 _EPS = tl.constexpr(1e-6)
 # A group is one tile of a program: 32 numbers a thread at 8 warps; 64 spill.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mgrpo_kernels._checks import (
+from mgrpo_kernels._common.checks import (
     FLOATS,
     INTEGERS,
     as_number,
@@ -22,24 +19,16 @@ from mgrpo_kernels._checks import (
     checks_values,
     invalid,
 )
-from mgrpo_kernels._shards import find_shard, local_head
-from mgrpo_kernels.backends import COMPILED, resolve
+from mgrpo_kernels._common.shards import find_shard, local_head
+from mgrpo_kernels.backends import implementations, resolve
 from mgrpo_kernels.grpo_loss import autograd, reference
 from mgrpo_kernels.grpo_loss.reference import LossOptions
 from mgrpo_kernels.linear_token_logprob.active import mask_on_device
 from mgrpo_kernels.results import GrpoLoss
 
-_BACKENDS = (*COMPILED, "triton")
-_Loss = Callable[..., GrpoLoss]
-_GRPO_LOSS: dict[str, _Loss] = {"reference": reference.grpo_loss} | {
-    name: partial(autograd.grpo_loss, backend=name) for name in _BACKENDS
-}
-_LOGITS_GRPO_LOSS: dict[str, _Loss] = {"reference": reference.logits_grpo_loss} | {
-    name: partial(autograd.logits_grpo_loss, backend=name) for name in _BACKENDS
-}
-_LINEAR_GRPO_LOSS: dict[str, _Loss] = {"reference": reference.linear_grpo_loss} | {
-    name: partial(autograd.linear_grpo_loss, backend=name) for name in _BACKENDS
-}
+_GRPO_LOSS = implementations(reference.grpo_loss, autograd.grpo_loss)
+_LOGITS_GRPO_LOSS = implementations(reference.logits_grpo_loss, autograd.logits_grpo_loss)
+_LINEAR_GRPO_LOSS = implementations(reference.linear_grpo_loss, autograd.linear_grpo_loss)
 
 
 def grpo_loss(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._checks import IGNORED_TARGET
-from mgrpo_kernels._once import once
-from mgrpo_kernels._shards import Shard
+from mgrpo_kernels._common.checks import IGNORED_TARGET
+from mgrpo_kernels._common.once import once
+from mgrpo_kernels._common.shards import Shard
 from mgrpo_kernels.grpo_loss.reference import LossOptions
 from mgrpo_kernels.linear_token_logprob.active import mask_on_device
 from mgrpo_kernels.linear_token_logprob.autograd import linear_token_logprob

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._checks import IGNORED_TARGET
-from mgrpo_kernels._native import address, as_fp32, contiguous, native
+from mgrpo_kernels._common.checks import IGNORED_TARGET
+from mgrpo_kernels._common.native import address, as_fp32, contiguous, native
 from mgrpo_kernels.ops import NUM_METRICS
 from mgrpo_kernels.token_logprob.native import Rows
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._checks import IGNORED_TARGET
-from mgrpo_kernels._once import once_input
-from mgrpo_kernels._segments import accumulation_dtype, segment_ids, segment_sum
-from mgrpo_kernels._shards import Shard
+from mgrpo_kernels._common.checks import IGNORED_TARGET
+from mgrpo_kernels._common.once import once_input
+from mgrpo_kernels._common.segments import accumulation_dtype, segment_ids, segment_sum
+from mgrpo_kernels._common.shards import Shard
 from mgrpo_kernels.linear_token_logprob.reference import linear_token_logprob
 from mgrpo_kernels.results import GrpoLoss, TokenLogprob
 from mgrpo_kernels.token_logprob.reference import token_logprob

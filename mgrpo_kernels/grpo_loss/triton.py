@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mgrpo_kernels._triton import Variant, variant
+from mgrpo_kernels._common.triton import Variant, variant
 from mgrpo_kernels.grpo_loss.triton_tokens import grpo_loss_fwd_kernel, grpo_loss_parts_kernel
 from mgrpo_kernels.ops import NUM_METRICS
 from mgrpo_kernels.token_logprob.triton import token_logprob_bwd, token_logprob_fwd

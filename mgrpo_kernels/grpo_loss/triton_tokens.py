@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mgrpo_kernels._checks import IGNORED_TARGET
+from mgrpo_kernels._common.checks import IGNORED_TARGET
 from mgrpo_kernels.ops import NUM_METRICS
 
 _IGNORED = tl.constexpr(IGNORED_TARGET)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._checks import as_flag, as_number, check_choice, check_tensor, checks_values, invalid
-from mgrpo_kernels.backends import COMPILED, resolve
+from mgrpo_kernels._common.checks import as_flag, as_number, check_choice, check_tensor, checks_values, invalid
+from mgrpo_kernels.backends import implementations, resolve
 from mgrpo_kernels.iqr_filter import reference
 from mgrpo_kernels.results import IqrFilter
 
@@ -22,9 +21,7 @@ def _compiled(
     return IqrFilter(*torch.ops.mgrpo_kernels.iqr_filter(entropy, k, scope, keep, two_sided, backend))
 
 
-_IMPLEMENTATIONS = {"reference": reference.iqr_filter} | {
-    name: partial(_compiled, backend=name) for name in (*COMPILED, "triton")
-}
+_IMPLEMENTATIONS = implementations(reference.iqr_filter, _compiled)
 
 
 def iqr_filter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import address, contiguous, native
+from mgrpo_kernels._common.native import address, contiguous, native
 
 
 def iqr_filter(

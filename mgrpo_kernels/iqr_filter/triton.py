@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgrpo_kernels._checks import invalid
-from mgrpo_kernels._native import contiguous
-from mgrpo_kernels._triton import Variant, variant
+from mgrpo_kernels._common.checks import invalid
+from mgrpo_kernels._common.native import contiguous
+from mgrpo_kernels._common.triton import Variant, variant
 
 # One program reads them 34 times; and up to here 3/4 of a count is exact in fp32.
 _MOST_ENTRIES = 2**20

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._checks import check_tensor
-from mgrpo_kernels._rows import active_rows
+from mgrpo_kernels._common.checks import check_tensor
+from mgrpo_kernels._common.rows import active_rows
 from mgrpo_kernels.results import TokenLogprob
 
 Node = Callable[[Tensor, Tensor, float | Tensor], tuple[Tensor, ...]]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mgrpo_kernels._checks import as_flag, check_head, check_token_rows
-from mgrpo_kernels._shards import find_shard, local_head
-from mgrpo_kernels.backends import COMPILED, resolve
+from mgrpo_kernels._common.checks import as_flag, check_head, check_token_rows
+from mgrpo_kernels._common.shards import find_shard, local_head
+from mgrpo_kernels.backends import implementations, resolve
 from mgrpo_kernels.linear_token_logprob import autograd, reference
 from mgrpo_kernels.linear_token_logprob.active import mask_on_device
 from mgrpo_kernels.results import TokenLogprob
 
-_IMPLEMENTATIONS = {"reference": reference.linear_token_logprob} | {
-    name: partial(autograd.linear_token_logprob, backend=name) for name in (*COMPILED, "triton")
-}
+_IMPLEMENTATIONS = implementations(reference.linear_token_logprob, autograd.linear_token_logprob)
 
 
 def linear_token_logprob(

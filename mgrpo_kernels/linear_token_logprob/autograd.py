@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._once import once
-from mgrpo_kernels._rows import RowGrads, RowOutputs, RowSums, row_grads, row_outputs, valid_rows
-from mgrpo_kernels._shards import Shard, merge_over_group
+from mgrpo_kernels._common.once import once
+from mgrpo_kernels._common.rows import RowGrads, RowOutputs, RowSums, row_grads, row_outputs, valid_rows
+from mgrpo_kernels._common.shards import Shard, merge_over_group
 from mgrpo_kernels.linear_token_logprob.active import on_active_rows
 from mgrpo_kernels.linear_token_logprob.tiles import Tiles, memory_budget, plan_tiles
 from mgrpo_kernels.results import TokenLogprob

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._rows import RowGrads, RowSums, scale_logits
+from mgrpo_kernels._common.rows import RowGrads, RowSums, scale_logits
 from mgrpo_kernels.linear_token_logprob.tiles import full_precision, memory_budget, plan_tiles
 
 _LOWEST = torch.finfo(torch.float32).min

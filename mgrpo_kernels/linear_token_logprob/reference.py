@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mgrpo_kernels._once import once
-from mgrpo_kernels._rows import RowOutputs, row_grads, row_outputs, scale_logits, valid_rows
-from mgrpo_kernels._segments import accumulation_dtype
-from mgrpo_kernels._shards import Shard, merge_over_group
+from mgrpo_kernels._common.once import once
+from mgrpo_kernels._common.rows import RowOutputs, row_grads, row_outputs, scale_logits, valid_rows
+from mgrpo_kernels._common.segments import accumulation_dtype
+from mgrpo_kernels._common.shards import Shard, merge_over_group
 from mgrpo_kernels.linear_token_logprob.active import on_active_rows
 from mgrpo_kernels.linear_token_logprob.tiles import full_precision, gradients_by_tiles, tile_columns, tile_logits
 from mgrpo_kernels.results import TokenLogprob

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._rows import RowGrads, dlogits_from_scaled, scale_logits
-from mgrpo_kernels._segments import accumulation_dtype
+from mgrpo_kernels._common.rows import RowGrads, dlogits_from_scaled, scale_logits
+from mgrpo_kernels._common.segments import accumulation_dtype
 
 _CPU_BUDGET_BYTES = 64 * 2**20
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._checks import INTEGERS, check_tensor, checks_values, invalid
-from mgrpo_kernels.backends import COMPILED, resolve
+from mgrpo_kernels._common.checks import INTEGERS, check_tensor, checks_values, invalid
+from mgrpo_kernels.backends import implementations, resolve
 from mgrpo_kernels.majority_vote import reference
 from mgrpo_kernels.results import MajorityVote
 
@@ -28,9 +27,7 @@ def _reference(**arguments: Any) -> tuple[MajorityVote, None]:
     return reference.majority_vote(**arguments), None
 
 
-_IMPLEMENTATIONS = {"reference": _reference} | {
-    name: partial(_compiled, backend=name) for name in (*COMPILED, "triton")
-}
+_IMPLEMENTATIONS = implementations(_reference, _compiled)
 
 
 def _least(values: Tensor | None) -> int:

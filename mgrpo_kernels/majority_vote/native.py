@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._checks import checks_values
-from mgrpo_kernels._native import address, contiguous, native
+from mgrpo_kernels._common.checks import checks_values
+from mgrpo_kernels._common.native import address, contiguous, native
 
 
 def majority_vote(

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgrpo_kernels._checks import checks_values, invalid
-from mgrpo_kernels._native import contiguous
-from mgrpo_kernels._triton import Variant, variant
+from mgrpo_kernels._common.checks import checks_values, invalid
+from mgrpo_kernels._common.native import contiguous
+from mgrpo_kernels._common.triton import Variant, variant
 
 # G^2 pairs a program: 16 M of them at 4096, some 1 ms on a multiprocessor; the reference takes their memory.
 _MOST_GROUP = 4096

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
-from mgrpo_kernels._checks import as_flag, check_logits, check_token_rows, invalid
-from mgrpo_kernels.backends import COMPILED, resolve
+from mgrpo_kernels._common.checks import as_flag, check_logits, check_token_rows, invalid
+from mgrpo_kernels.backends import implementations, resolve
 from mgrpo_kernels.results import TokenLogprob
 from mgrpo_kernels.token_logprob import autograd, reference
 
-_IMPLEMENTATIONS = {"reference": reference.token_logprob} | {
-    name: partial(autograd.token_logprob, backend=name) for name in (*COMPILED, "triton")
-}
+_IMPLEMENTATIONS = implementations(reference.token_logprob, autograd.token_logprob)
 
 
 def token_logprob(

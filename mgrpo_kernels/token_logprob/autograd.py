@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._once import once
+from mgrpo_kernels._common.once import once
 from mgrpo_kernels.results import TokenLogprob
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import address, as_fp32, code, contiguous, native
+from mgrpo_kernels._common.native import address, as_fp32, code, contiguous, native
 
 
 class Rows:

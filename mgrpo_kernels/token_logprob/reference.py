@@ -1,6 +1,6 @@
 """Log-probability, entropy and log-sum-exp of rows of logits: the specification.
 
-T rows, V columns, z = softcapped logits / temperature. The formulas of the backward are in _rows.py.
+T rows, V columns, z = softcapped logits / temperature. The formulas of the backward are in _common/rows.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._once import once
-from mgrpo_kernels._rows import (
+from mgrpo_kernels._common.once import once
+from mgrpo_kernels._common.rows import (
     FLOOR,
     RowOutputs,
     RowSums,
@@ -22,7 +22,7 @@ from mgrpo_kernels._rows import (
     scale_logits,
     valid_rows,
 )
-from mgrpo_kernels._segments import accumulation_dtype
+from mgrpo_kernels._common.segments import accumulation_dtype
 from mgrpo_kernels.results import TokenLogprob
 
 _BLOCK_ELEMENTS = 2**20

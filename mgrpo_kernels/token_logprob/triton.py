@@ -16,9 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-from mgrpo_kernels._native import as_fp32, contiguous
-from mgrpo_kernels._rows import RowGrads
-from mgrpo_kernels._triton import Variant, variant
+from mgrpo_kernels._common.native import as_fp32, contiguous
+from mgrpo_kernels._common.rows import RowGrads
+from mgrpo_kernels._common.triton import Variant, variant
 from mgrpo_kernels.token_logprob.triton_rows import (
     BLOCKS_AHEAD,
     token_logprob_bwd_kernel,
@@ -119,7 +119,7 @@ def row_sums(
     softcap: float,
     self_certainty: bool,
 ) -> tuple[Tensor, ...]:
-    """RowSums of _rows.py, then z of the target, 0 where it lies outside [0, V); every row counts."""
+    """RowSums of _common/rows.py, then z of the target, 0 where it lies outside [0, V); every row counts."""
     top, exp, exp_x, finite_x, num_finite, z_target = (
         logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(6)
     )

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mgrpo_kernels._checks import IGNORED_TARGET
+from mgrpo_kernels._common.checks import IGNORED_TARGET
 
 # Blocks that a program has asked for while it computes one. They wait in shared memory and take no registers: with one
 # a multiprocessor has some 60 KiB under way, with two all that its shared memory holds.

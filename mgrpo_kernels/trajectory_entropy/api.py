@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._checks import FLOATS, check_choice, check_cu_seqlens, check_tensor, invalid
-from mgrpo_kernels.backends import COMPILED, resolve
+from mgrpo_kernels._common.checks import FLOATS, check_choice, check_cu_seqlens, check_tensor, invalid
+from mgrpo_kernels.backends import implementations, resolve
 from mgrpo_kernels.trajectory_entropy import autograd, reference
 
-_IMPLEMENTATIONS = {"reference": reference.trajectory_entropy} | {
-    name: partial(autograd.trajectory_entropy, backend=name) for name in (*COMPILED, "triton")
-}
+_IMPLEMENTATIONS = implementations(reference.trajectory_entropy, autograd.trajectory_entropy)
 
 
 def trajectory_entropy(

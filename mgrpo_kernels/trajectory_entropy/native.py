@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import address, as_fp32, code, contiguous, native
+from mgrpo_kernels._common.native import address, as_fp32, code, contiguous, native
 
 
 def _int64(cu_seqlens: Tensor | None) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._segments import accumulation_dtype, segment_sum
+from mgrpo_kernels._common.segments import accumulation_dtype, segment_sum
 
 
 def trajectory_entropy(token_entropy: Tensor, *, cu_seqlens: Tensor | None, mask: Tensor | None, reduce: str) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgrpo_kernels._triton import Variant, variant
+from mgrpo_kernels._common.triton import Variant, variant
 
 # Eight tokens a thread, for sixteen may spill: a response of 16 k tokens takes four turns, each a wait for memory.
 _BLOCK, _NUM_WARPS = 4096, 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mgrpo_kernels._triton import interprets
+from mgrpo_kernels._common.triton import interprets
 
 
 def round_as_a_gpu() -> None:

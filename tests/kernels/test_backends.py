@@ -103,7 +103,7 @@ def test_environment_replaces_auto_alone(monkeypatch):
 
 
 def test_values_are_read_off_the_cpu_only_on_request(monkeypatch):
-    checks = sys.modules["mgrpo_kernels._checks"].checks_values
+    checks = sys.modules["mgrpo_kernels._common.checks"].checks_values
     monkeypatch.delenv("MGRPO_CHECK", raising=False)
     assert checks(CPU) and not checks(torch.device("cuda"))
     monkeypatch.setenv("MGRPO_CHECK", "1")

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import mgrpo_kernels
 from mgrpo_kernels import ops, token_logprob
-from mgrpo_kernels._rows import RowSums, row_outputs
+from mgrpo_kernels._common.rows import RowSums, row_outputs
 from mgrpo_kernels.linear_token_logprob import products
 from mgrpo_kernels.linear_token_logprob import triton as launchers
 from mgrpo_kernels.linear_token_logprob.tiles import memory_budget, plan_tiles, tile_columns, whole_waves

@@ -1,16 +1,14 @@
-"""Launches of the compiled CPU kernels: tensors to addresses. On a GPU, products around the row kernels."""
+"""Launches of the compiled CPU kernels: tensors to addresses."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._native import address, as_fp32, code, native
-from mgrpo_kernels._rows import RowGrads
-from mgrpo_kernels.linear_token_logprob import products
+from mgrpo_kernels._common.native import address, as_fp32, code, native
+from mgrpo_kernels._common.rows import RowGrads
 from mgrpo_kernels.linear_token_logprob.tiles import gradients_by_tiles, tile_columns
 
 _BUDGET_BYTES = 64 * 2**20
@@ -56,9 +54,6 @@ class Head:
 
 def linear_token_logprob_fwd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
     """See ops.py."""
-    if args[0].is_cuda:
-        row_sums = partial(products.cuda_row_sums, is_exact=args[0].dtype != torch.bfloat16)
-        return products.linear_token_logprob_fwd(*args, row_sums=row_sums)
     head, self_certainty = Head(*args[:8]), args[8]
     outputs = tuple(torch.zeros(args[0].shape[0]) for _ in range(6))
     top, exp, exp_x, finite_x, num_finite, z_target = (address(output) for output in outputs)
@@ -69,8 +64,6 @@ def linear_token_logprob_fwd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
 
 def linear_token_logprob_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See ops.py."""
-    if args[0].is_cuda:
-        return products.linear_token_logprob_bwd(*args, backend="cuda")
     # The portable forward may round every product: only the same products again agree with its log-sum-exp.
     is_fused = args[0].dtype == torch.bfloat16 or native(args[0]).library.isa() == "portable"
     return _by_kernel(*args) if is_fused else _by_products(*args)

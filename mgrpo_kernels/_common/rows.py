@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._checks import IGNORED_TARGET
-from mgrpo_kernels._segments import accumulation_dtype
+from mgrpo_kernels._common.checks import IGNORED_TARGET
+from mgrpo_kernels._common.segments import accumulation_dtype
 
 # exp of it is exactly 0 in fp32 and fp64: clamping there keeps exp(x) * x at 0 where x is -inf.
 FLOOR = -1e4

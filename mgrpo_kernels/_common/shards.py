@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mgrpo_kernels._checks import invalid
-from mgrpo_kernels._rows import RowSums
+from mgrpo_kernels._common.checks import invalid
+from mgrpo_kernels._common.rows import RowSums
 
 
 class Shard(NamedTuple):
