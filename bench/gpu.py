@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mgrpo_kernels.operations import OPERATIONS
+
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = 77  # exit code of a stage that has nothing to do here
 NEEDED = {"train": ("tyro", "rich", "transformers", "safetensors", "datasets", "math_verify", "matplotlib")}
-# In this order: what users wait for most comes before what time may cut off.
-KERNELS = ("token_logprob", "ema_update", "logits_grpo_loss", "linear_token_logprob", "linear_grpo_loss", "grpo_loss")
-KERNELS += ("trajectory_entropy", "group_advantage", "majority_vote", "iqr_filter")
+# What users wait for most comes before what time may cut off.
+FIRST = ("token_logprob", "ema_update_", "logits_grpo_loss", "linear_token_logprob", "linear_grpo_loss", "grpo_loss")
+KERNELS = [op.rstrip("_") for op in sorted(OPERATIONS, key=lambda op: [*FIRST, op].index(op))]
 TAIL_LINES = 12
 LEAST_S = 5  # no stage begins with less
 

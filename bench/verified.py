@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgrpo_kernels.verified import FILE, FOLDERS
+from mgrpo_kernels._sources import hash_cpp
+from mgrpo_kernels.operations import OPERATIONS, source_hash
+from mgrpo_kernels.verified import FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -41,10 +43,16 @@ def _ms(result: dict[str, Any]) -> float:
     return min(times, default=float("inf"))
 
 
+def current_hash(op: str, backend: str) -> str:
+    """Of the sources as they lie here, whatever the library was compiled from."""
+    return source_hash(op, backend, {path.stem: hash_cpp(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu")})
+
+
 def verified_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Entries of verified.json: what passed whole on a GPU, the fastest backend of an operation first."""
+    """Entries of verified.json: what passed whole on a GPU from these sources, an operation's fastest backend first."""
     passed = [result for result in results if result["machine"]["capability"] and not result["failed"]]
-    order = list(FOLDERS)
+    passed = [result for result in passed if result["sources"] == current_hash(result["op"], result["backend"])]
+    order = list(OPERATIONS)
     passed.sort(key=lambda result: (order.index(result["op"]), _ms(result)))
     return [
         {"op": result["op"], "backend": result["backend"], "dtype": dtype}
@@ -70,7 +78,7 @@ def _cell(results: Sequence[dict[str, Any]], op: str, backend: str) -> str:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The README's table."""
     lines = ["| operation | `cpu` | `cuda` | `triton` |", "|---|---|---|---|"]
-    for op in FOLDERS:
+    for op in OPERATIONS:
         cells = (_cell(results, op, backend) for backend in ("cpu", "cuda", "triton"))
         lines.append(f"| `{op}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

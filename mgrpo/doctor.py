@@ -40,6 +40,7 @@ from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_model
 from mgrpo.threads import available_cpus, limit_threads
 from mgrpo_kernels.backends import resolve
+from mgrpo_kernels.operations import OPERATIONS, Inputs, Samples, Sizes
 
 PACKAGES = ("mgrpo", "torch", "transformers", "tokenizers", "safetensors", "datasets", "math-verify", "matplotlib")
 EXTRAS = {
@@ -58,8 +59,6 @@ ROOF_BYTES = 64 * 2**20
 GPU_FACTOR = 8
 # fp32 results must keep half of fp32's digits against fp64.
 MAX_ERROR = torch.finfo(torch.float32).eps ** 0.5
-
-Inputs = dict[str, torch.Tensor]
 
 
 class Check(NamedTuple):
@@ -95,58 +94,10 @@ class KernelResult(NamedTuple):
 
 
 def make_ops(device: torch.device) -> dict[str, Op]:
-    """Every public op with fp32 inputs; some logits of each row are raised, so that probabilities are not all tiny."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (scale * torch.randn(*shape, generator=generator)).to(device)
-
+    """Every public op with fp32 inputs."""
     factor = GPU_FACTOR if device.type == "cuda" else 1
-    num_tokens, ema_size = T * factor, EMA_SIZE * factor
-    logits = normal(num_tokens, V)
-    logits[:, ::1001] += 9
-    targets = torch.randint(HEAD_V, (num_tokens,), generator=generator).to(device)
-    rewards = torch.randint(2, (B, G), generator=generator).float().to(device)
-    answers = torch.randint(-1, 4, (B, G), generator=generator).to(device)
-    cu_seqlens = torch.arange(0, num_tokens + 1, 16, dtype=torch.int32, device=device)
-    token = {"logprob": -normal(num_tokens).abs(), "mask": torch.ones(num_tokens, dtype=torch.bool, device=device)}
-    token |= {"old_logprob": token["logprob"] + normal(num_tokens, scale=0.1)}
-    scored = {"targets": targets, "advantage": normal(num_tokens), **{k: token[k] for k in ("mask", "old_logprob")}}
-    head = {"hidden": normal(num_tokens, D), "weight": normal(HEAD_V, D, scale=0.2)}
-
-    def ema_update(x: Inputs, backend: str) -> Sequence[torch.Tensor]:
-        K.ema_update_([x["momentum"]], [x["policy"]], 0.99, backend=backend)
-        return [x["momentum"]]
-
-    return {
-        "token_logprob": Op(
-            {"logits": logits, "targets": targets}, lambda x, b: K.token_logprob(**x, temperature=0.9, backend=b)[:3]
-        ),
-        "linear_token_logprob": Op(
-            head | {"targets": targets}, lambda x, b: K.linear_token_logprob(**x, backend=b)[:3], is_memory_bound=False
-        ),
-        "trajectory_entropy": Op(
-            {"token_entropy": normal(num_tokens).abs(), "cu_seqlens": cu_seqlens},
-            lambda x, b: [K.trajectory_entropy(**x, backend=b)],
-        ),
-        "ema_update_": Op({"momentum": normal(ema_size), "policy": normal(ema_size)}, ema_update),
-        "group_advantage": Op({"rewards": rewards}, lambda x, b: [K.group_advantage(**x, backend=b)]),
-        "majority_vote": Op({"answer_ids": answers}, lambda x, b: K.majority_vote(**x, backend=b)),
-        "iqr_filter": Op({"entropy": normal(B, G).abs()}, lambda x, b: K.iqr_filter(**x, backend=b)),
-        "grpo_loss": Op(
-            token | {"advantage": normal(num_tokens), "ref_logprob": token["logprob"] + normal(num_tokens, scale=0.1)},
-            lambda x, b: [K.grpo_loss(**x, cu_seqlens=cu_seqlens, kl_coef=0.01, backend=b).loss],
-        ),
-        "logits_grpo_loss": Op(
-            {"logits": logits} | scored,
-            lambda x, b: [K.logits_grpo_loss(**x, cu_seqlens=cu_seqlens, backend=b).loss],
-        ),
-        "linear_grpo_loss": Op(
-            head | scored,
-            lambda x, b: [K.linear_grpo_loss(**x, cu_seqlens=cu_seqlens, backend=b).loss],
-            is_memory_bound=False,
-        ),
-    }
+    samples = Samples(device, Sizes(T * factor, D, V, HEAD_V, B, G, EMA_SIZE * factor))
+    return {name: Op(row.inputs(samples), row.call, row.is_memory_bound) for name, row in OPERATIONS.items()}
 
 
 def check_kernel(name: str, op: Op, backend: str, gb_per_s: float) -> KernelResult:

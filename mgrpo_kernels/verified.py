@@ -1,6 +1,7 @@
 """Which backends have passed their tests on a GPU: read from verified.json, which bench/verified.py makes of records.
 
-A run counts for the source that it ran: a change of any line but a comment ends it, until the tests pass again.
+A run counts for the source that it ran: a change of any line but a comment makes its row stale, and bench/verified.py
+and the tests refuse a stale row. A call reads the table alone.
 """
 
 from __future__ import annotations
@@ -14,24 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from mgrpo_kernels._common.native import sources
-from mgrpo_kernels._sources import hash_python
-
 FILE = Path(__file__).with_name("verified.json")
-# The folders whose kernels run an operation, by its public name.
-FOLDERS = {
-    "token_logprob": ("token_logprob",),
-    "linear_token_logprob": ("linear_token_logprob", "token_logprob"),
-    "trajectory_entropy": ("trajectory_entropy",),
-    "ema_update_": ("ema_update",),
-    "group_advantage": ("group_advantage",),
-    "majority_vote": ("majority_vote",),
-    "iqr_filter": ("iqr_filter",),
-    "grpo_loss": ("grpo_loss",),
-    "logits_grpo_loss": ("grpo_loss", "token_logprob"),
-    "linear_grpo_loss": ("grpo_loss", "linear_token_logprob", "token_logprob"),
-}
-_MODULES = {"triton": "triton", "cuda": "native"}
 _logger = logging.getLogger("mgrpo_kernels")
 
 
@@ -46,18 +30,6 @@ class Run(NamedTuple):
     device: str
     torch: str
     triton: str
-
-
-def source_hash(op: str, backend: str) -> str:
-    """Hash of what runs an operation on a GPU backend, comments apart; "" where its CUDA library is not here."""
-    folders = FOLDERS[op]
-    files = [f"{folder}/{name}.py" for folder in folders for name in ("autograd", _MODULES[backend])]
-    python = hash_python(*files)
-    if backend == "triton":
-        return python
-    compiled = sources()
-    parts = [compiled[folder] for folder in folders if folder in compiled]
-    return "-".join([python, *parts]) if parts else ""
 
 
 @cache
@@ -79,8 +51,7 @@ def find(op: str, dtypes: tuple[torch.dtype, ...], capability: tuple[int, int]) 
     names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
     by_backend: dict[str, list[Run]] = {}
     for run in runs():
-        same_card = run.capability.partition(".")[0] == str(capability[0])
-        if run.op == op and same_card and run.sources == source_hash(op, run.backend):
+        if run.op == op and run.capability.partition(".")[0] == str(capability[0]):
             by_backend.setdefault(run.backend, []).append(run)
     return [found[0] for found in by_backend.values() if names <= {run.dtype for run in found}]
 
@@ -103,7 +74,7 @@ def _capability(index: int | None) -> tuple[int, int] | None:
 
 @cache
 def _choose(op: str, capability: tuple[int, int], dtypes: tuple[torch.dtype, ...], among: tuple[str, ...]) -> str:
-    """Cached: the hashes read files."""
+    """Cached, for it says once what it chose."""
     here = f"{capability[0]}.{capability[1]}"
     for run in find(op, dtypes, capability):
         if run.backend not in among:

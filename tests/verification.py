@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgrpo_kernels.verified import source_hash, triton_version
+from mgrpo_kernels._common.native import sources
+from mgrpo_kernels.operations import source_hash
+from mgrpo_kernels.verified import triton_version
 
 
 class Recorder:
@@ -50,7 +52,7 @@ class Recorder:
                 "dtypes": sorted(dtype for dtype in counts if dtype != "any"),
                 "tests": sum(counts.values()),
                 "failed": self._failed.get((op, backend), []),
-                "sources": source_hash(op, backend) if torch.cuda.is_available() else "",
+                "sources": source_hash(op, backend, sources()) if torch.cuda.is_available() else "",
             }
             for (op, backend), counts in sorted(
                 (self._passed | {key: {} for key in self._failed} | self._passed).items()

@@ -13,6 +13,7 @@ import torch
 import mgrpo_kernels
 from mgrpo_kernels import backends, group_advantage
 from mgrpo_kernels.backends import Availability, resolve
+from mgrpo_kernels.operations import OPERATIONS
 
 PACKAGE = Path(mgrpo_kernels.__file__).parent
 CPU = torch.device("cpu")
@@ -48,7 +49,8 @@ def test_signatures(name):
 
 def test_root_exports_the_operations_their_results_and_backends():
     results = {"TokenLogprob", "MajorityVote", "IqrFilter", "GrpoLoss"}
-    assert set(mgrpo_kernels.__all__) == set(SIGNATURES) | results | {"backends"}
+    assert SIGNATURES.keys() == OPERATIONS.keys()
+    assert set(mgrpo_kernels.__all__) == set(OPERATIONS) | results | {"backends"}
 
 
 def test_reference_is_available_everywhere(monkeypatch):

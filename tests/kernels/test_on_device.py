@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import mgrpo_kernels as K
+from mgrpo_kernels.operations import OPERATIONS
 from mgrpo_kernels.testing import assert_within_budget, exponent_length, peaked_logits, poison_masked, round_gradient
 
 HAS_GPU = torch.cuda.is_available()
@@ -291,6 +292,7 @@ OPS = {
     "logits_grpo_loss": Op(make_logits_loss, logits_grpo_loss, rows_length),
     "linear_grpo_loss": Op(make_linear_loss, linear_grpo_loss, head_length, baseline=linear_grpo_loss_baseline),
 }
+assert OPS.keys() == OPERATIONS.keys()
 EACH = [
     pytest.param(op, dtype, backend, id=f"{op}-{str(dtype).removeprefix('torch.')}-{backend}")
     for op, spec in OPS.items()

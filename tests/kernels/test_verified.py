@@ -14,12 +14,13 @@ import mgrpo_kernels
 from mgrpo_kernels import _sources, verified
 from mgrpo_kernels._common import native
 from mgrpo_kernels.backends import Availability, resolve
-from mgrpo_kernels.verified import FOLDERS, Run, find, source_hash
+from mgrpo_kernels.operations import OPERATIONS, source_hash
+from mgrpo_kernels.verified import Run, find
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
-from bench.verified import MARKS, read, table, verified_runs  # noqa: E402
+from bench.verified import MARKS, current_hash, read, table, verified_runs  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -77,10 +78,10 @@ def test_a_hash_covers_what_is_imported(tmp_path, monkeypatch):
 
 def test_every_operation_has_folders_of_kernels():
     operations = {name for name in mgrpo_kernels.__all__ if name[0].islower()} - {"backends"}
-    assert set(FOLDERS) == operations
-    found = {folder for folders in FOLDERS.values() for folder in folders}
+    assert set(OPERATIONS) == operations
+    found = {folder for operation in OPERATIONS.values() for folder in operation.folders}
     assert found == {path.parent.name for path in (ROOT / "mgrpo_kernels").glob("[a-z]*/triton.py")}
-    assert source_hash("linear_grpo_loss", "triton") != source_hash("grpo_loss", "triton")
+    assert current_hash("linear_grpo_loss", "triton") != current_hash("grpo_loss", "triton")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc, without which the CUDA library is not built")
@@ -88,12 +89,17 @@ def test_the_library_knows_the_sources_it_was_made_of():
     assert native.CUDA[0], native.CUDA[1]
     expected = {path.stem: _sources.hash_cpp(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     assert native.sources() == expected, "the library is older than its sources: make"
-    assert all(source_hash(op, "cuda").count("-") >= 1 for op in FOLDERS)
+    assert all(source_hash(op, "cuda", native.sources()).count("-") >= 1 for op in OPERATIONS)
+    assert all(source_hash(op, "cuda", native.sources()) == current_hash(op, "cuda") for op in OPERATIONS)
+
+
+def test_a_library_that_is_not_here_has_no_hash():
+    assert source_hash("token_logprob", "cuda", {}) == ""
 
 
 def make_run(op: str, backend: str, dtype: str, **changes: str) -> Run:
     run = Run(
-        op, backend, dtype, "9.0", source_hash(op, backend), "a card", torch.__version__, verified.triton_version()
+        op, backend, dtype, "9.0", current_hash(op, backend), "a card", torch.__version__, verified.triton_version()
     )
     return run._replace(**changes)
 
@@ -113,7 +119,7 @@ def with_runs(monkeypatch):
     verified._choose.cache_clear()
 
 
-def test_a_run_counts_for_its_source_dtypes_and_major_architecture():
+def test_a_run_counts_for_its_dtypes_and_major_architecture():
     run = make_run("token_logprob", "triton", "float32")
     assert find_in(run, "token_logprob", (FP32,), (9, 0)) == ["triton"]
     assert find_in(run, "token_logprob", (FP32,), (9, 1)) == ["triton"]
@@ -125,7 +131,19 @@ def test_a_run_counts_for_its_source_dtypes_and_major_architecture():
         ("token_logprob", (FP32,), (8, 0)),
     ):
         assert find_in(run, op, dtypes, capability) == []
-    assert find_in(run._replace(sources="another"), "token_logprob", (FP32,), (9, 0)) == []
+
+
+def test_a_call_reads_the_table_and_hashes_no_source(with_runs):
+    with_runs(make_run("token_logprob", "triton", "float32", sources="another"))
+    assert resolve("token_logprob", CUDA, "auto", (FP32,)) == "triton"
+    script = "import sys, mgrpo_kernels; print('mgrpo_kernels._sources' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_no_row_of_the_shipped_table_is_stale():
+    stale = [run for run in verified.runs() if run.sources != current_hash(run.op, run.backend)]
+    assert not stale, "run python -m bench.verified, or `make gpu` for rows of these sources"
 
 
 def find_in(run: Run, *args) -> list[str]:
@@ -139,8 +157,7 @@ def test_auto_takes_the_first_verified_backend_of_the_list(with_runs):
     with_runs(*both)
     assert resolve("token_logprob", CUDA, "auto", (FP32,)) == "triton"
     with_runs(*reversed(both))
-    first = "cuda" if both[1].sources else "triton"
-    assert resolve("token_logprob", CUDA, "auto", (FP32,)) == first
+    assert resolve("token_logprob", CUDA, "auto", (FP32,)) == "cuda"
 
 
 def test_auto_without_a_verified_kernel_is_the_reference_and_says_so_once(with_runs, caplog):
@@ -189,9 +206,12 @@ def test_the_shipped_files_are_those_of_the_records():
 
 def record(folder: Path, **changes) -> Path:
     machine = {"device": "a card", "capability": "9.0", "torch": "2", "triton": "3", "date": "2026-01-02"}
-    result = {"op": "grpo_loss", "backend": "triton", "dtypes": ["float32"], "tests": 3, "failed": [], "sources": "abc"}
+    result = {"op": "grpo_loss", "dtypes": ["float32"], "tests": 3, "failed": []}
+    results = [
+        result | {"backend": backend, "sources": current_hash("grpo_loss", backend)} for backend in ("triton", "cuda")
+    ]
     folder.mkdir(parents=True)
-    content = {"machine": machine, "results": [result, result | {"backend": "cuda"} | changes]}
+    content = {"machine": machine, "results": [results[0], results[1] | changes]}
     (folder / "verification.json").write_text(json.dumps(content))
     rows = [{"backend": "triton", "ms": 2.0}, {"backend": "cuda", "ms": 1.0}, {"backend": None, "ms": 0.5}]
     (folder / "grpo_loss.json").write_text(json.dumps({"op": "grpo_loss", "cases": [{"rows": rows}]}))
@@ -204,6 +224,10 @@ def test_the_fastest_comes_first_and_a_failure_verifies_nothing(tmp_path):
     failing = read([record(tmp_path / "bad", failed=["test_x"])])
     assert [run["backend"] for run in verified_runs(failing)] == ["triton"]
     assert "| `grpo_loss` | no GPU run | fails on a card | fp32: a card |" in table(failing)
+
+
+def test_other_sources_than_those_here_verify_nothing(tmp_path):
+    assert [run["backend"] for run in verified_runs(read([record(tmp_path / "old", sources="abc")]))] == ["triton"]
 
 
 @pytest.mark.slow
