@@ -16,6 +16,10 @@ MARKS = {
     "<thought>": "</thought>",
     "<reasoning>": "</reasoning>",
     "<unused94>": "<unused95>",
+    "<longcat_think>": "</longcat_think>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "<|inner_prefix|>": "<|inner_suffix|>",
+    "<|channel>thought": "<channel|>",
     "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
 }
 # Tokens at the end of a prompt that are looked at: a mark that is no token of its own takes some.
