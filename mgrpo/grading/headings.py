@@ -22,9 +22,19 @@ _MATHS = re.compile(r"[0-9$=^]|\\[A-Za-z(\[]|[¼-¾⅐-⅞∞π√∅]")
 _NUMBERED = re.compile(
     r"(?:step|part|case|method|problem|question|section|example|approach|solution|phase|stage)s? *#?[0-9]+"
     r"(?![0-9]*[.,]?[0-9])"
-    r"|[0-9]{1,2}[.)] +[^\W\d_]{2,}",
+    r"|[0-9]{1,2}[.)] +[^\W\d_]{2,}"
+    r"|(?:(?:let's|let us|we|how to|now|first|next),? )?(?:calculat|comput|determin|identify|understand|analy[sz]|"
+    r"simplif|evaluat|verif|substitut|multipl|subtract|divid|convert|combin|express|break)[a-z]* [^=]*"
+    r"|(?:find|solv|check|count|apply|add|consider|recall|defin|set|us|given|plug)(?:e|ing|ting)? (?![=]).*",
     re.IGNORECASE,
 )
+# Headings where text stands below; an answer where not.
+_SECTION = re.compile(
+    r"(?:day|week|month|year|round|level|scenario|figure|table|equation|task|exercise|item|point|quarter|trial|for)s? "
+    r"[^=]*[0-9]+[^=]*",
+    re.IGNORECASE,
+)
+_BULLET = re.compile(r"^\s*(?:[-+\u2022]|[0-9]{1,2}[.)])\s+")
 _SHORT_ANSWER = re.compile(
     r"yes|no|true|false|none|\(?[A-J]\)?|[A-Z]{1,2}|(?:no|infinitely many) solutions?", re.IGNORECASE
 )
@@ -48,11 +58,11 @@ def find_hash(text: str) -> str | None:
         if marker < 0:
             break
         line_end = _find_line_end(text, marker, end)
-        rest = _clean(text[marker + 4 : line_end])
-        heading = _NUMBERED.match(rest) or not (_MATHS.search(rest) or _SHORT_ANSWER.fullmatch(rest))
-        if not heading:
+        line = text[marker + 4 : line_end]
+        rest, below = _clean(line), _find_below(text, line_end, end)
+        leads = below and (line.rstrip(" *_").endswith(":") or _SECTION.fullmatch(rest))
+        if not leads and not _NUMBERED.match(rest) and (_MATHS.search(rest) or _SHORT_ANSWER.fullmatch(rest)):
             return rest
-        below = _find_below(text, line_end, end)
         if below and _ANNOUNCES.fullmatch(rest):
             return below
         under_another = under_another or below
@@ -80,7 +90,7 @@ def _find_below(text: str, start: int, end: int) -> str | None:
         line_start = 1 + max(text.rfind("\n", start, match.start()), text.rfind("\r", start, match.start()), start - 1)
         start = _find_line_end(text, match.start(), end)
         line = text[line_start:start].strip()
-        if not line.startswith("#") and (line := _clean(line)):
+        if not line.startswith("#") and (line := _clean(_BULLET.sub("", line))):
             return line
     return None
 
