@@ -17,8 +17,8 @@ _GROUP = r"\s*\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _PLACEHOLDER = re.compile(
     r"(?:[\s.…_?~$*,;:<>(\[{)\]}|'\"%□■▢◯⬜\u200b\u2060\ufeff-]|\\[,;:!>_%()\[\]\s]|&nbsp;"
     rf"|\\(?:[hv]?phantom|[hv]space\*?|(?:text)?color){_GROUP}|\\rule(?:\[[^\[\]]*\])?{_GROUP}{_GROUP}"
-    r"|\\(?:[lcd]dots|dots[cb]?|cdot|square|Box|blacksquare|bigcirc|blank|q?quad|underline|displaystyle|[lr]angle|text[a-z]*|math[a-z]*)(?![A-Za-z])"
-    r"|(?<![A-Za-z])(?:(?:insert|put|write|the|your|my|final|correct|numeric(?:al)?|option|choice|letter|value|result|"
+    r"|\\(?:[lcd]dots|dots[cb]?|cdot|square|Box|blacksquare|bigcirc|blank|bullet|q?quad|underline|displaystyle|[lr]angle|text[a-z]*|math[a-z]*)(?![A-Za-z])"
+    r"|(?<![A-Za-z])(?:(?:insert|put|write|the|your|my|final|correct|numeric(?:al)?|option|choice|letter|value|result|solution|this|"
     r"expression|number|answer|ans|here|placeholder|goes|in|notation|format|command|environment|box|xxx|tbd|content|"
     r"votre|réponse|finale?|su|respuesta|deine|ihre|endgültige|antwort|sua|resposta|risposta|ваш|ответ)(?![A-Za-z]))"
     r"|你的|您的|最终|最終|正确|答案|答え|答|정답|답|在此|填入|写|这里|\\boxed|\\fbox)*",

@@ -17,7 +17,7 @@ _RAISED = r"(?:\^|(?<=[\w)\]}])\*\*(?![0-9.,]+\*\*))"
 _POWER = rf"(?: ?{_RAISED} ?{_INTEGER_POWER}|[⁰¹²³⁴-⁹⁺⁻]+)"
 _GROUP = r"\{(?:[^{}]|\{[^{}]{0,60}\}){0,60}\}"
 _FRACTION = rf"\\[dtc]?frac ?(?:{_GROUP}|[0-9]) ?(?:{_GROUP}|[0-9])"
-_ROOT = r"(?:\\sqrt(?:\[[0-9]+\])? ?(?:\{[0-9 +\-*/^.]{1,40}\}|[0-9])|√ ?[0-9]+)"
+_ROOT = r"(?:\\sqrt(?:\[[0-9]+\])? ?(?:\{[0-9 +\-*/^.]{1,40}\}|[0-9])|√ ?(?:[0-9]+|\([0-9]+\)))(?:/[0-9]+(?![0-9]))?"
 _ELEMENT = "(?:H|He|Li|Be|B|C|N|O|F|Ne|Na|Mg|Al|Si|P|S|Cl|Ar|K|Ca|Cr|Mn|Fe|Co|Ni|Cu|Zn|Br|Ag|Sn|I|Ba|Pt|Au|Hg|Pb|U)"
 # Powers of units, and what counts atoms, are no numbers of their own.
 _FORMULA = rf"(?<![A-Za-z0-9])(?:(?:{_ELEMENT}_?(?:[0-9]+|\{{[0-9]+\}})?){{2,}}|(?:H|N|O|F|Cl|Br|I)_?2)(?![A-Za-z0-9])"
