@@ -164,6 +164,9 @@ _UNWRAPS = [
         (r"\\(?:mathbf|mathrm|mathit|boldsymbol|bm)\s*([0-9])", r" \1"),
         (rf"\\(?:{_SWITCHES})(?![A-Za-z])", " "),
         (r"^\s*\{?([^{}]*[^{}\s])\s*\\over(?![A-Za-z])\s*([^{}]+)\}?\s*$", r"\\frac{\1}{\2}"),
+        (r"^\s*\{?([^{}]*[^{}\s])\s*\\choose(?![A-Za-z])\s*([^{}]+)\}?\s*$", r"\\binom{\1}{\2}"),
+        (r"\\([lg]e|ne)(?:q|qq|qslant)?(?![A-Za-z]) ?", r"\\\1 "),
+        (r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
         (r"(?<=[0-9])\s*(?:[xX*]|\\cdot|\\times)\s*(?=10\s*(?:\^|\*\*))", r"\\times "),
         (r"(?i)\s*(?:\bper ?cent|\bpercentage|\bpct)\s*$", "%"),
         (r"%[\s%]*%", "%"),
@@ -222,7 +225,8 @@ _EXPONENT = re.compile(
     r"(?<![^=,;(\[{ ])([+-]?)([0-9]+\.?[0-9]*|\.[0-9]+)(?: ?(e|E) ?)"
     r"(?:\{([+-]?)([0-9]{1,9})\}|([+-]?)([0-9]{1,9}))(?![^,;)\] %}\\/*+-])"
 )
-_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,(?![A-Za-z]))")
+_OTHER_COMMA = re.compile(r",(?![A-Za-z](?:_\{?[0-9A-Za-z]\}?)?=)")
 
 
 def canonicalize(answer: str) -> str:
@@ -262,7 +266,7 @@ def _rewrite(text: str) -> str:
         text = match[1] + _make_fraction(match[2] or match[5], match[3] or match[6] or "", match[4] or match[7])
     text = _EXPONENT.sub(_spell_exponent, text)
     text = spell_scale(text)
-    if "," in text and not re.search(r"[(\[]|\\\{", text) and "," not in _THOUSANDS.sub("", text):
+    if "," in text and not re.search(r"[(\[]|\\\{", text) and not _OTHER_COMMA.search(_THOUSANDS.sub("", text)):
         text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     if text.endswith("%") and (percentage := normalize_number(text[:-1])):
         return percentage + "%"

@@ -18,11 +18,13 @@ _MARKED = re.compile(
 )
 # B - Paris, and a number or text behind a longer dash.
 _DASHED = re.compile(r"^\(?([A-J])\)?\s+(?:-\s+(?=[^\W\d_]{2})|[\u2013\u2014]\s*(?![A-Z]$)(?=\S))")
+# B. F = ma, where F is no choice.
+_STATED = re.compile(r"^([A-J])[.)]\s+(?=[A-J]\s*=)")
 _SIGNED = re.compile(r"^\(([A-J])\)\s+\+(?=[0-9])")
 _WHOLE = re.compile(
-    r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? ?)?(?:\(([A-J])\)|([A-J])(?:[.:)]|、(?![A-J](?![A-Za-z])))"
+    r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? ?)?(?:\(([A-J])\)|([A-J])(?:[.:)]|、(?![A-J](?![A-Za-z])))(?![A-J]=)"
     r"|【([A-J])】|\[([A-J])\](?=.))"
-    r"(?![A-Z]$|[A-Z]\.|[A-J][:=]|[=^_*+<>'/|&;!]|\[[A-J]\]|,[A-J(\[]|,? ?(?:and|or)(?![a-z])"
+    r"(?![A-Z]$|[A-Z]\.|[A-J]:|[=^_*+<>'/|&;!]|\[[A-J]\]|,[A-J(\[]|,? ?(?:and|or)(?![a-z])"
     r"|\\(?:cdot|times|cap|cup|setminus|to|le|ge|Right|in)(?![a-z])|[-\u2013][A-J(](?![A-Za-z]))"
     r"(?!.*[,; ][A-J][.:)])"
     r"(?!(?!(?:[Bb]oth|[Ee]ither|[Nn]either|[Aa]ll|[Oo]nly|[Nn]one|\([A-J]\),? ?(?:and|or)\([A-J]\)$)).*\([A-J]\)).*"
@@ -33,8 +35,8 @@ _WHOLE = re.compile(
 
 
 def mark_choice(text: str) -> str:
-    """The letter of a choice in parentheses where only fonts, dashes or spaces say so."""
-    match = _MARKED.match(text) or _DASHED.match(text) or _SIGNED.match(text)
+    """The letter of a choice in parentheses where only fonts, dashes or spaces tell it from a factor."""
+    match = _MARKED.match(text) or _DASHED.match(text) or _STATED.match(text) or _SIGNED.match(text)
     return f"({next(filter(None, match.groups()))}) {text[match.end() :]}" if match else text
 
 

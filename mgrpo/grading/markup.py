@@ -14,6 +14,7 @@ _ENVIRONMENTS = (
     "equation|align|aligned|alignat|gather|gathered|multline|split|math|displaymath|center|"
     "flushleft|eqnarray|large|huge"
 )
+_CURRENCIES = "pounds|yen|euro|rupee|(?:text|math)(?:sterling|euro|yen|won|dollar|rupee)|(?:text)?cents?"
 # Commands whose first arguments say how the last one looks.
 _STYLED = r"\\(?:raisebox|scalebox|rotatebox|parbox|enclose|class|cssId|style|href|html[A-Z][a-z]+)"
 _TOMBSTONES = "blacksquare|square|Box|qedsymbol|qedhere|qed|checkmark|hfill|nonumber|notag|newline|par|bigstar"
@@ -61,6 +62,10 @@ _REWRITES = [
         ),
         (rf"^(?:\\checkmark(?![A-Za-z])|[{_PICTURES}\u2022\u2023\u25aa\u25cf\u25e6]|#{{1,6}} )\s*(?=\S)", ""),
         (r"^==(?=[^=])(.*[^=])==$", r"\1"),
+        (rf"\\(?:{_CURRENCIES})(?![A-Za-z])(?:\{{\}})?\s*", ""),
+        (r"^([+-]?)(?:[ARCS]|NZ|AU|CA|MX|SG)\\?\$\s*(?=[0-9.][^$]*$)", r"\1"),
+        (r"\\mathcal\s*(?:\{O\}|O)(?=\s*(?:\\left\s*)?\()", "O"),
+        (r"(?<=[0-9.])\{(\\(?:overline|bar|dot)\s*\{[0-9]+\})\}", r"\1"),
         (r"^_([^_]+)_(?=\s|$)", r"\1"),
         (r"^(?:「(.*)」|『(.*)』|《(.*)》|〈(.*)〉|【(.*)】|〖(.*)〗)$", "quoted"),
     )

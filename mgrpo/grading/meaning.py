@@ -31,6 +31,7 @@ _OPEN_LIST, _PRIME = re.compile(r"\\ldots"), re.compile(r"[A-Za-z]'")
 _RELATION = re.compile(r"(.*(?:<|>|\\(?:le|ge|leq|geq|lt|gt|ne) ?))(.+)")
 # 5x-7y+4=0, which math-verify takes for an assignment of 0; a+b=0 may be one.
 _EQUATION = re.compile(r"(?=.*[0-9].*=)(?=.*[A-Za-z])[^=<>]+[+-][^=<>]+=0")
+_ANGLE = re.compile(r"\\(?:measured)?angle ?\{?([A-Z])([A-Z])([A-Z])\}?")
 _AND = re.compile(r",? (?:and|or) ")
 _NOT_A_LIST = re.compile(r"\\(?:begin|end|in|cup|cap|le|ge|text|mid|quad|text)(?![a-z])|[|]")
 
@@ -97,6 +98,8 @@ def align(first: str, second: str) -> tuple[str, str] | None:
     first_half, second_half = _MERIDIEM.search(first), _MERIDIEM.search(second)
     if first_half and second_half and first_half[1] != second_half[1]:
         return None
+    if bool(first_half) != bool(second_half):
+        first, second = (re.sub(r"(?<=[0-9]) [ap]m", "", form) for form in (first, second))
     assigned, assigned_too = _read_assignments(first), _read_assignments(second)
     if assigned and assigned_too:
         if list(assigned) != list(assigned_too):
@@ -129,6 +132,9 @@ def compare_cheaply(first: str, second: str) -> bool | None:
         return True
     if _LETTER.fullmatch(first) and _LETTER.fullmatch(second):
         return False
+    one, other = _ANGLE.fullmatch(first), _ANGLE.fullmatch(second)
+    if one and other:
+        return one[2] == other[2] and {one[1], one[3]} == {other[1], other[3]}
     words, words_too = _are_words(first), _are_words(second)
     if words and words_too:
         # To an algebra system words are products of letters, and anagrams equal.

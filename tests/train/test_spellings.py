@@ -19,6 +19,7 @@ SAME = {
         ],
         *[("The correct answer is B. Paris", "B"), ("Answer: (B)", "B"), ("答案：B", "B"), ("(C) +5", "C")],  # noqa: RUF001
         *[("I choose B", "B"), ("B is correct", "B"), ("(B) is the correct answer", "B")],
+        *[("(D) E = mc^2", "D"), ("C. F = qE", "C")],
         *[("(D) (A) and (B)", "D"), ("(D) Both (A) and (B)", "D"), ("(C) [1,2]", "C")],
     ],
     "assignments": [
@@ -134,6 +135,10 @@ SAME = {
             ("x**2+1", "x^2+1"),
         ],
         *[(r"\ln 2", r"\log_e 2"), (r"\lg 2", r"\log_{10}2")],
+        *[(text, "7.5") for text in (r"\pounds 7.5", r"\textdollar{}7.50", r"\euro{7.5}", r"R\$ 7,500e-3", "A$7.50")],
+        *[(r"x\leqslant 4", r"x≤4"), (r"\geq 4", r"\ge4"), (r"\neq 4", "≠4"), (r"\mathbb Z", r"\mathbb{Z}")],
+        *[(r"{6 \choose 2}", "15"), (r"0.{\overline{6}}", "2/3"), (r"\mathcal{O}(n^2)", "O(n^2)")],
+        *[("a=1,200, b=300", "(1200,300)"), ("6:15 am", "6:15"), (r"\angle PQR", r"\angle RQP")],
     ],
 }
 DIFFERENT = {
@@ -141,6 +146,7 @@ DIFFERENT = {
         *[("**A** the dog", "**B** the dog"), (r"\mathbf{A}\mathbf{x}", "A"), ("**A** and **C**", "A"), ("A、C", "A")],
         *[
             ("A:B=1:2", "A"),
+            ("A.B=12", "A"),
             ("A'", "A"),
             ("[A][B]", "A"),
             ("A B", "A"),
@@ -227,6 +233,8 @@ DIFFERENT = {
         ],
         *[
             (r"\emptyset", "0"),
+            (r"\angle PQR", r"\angle PRQ"),
+            ("6:15 am", "6:15 pm"),
             (r"\emptyset", r"\{0\}"),
             (r"\ln 2", r"\log_2 2"),
             ("35", "0.35"),
@@ -278,6 +286,7 @@ def test_the_order_of_answers_changes_no_class(checker, kind):
         (["35%", "0.35"], [0, 0]),
         (["234", "234_5", "234_7"], [0, 0, 1]),
         (["5", "5 east", "5 west"], [0, 0, 1]),
+        (["6:15", "6:15 am", "6:15 pm"], [0, 0, 1]),
         (["1,2", "(1,2)", "(2,1)", "2,1"], [0, 0, 1, 0]),
     ],
 )
