@@ -95,8 +95,8 @@ class AnswerConfig:
     group 1). What stands before the end of a thought (`</think>`) is not read."""
     label_extract: str = "auto"
     """How the true answer is read from a label, whatever responses look like: `auto` (last box, else the line after
-    ####, else what "the answer is" at its end, else the label itself), `plain` (the label itself), `boxed`, `hash`,
-    `last-number`, `regex:PATTERN`. Labels of the built-in problems are plain."""
+    ####, else <answer> tags or what "the answer is" at its end, else the label itself), `plain` (the label itself),
+    `boxed`, `hash`, `last-number`, `regex:PATTERN`. Labels of the built-in problems are plain."""
     equivalence: Literal["math", "exact"] = "math"
     """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
     timeout_s: float = 5.0

@@ -14,10 +14,13 @@ FORMATS = "auto, plain, boxed, hash, last-number or regex:PATTERN"
 MAX_PLAIN_CHARS = 200
 # How a solution may end that marks its answer in words alone; looked for near the end.
 _ANNOUNCED = re.compile(
-    r"(?s:.*)(?<![A-Za-z])answer(?: +is(?: +equal +to)?(?![A-Za-z]|[ :]+not(?![A-Za-z]))[ :]*|[ *]*[:=]|[ *]*\n)[ \t*]*"
-    r"(?P<answer>(?:(?![.!?;]\s)[^\n]){1,100}?)[ \t*.!]*\Z",
+    r"(?s:.*)(?:(?<![A-Za-z])(?:answer|ans\.?|(?:correct|right) (?:option|choice))"
+    r"(?: +is(?: +equal +to)?(?![A-Za-z]|[ :]+not(?![A-Za-z]))[ :]*|[ *]*[:=]|[ *]*\n)"
+    r"|(?:答案|故选|故選)[是为為]?[ :\uff1a]*)[ \t*]*"
+    r"(?P<answer>(?:(?![.!?;]\s)[^\n]){1,100}?)[ \t*.!\u3002]*(?:\s*I hope (?:it|this|that) is correct[.!]?)?\s*\Z",
     re.IGNORECASE,
 )
+_TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.IGNORECASE | re.DOTALL)
 ANNOUNCED_CHARS = 200
 # What is tried, and up to how many characters a text in which nothing is found is the answer itself.
 _READERS = {"auto": ("boxed", "hash"), "plain": ()}
@@ -28,9 +31,9 @@ def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
     r"""Returns the function that takes the answer out of a label, whatever the format of responses is.
 
     Args:
-        spec: `auto` (the last \boxed{...}, else the line after ####, else what follows "answer is" or "Answer:" up to
-            the end, else the whole text of at most 200 characters), `plain` (the whole text), or how `make_extractor`
-            finds an answer in a response.
+        spec: `auto` (the last \boxed{...}, else the line after ####, else the text in <answer> tags, else what follows
+            "answer is" or "Answer:" up to the end, else the whole text of at most 200 characters), `plain` (the whole
+            text), or how `make_extractor` finds an answer in a response.
 
     Returns:
         A function of a label, or of several of which any is right. It returns None for None, and for a label that
@@ -44,7 +47,9 @@ def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
         raise InputError(
             f"make_label_reader: spec must be {FORMATS}, got {spec!r}. Choose how the data mark a true answer."
         )
-    readers = [make_extractor(name) for name in _READERS.get(spec, (spec,))] + [_find_announced] * (spec == "auto")
+    readers = [make_extractor(name) for name in _READERS.get(spec, (spec,))]
+    if spec == "auto":
+        readers += [_find_tagged, _find_announced]
     longest = _PLAIN.get(spec, 0)
 
     def read_one(text: str) -> str | None:
@@ -62,6 +67,12 @@ def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
 def _is_known(spec: str) -> bool:
     """Whether a format has the name."""
     return spec in (*_READERS, "boxed", "hash", "last-number") or spec.startswith("regex:")
+
+
+def _find_tagged(text: str) -> str | None:
+    """The last text between tags of an answer."""
+    found = _TAGGED.findall(text)
+    return found[-1].strip() or None if found else None
 
 
 def _find_announced(text: str) -> str | None:
