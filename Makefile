@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-NATIVE := CMakeLists.txt setup.py mgrpo_kernels/_sources.py $(wildcard csrc/*.* csrc/*/*)
+NATIVE := CMakeLists.txt setup.py mgrpo_kernels/_sources.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*)
 
 .PHONY: train test test-vllm test-verl chaos chaos-full lint format bench bench-peers fuzz emulate old-cpus sanitize gpu study clean
 

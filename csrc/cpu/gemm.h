@@ -25,10 +25,6 @@ constexpr int64_t kDepth = 64 / sizeof(E);  // elements of K in a tile
 template <typename E>
 constexpr int64_t kTileSize = kTileBytes / sizeof(E);
 
-MGRPO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-MGRPO_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-MGRPO_INLINE int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 template <typename E>
 struct Sweep {
   const E* a;

@@ -13,16 +13,9 @@ namespace mgrpo {
 
 // Vector code, one function of each per instruction set; scalar code is declared in its own header.
 struct Kernels {
-  // False: the temporaries could not be allocated, and nothing was computed.
-  bool (*linear_token_logprob_fwd)(const LinearTokenLogprobForward&);
-  bool (*linear_token_logprob_bwd)(const LinearTokenLogprobBackward&);
-  void (*ema_update)(const EmaUpdate&);
-  void (*grpo_loss_fwd)(const GrpoLossForward&);
-  void (*logits_grpo_loss_fwd)(const LogitsGrpoLossForward&);
-  // False: the group is left to the scalar code.
-  bool (*majority_vote_small)(const MajorityVote&, int64_t prompt);
-  void (*token_logprob_fwd)(const TokenLogprobForward&);
-  void (*token_logprob_bwd)(const TokenLogprobBackward&);
+#define MGRPO_KERNEL(name, Arguments) void (*name)(const Arguments&);
+#define MGRPO_ATTEMPT(name, ...) bool (*name)(__VA_ARGS__);
+#include "kernels.def"
 };
 
 extern const Kernels kPortable;

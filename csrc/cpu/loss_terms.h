@@ -6,6 +6,7 @@
 #include "grpo_loss.h"
 #include "kernels.h"
 #include "simd.h"
+#include "vector_math.h"
 
 namespace mgrpo {
 namespace MGRPO_ISA {
@@ -31,38 +32,6 @@ MGRPO_INLINE f32v load_tokens(const float* p, int count) {
 MGRPO_INLINE void store_tokens(float* p, f32v v, int count) {
   if (count == kLanes) return store(p, v);
   store_part(p, v, count);
-}
-
-MGRPO_INLINE f32v power_of_2(i32v exponent) { return as_float((i32v)((u32v)(exponent + 127) << 23)); }
-
-struct Exponential {
-  f32v exp;         // inf above 88.7, 0 below -104, NaN for NaN
-  f32v expm1;       // relative error 2e-7
-  f32v expm1_less;  // e^x - 1 - x; the same near 0
-};
-
-// x = n ln 2 + r: e^x - 1 = 2^n (r + r^2 Q(r)) + 2^n - 1, with Q the series of (e^r - 1 - r) / r^2 for |r| <= 0.35.
-MGRPO_INLINE Exponential exponential(f32v x) {
-  f32v y = x < splat(-104.0f) ? splat(-104.0f) : x;
-  y = y > splat(89.0f) ? splat(89.0f) : y;
-  const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32v shifted = y * kLog2e + magic, n = shifted - magic;
-  const f32v r = y - n * 0.693359375f + n * 2.12194440e-4f;
-  f32v q = splat(2.48015873e-5f);
-  q = q * r + 1.98412698e-4f;
-  q = q * r + 1.38888889e-3f;
-  q = q * r + 8.33333333e-3f;
-  q = q * r + 4.16666667e-2f;
-  q = q * r + 1.66666667e-1f;
-  q = q * r + 0.5f;
-  const f32v tail = r * r * q, p = r + tail;
-  // Two factors reach both ends of the range: n is in [-150, 128].
-  const i32v whole = as_int(shifted) - as_int(magic), half = whole >> 1;
-  const f32v exp = (p + 1.0f) * power_of_2(half) * power_of_2(whole - half);
-  const i32v moderate = abs(x) < splat(40.0f);
-  const f32v scale = power_of_2(moderate ? whole : isplat(0));
-  const f32v expm1 = select(moderate, scale * p + (scale - 1.0f), exp - 1.0f);
-  return {exp, expm1, select(n == splat(0.0f), tail, expm1 - x)};
 }
 
 // Sums over mask tokens, in the order of LossOutputs with the loss first.

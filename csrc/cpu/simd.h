@@ -31,10 +31,6 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
-// 2^x below this is taken as 2^-126, which vanishes beside the 1 of the largest element.
-constexpr float kLeastExponent = -126.0f;
 
 typedef float f32v __attribute__((vector_size(4 * kLanes)));
 typedef int32_t i32v __attribute__((vector_size(4 * kLanes)));
@@ -47,6 +43,10 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+MGRPO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+MGRPO_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+MGRPO_INLINE int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 MGRPO_INLINE f32v splat(float value) { return f32v{} + value; }
 MGRPO_INLINE i32v isplat(int32_t value) { return i32v{} + value; }
@@ -83,43 +83,7 @@ MGRPO_INLINE f32v min(f32v a, f32v b) {
 #endif
 }
 
-MGRPO_INLINE f32v clamp_exponent(f32v x) { return x < splat(kLeastExponent) ? splat(kLeastExponent) : x; }
-
-// 2^x for x in [-126, 127]: split into an integer and a rest in [-1/2, 1/2], minimax polynomial, relative error 1e-7.
-// NaN stays NaN only through `x` itself; callers that need it test their sum of e * x.
-MGRPO_INLINE f32v exp2_in_range(f32v x) {
-  const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32v shifted = x + magic;
-  const f32v r = x - (shifted - magic);
-  f32v p = splat(1.53533590e-4f);
-  p = p * r + 1.33988750e-3f;
-  p = p * r + 9.61843692e-3f;
-  p = p * r + 5.55033237e-2f;
-  p = p * r + 2.40226477e-1f;
-  p = p * r + 6.93147182e-1f;
-  p = p * r + 1.0f;
-  return as_float(as_int(p) + (as_int(shifted) << 23));
-}
-
-// The same for any x <= 127, at least 2^-126.
-MGRPO_INLINE f32v exp2_le(f32v x) { return exp2_in_range(clamp_exponent(x)); }
-
 MGRPO_INLINE f32v abs(f32v v) { return as_float(as_int(v) & 0x7fffffff); }
-
-// c tanh(z / c): by (1 - e) / (1 + e) with e = exp(-2 |z / c|), and by its series near 0 where that cancels.
-MGRPO_INLINE f32v cap_logits(f32v z, float softcap) {
-  const f32v u = z / softcap, a = abs(u);
-  const f32v e = exp2_le(a * (-2.0f * kLog2e));
-  const f32v far = (1.0f - e) / (1.0f + e);
-  const f32v square = a * a;
-  f32v series = square * 2.1869488e-2f - 5.3968254e-2f;
-  series = series * square + 1.3333333e-1f;
-  series = series * square - 3.3333333e-1f;
-  const f32v near = a + a * square * series;
-  const f32v magnitude = a < 0.25f ? near : far;
-  const f32v capped = as_float(as_int(magnitude) | (as_int(u) & (int32_t)0x80000000)) * softcap;
-  return u == u ? capped : u;
-}
 
 // Horizontal sum and maximum, pairwise in one fixed order.
 MGRPO_INLINE float reduce_add(f32v v) {

@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "vector_math.h"
 
 namespace mgrpo {
 namespace MGRPO_ISA {
