@@ -15,7 +15,8 @@ ROLES = {
 }
 # Names of models and of what they write, which some data have as the role.
 _MODEL = re.compile(
-    r"(?:gpt|chatgpt|claude|llama|qwen|deepseek|gemini|gemma|mistral|phi|o[134])[-_ .\d].*|gpt\d.*|.*assistant|llm"
+    r"(?:gpt|chatgpt|claude|(?:meta-?)?llama|qwen|qwq|deepseek|gemini|gemma|mistral|mixtral|phi|kimi|glm|grok|copilot)"
+    r"(?:[-_ .\d].*)?|o[134](?:[-_ .].*)?|.*assistant|llm"
     r"|chatbot|language[-_ ]model|agent|answer|response|completion|output|solution"
 )
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")

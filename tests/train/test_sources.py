@@ -170,7 +170,19 @@ def test_configurations_of_hub_data_sets(monkeypatch):
 
 @pytest.mark.parametrize(
     "role",
-    ["gpt-4", "GPT4o", "chatgpt-4o", "Answer", "Claude-3", "llama_2", "AI assistant", "response", "LLM"],
+    [
+        "gpt-4",
+        "GPT4o",
+        "chatgpt-4o",
+        "Answer",
+        "Claude-3",
+        "llama_2",
+        "AI assistant",
+        "response",
+        "LLM",
+        "Gemini",
+        "o3",
+    ],
 )
 def test_models_by_any_name_answer(role):
     turns = [{"from": "human", "value": "q"}, {"from": role, "value": "a"}]
