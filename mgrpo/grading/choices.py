@@ -14,7 +14,7 @@ _NO_TEXT = (
 # **B** the dog and \textbf{B} the dog, whose letter would else be one of a formula.
 _MARKED = re.compile(
     rf"^(?:(?:\*\*|__)\s*\(?([A-J])\)?[.:]?\s*(?:\*\*|__){_GAP}+"
-    rf"|\\(?:textbf|text)\s*\{{\s*([A-J])\s*\}}{_GAP}+){_NO_TEXT}(?=\S)"
+    rf"|\{{\(([A-J])\)\}}{_GAP}*|\\(?:textbf|text)\s*\{{\s*([A-J])\s*\}}{_GAP}+){_NO_TEXT}(?=\S)"
 )
 # B - Paris, and a number or text behind a longer dash.
 _DASHED = re.compile(r"^\(?([A-J])\)?\s+(?:-\s+(?=[^\W\d_]{2})|[\u2013\u2014]\s*(?![A-Z]$)(?=\S))")
@@ -28,8 +28,8 @@ _WHOLE = re.compile(
     r"|\\(?:cdot|times|cap|cup|setminus|to|le|ge|Right|in)(?![a-z])|[-\u2013][A-J(](?![A-Za-z]))"
     r"(?!.*[,; ][A-J][.:)])"
     r"(?!(?!(?:[Bb]oth|[Ee]ither|[Nn]either|[Aa]ll|[Oo]nly|[Nn]one|\([A-J]\),? ?(?:and|or)\([A-J]\)$)).*\([A-J]\)).*"
-    r"|(?:[Oo]ption|[Cc]hoice):? ?([A-J])|<([A-J])>"
-    r"|\(?([A-J])\)? ?is (?:the )?(?:correct|right|best)(?: (?:answer|choice|option))?",
+    r"|(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? ?([A-J])|<([A-J])>"
+    r"|\(?([A-J])\)? ?is (?:the |my )?(?:(?:final )?answer|(?:correct|right|best)(?: (?:answer|choice|option))?)",
     re.DOTALL,
 )
 

@@ -24,7 +24,7 @@ _SYSTEM = re.compile(
     re.DOTALL,
 )
 _EMPTY = re.compile(r"(?:the |an )?(?:empty|null) set|[Nn]ull set", re.IGNORECASE)
-_EXPONENT = re.compile(r"(-?[0-9]+)e([+-][0-9]+)")
+_EXPONENT = re.compile(r"(?<![^,(\[{=])(-?[0-9]+)e([+-][0-9]+)(?![^,)\]}\\])")
 _MERIDIEM = re.compile(r"[0-9] ([ap])m")
 # What math-verify drops.
 _OPEN_LIST, _PRIME = re.compile(r"\\ldots"), re.compile(r"[A-Za-z]'")
@@ -174,11 +174,10 @@ def _hundredth(value: Value) -> Value:
 
 
 def _spell_exponent(form: str, other: str) -> str:
-    """2e-3 as a number, but for a form beside it that has Euler's number too."""
-    match = _EXPONENT.fullmatch(form)
-    if match is None or re.search(r"(?<![A-Za-z\\])e(?![A-Za-z0-9])", other):
+    """2e-3 as a number, alone or in a list, but for a form beside it that has Euler's number too."""
+    if not _EXPONENT.search(form) or re.search(r"(?<![A-Za-z\\])e(?![A-Za-z0-9])", other):
         return form
-    return rf"{match[1]}\times 10^{{{int(match[2])}}}"
+    return _EXPONENT.sub(lambda match: rf"{match[1]}\times 10^{{{int(match[2])}}}", form)
 
 
 def _are_words(form: str) -> bool:

@@ -46,7 +46,7 @@ _MARKED = (
     r"|[^\W\d_a-zA-Z\u0370-\u03ff]+"
 )
 _LONG = rf"{_BAR}[A-Za-zÀ-ɏ][a-zà-ɏ'-]{{3,}}(?![A-Za-z])"
-_POWER = r"(?:\^(?:\{-?[0-9]\}|-?[0-9])|\*\*-?[0-9]|[23](?![0-9.]))?"
+_POWER = r"(?:\.?\^(?:\{-?[0-9]\}|-?[0-9])|\*\*-?[0-9]|[23](?![0-9.]))?"
 _LATER = rf"(?:{_KNOWN}|{_MARKED}|{_LONG}|{_BAR}[mgshlLNJWVKACFTHMDSuc](?![A-Za-z])){_POWER}"
 _JOIN = r"(?:/\(?|\*|\\cdot ?|\\times ?|\.|-|\)|(?: per | a | an | of | the | in |  ?)(?=[A-Za-z\\]))"
 _MORE = rf"(?:{_JOIN}?{_LATER})*\)?{_POWER}\.?"

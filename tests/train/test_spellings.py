@@ -19,7 +19,13 @@ SAME = {
         ],
         *[("The correct answer is B. Paris", "B"), ("Answer: (B)", "B"), ("答案：B", "B"), ("(C) +5", "C")],  # noqa: RUF001
         *[("I choose B", "B"), ("B is correct", "B"), ("(B) is the correct answer", "B")],
-        *[("(D) E = mc^2", "D"), ("C. F = qE", "C")],
+        *[
+            ("(D) E = mc^2", "D"),
+            ("C. F = qE", "C"),
+            ("answer B", "B"),
+            ("B is my answer", "B"),
+            (r"\bf{(B)}\ 12", "B"),
+        ],
         *[("(D) (A) and (B)", "D"), ("(D) Both (A) and (B)", "D"), ("(C) [1,2]", "C")],
     ],
     "assignments": [
@@ -138,6 +144,7 @@ SAME = {
         *[(text, "7.5") for text in (r"\pounds 7.5", r"\textdollar{}7.50", r"\euro{7.5}", r"R\$ 7,500e-3", "A$7.50")],
         *[(r"x\leqslant 4", r"x≤4"), (r"\geq 4", r"\ge4"), (r"\neq 4", "≠4"), (r"\mathbb Z", r"\mathbb{Z}")],
         *[(r"{6 \choose 2}", "15"), (r"0.{\overline{6}}", "2/3"), (r"\mathcal{O}(n^2)", "O(n^2)")],
+        *[("(4e-3, 2e-3)", "(0.004, 0.002)"), (r"\{1,3e-2\}", r"\{0.03,1\}"), (r"9\text{ in.}^3", "9")],
         *[("a=1,200, b=300", "(1200,300)"), ("6:15 am", "6:15"), (r"\angle PQR", r"\angle RQP")],
     ],
 }
@@ -232,6 +239,7 @@ DIFFERENT = {
             ("5♠", "5♥"),
         ],
         *[
+            ("(1, 2e-3)", "(1, 3e-2)"),
             (r"\emptyset", "0"),
             (r"\angle PQR", r"\angle PRQ"),
             ("6:15 am", "6:15 pm"),
