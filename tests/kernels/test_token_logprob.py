@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mgrpo_kernels
-from mgrpo_kernels import TokenLogprob, _rows
+from mgrpo_kernels import TokenLogprob
+from mgrpo_kernels._common import rows as row_functions
 from mgrpo_kernels.testing import (
     assert_gradient_within_budget,
     assert_mutants_rejected,
@@ -362,7 +363,8 @@ def test_sums_and_coefficients_of_triton_are_those_of_the_formulas(vocabulary, s
     temperatures = torch.tensor([0.8, 1.0, 1.3, 2.0])
     sums = triton.row_sums(logits, targets, 1.0, temperatures, softcap, True)
     exact, rounded = (
-        _rows.scale_logits(logits.to(to), temperatures.to(to), softcap or None) for to in (torch.float64, torch.float32)
+        row_functions.scale_logits(logits.to(to), temperatures.to(to), softcap or None)
+        for to in (torch.float64, torch.float32)
     )
     held = (targets >= 0) & (targets < vocabulary)
     columns = torch.where(held, targets, 0)[:, None]
@@ -375,16 +377,16 @@ def test_sums_and_coefficients_of_triton_are_those_of_the_formulas(vocabulary, s
     coefficients = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     gradients = []
     for z in (exact, rounded):
-        given = _rows.RowGrads(*(each.to(z.dtype) for each in coefficients))
+        given = row_functions.RowGrads(*(each.to(z.dtype) for each in coefficients))
         outside = torch.where(held, targets, -1)
         gradients.append(
-            _rows.dlogits_from_scaled(
+            row_functions.dlogits_from_scaled(
                 z.clone(), z.logsumexp(1), outside, given, temperatures.to(z.dtype), softcap or None
             )
         )
     dlogits = torch.full_like(logits, torch.nan)
     lse = exact.logsumexp(1).float()
-    given = _rows.RowGrads(*coefficients)
+    given = row_functions.RowGrads(*coefficients)
     triton.row_gradient(logits, dlogits, targets, 1.0, temperatures, softcap, lse, given)
     largest = float(sum(each.abs() for each in coefficients).max()) / 0.8
     assert_gradient_within_budget(
@@ -399,7 +401,7 @@ def test_the_gradient_that_triton_stores_in_bf16_is_that_in_fp32_rounded_to_near
     coefficients = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     stored = [torch.full_like(logits, torch.nan, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     for dlogits in stored:
-        given = (targets, 0.9, None, 0.0, (logits / 0.9).logsumexp(1), _rows.RowGrads(*coefficients))
+        given = (targets, 0.9, None, 0.0, (logits / 0.9).logsumexp(1), row_functions.RowGrads(*coefficients))
         triton.row_gradient(logits, dlogits, *given)
     assert torch.equal(stored[1], stored[0].bfloat16())
     truncated = (stored[0].view(torch.int32) & -(2**16)).view(torch.float32)
