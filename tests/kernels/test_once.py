@@ -210,7 +210,12 @@ def test_every_autograd_function_of_the_package_is_known_here():
         f"{op}.{kind}._{name}"
         for op, name in (("token_logprob", "TokenLogprob"), ("linear_token_logprob", "LinearTokenLogprob"))
         for kind in ("autograd", "reference")
-    } | {"grpo_loss.autograd._GrpoLoss", "grpo_loss.autograd._LogitsGrpoLoss", "_once._Refusal", "_once._Input"}
+    } | {
+        "grpo_loss.autograd._GrpoLoss",
+        "grpo_loss.autograd._LogitsGrpoLoss",
+        "_common.once._Refusal",
+        "_common.once._Input",
+    }
     linear = {f"trajectory_entropy.autograd.{name}" for name in ("_TrajectoryEntropy", "_Spread")}
-    linear |= {"_segments._SegmentSum"}
+    linear |= {"_common.segments._SegmentSum"}
     assert found == refuse | linear | {"testing._RoundedGradient"}
