@@ -16,41 +16,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgrpo_kernels._common.structs import LossInputs, LossOptions, RowBackward, RowInputs
+
 _NAMESPACE = "mgrpo_kernels"
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 
 
 @cache
 def _launcher(folder: str, name: str, backend: str) -> Callable[..., Any]:
-    """The function that runs an operation on a backend; it takes the schema's arguments but for the backend."""
+    """The function that runs an operation on a backend."""
     package = f"{_NAMESPACE}.{folder}"
     module = backend if find_spec(f"{package}.{backend}") else "native"
     return getattr(import_module(f"{package}.{module}"), name)
 
 
-def _define(folder: str, schema: str) -> Callable[[Callable[..., Any]], None]:
-    """Decorator of an operation's fake: shapes and dtypes of the results without their values."""
+def _fields(struct: type[tuple[Any, ...]]) -> str:
+    """A struct as it stands in a schema."""
+    kinds = {name: kind.__forward_arg__.replace(" | None", "?") for name, kind in struct.__annotations__.items()}
+    return ", ".join(f"{kind} {name}" for name, kind in kinds.items())
+
+
+_STRUCTS = {_fields(struct): struct for struct in (RowInputs, RowBackward, LossInputs, LossOptions)}
+_ROWS, _ROW_BACKWARD, _LOSS_INPUTS, _LOSS_OPTIONS = _STRUCTS
+
+
+def _pack(args: Sequence[Any], structs: Sequence[tuple[int, type[tuple[Any, ...]]]]) -> list[Any]:
+    """Arguments with those from each index on as one struct."""
+    packed, end = [], 0
+    for start, struct in structs:
+        packed += args[end:start]
+        end = start + len(struct.__annotations__)
+        packed.append(struct(*args[start:end]))
+    return [*packed, *args[end:]]
+
+
+def _define(folder: str, schema: str, writes: str = "") -> Callable[[Callable[..., Any]], None]:
+    """Decorator of an operation's fake: shapes and dtypes of the results without their values.
+
+    The launchers take the structs of a schema as one argument each. `writes` names a tensor that they write over.
+    """
     name = schema.partition("(")[0]
+    places = [
+        (schema[: schema.index(fields)].count(","), struct) for fields, struct in _STRUCTS.items() if fields in schema
+    ]
 
     def run(*args: Any) -> Any:
         *inputs, backend = args
         first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
-        launch = _launcher(folder, name, backend)
+        launch, inputs = _launcher(folder, name, backend), _pack(inputs, places)
         if not first.is_cuda or first.device.index == torch.cuda.current_device():
             return launch(*inputs)
         with torch.cuda.device(first.device):
             return launch(*inputs)
 
     def register(fake: Callable[..., Any]) -> None:
-        _LIBRARY.define(schema)
+        _LIBRARY.define(schema.replace(f"Tensor {writes}", f"Tensor(a!) {writes}") if writes else schema)
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, run, key)
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
     return register
-
-
-_ROWS = "Tensor logits, Tensor targets, Tensor? mask, float temperature, Tensor? temperatures, float softcap"
 
 
 @_define(
@@ -73,21 +98,12 @@ def _(
     return tuple(logits.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
-_ROW_GRADS = (
-    "Tensor logprob, Tensor entropy, Tensor lse, Tensor? num_finite, Tensor? dlogprob, Tensor? dentropy, Tensor? dlse, "
-    "Tensor? dself_certainty"
-)
-
-
-@_define("token_logprob", f"token_logprob_bwd({_ROWS}, {_ROW_GRADS}, str backend) -> Tensor dlogits")
+@_define("token_logprob", f"token_logprob_bwd({_ROWS}, {_ROW_BACKWARD}, str backend) -> Tensor dlogits")
 def _(logits: Tensor, *args: object) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@_define(
-    "token_logprob",
-    f"token_logprob_bwd_({_ROWS.replace('Tensor logits', 'Tensor(a!) logits')}, {_ROW_GRADS}, str backend) -> ()",
-)
+@_define("token_logprob", f"token_logprob_bwd_({_ROWS}, {_ROW_BACKWARD}, str backend) -> ()", writes="logits")
 def _(logits: Tensor, *args: object) -> None:
     return None
 
@@ -113,15 +129,8 @@ def _(tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, mean: bool
     f"trajectory_entropy_bwd(Tensor dentropy, {_SEQUENCES}, SymInt[] shape, ScalarType dtype, str backend) "
     "-> Tensor dtokens",
 )
-def _(
-    dentropy: Tensor,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    mean: bool,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
+def _(dentropy: Tensor, *args: Any) -> Tensor:
+    shape, dtype, _ = args[-3:]
     return dentropy.new_empty(shape, dtype=dtype)
 
 
@@ -200,11 +209,6 @@ def _(momentum: Sequence[Tensor], *args: object) -> None:
     return None
 
 
-_LOSS = (
-    "Tensor advantage, Tensor mask, Tensor? old_logprob, Tensor? ref_logprob, Tensor? rollout_logprob, "
-    "Tensor? cu_seqlens, Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, float kl_coef, str kl, "
-    "float entropy_coef, float tis_cap, str ratio, str reduce, float? max_length, float? denominator"
-)
 NUM_METRICS = 7
 
 
@@ -215,8 +219,8 @@ def _loss_outputs(like: Tensor) -> tuple[Tensor, Tensor]:
 
 @_define(
     "grpo_loss",
-    f"grpo_loss_fwd(Tensor logprob, Tensor? entropy, {_LOSS}, bool needs_dlogprob, bool needs_dentropy, str backend) "
-    "-> (Tensor loss, Tensor metrics, Tensor dlogprob, Tensor dentropy)",
+    f"grpo_loss_fwd(Tensor logprob, Tensor? entropy, {_LOSS_INPUTS}, {_LOSS_OPTIONS}, bool needs_dlogprob, "
+    "bool needs_dentropy, str backend) -> (Tensor loss, Tensor metrics, Tensor dlogprob, Tensor dentropy)",
 )
 def _(logprob: Tensor, entropy: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     *_, needs_dlogprob, needs_dentropy, _backend = args
@@ -229,9 +233,9 @@ def _(logprob: Tensor, entropy: Tensor | None, *args: Any) -> tuple[Tensor, ...]
 
 @_define(
     "grpo_loss",
-    "logits_grpo_loss_fwd(Tensor logits, Tensor targets, float temperature, Tensor? temperatures, "
-    f"{_LOSS}, bool needs_row_grads, bool needs_dlogits, str backend) -> (Tensor loss, Tensor metrics, Tensor logprob, "
-    "Tensor entropy, Tensor lse, Tensor dlogprob, Tensor dentropy, Tensor dlogits)",
+    f"logits_grpo_loss_fwd(Tensor logits, Tensor targets, float temperature, Tensor? temperatures, {_LOSS_INPUTS}, "
+    f"{_LOSS_OPTIONS}, bool needs_row_grads, bool needs_dlogits, str backend) -> (Tensor loss, Tensor metrics, "
+    "Tensor logprob, Tensor entropy, Tensor lse, Tensor dlogprob, Tensor dentropy, Tensor dlogits)",
 )
 def _(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *_, needs_row_grads, needs_dlogits, _backend = args

@@ -20,9 +20,9 @@ from mgrpo_kernels._common.checks import (
     invalid,
 )
 from mgrpo_kernels._common.shards import find_shard, local_head
+from mgrpo_kernels._common.structs import LossInputs, LossOptions
 from mgrpo_kernels.backends import implementations, resolve
 from mgrpo_kernels.grpo_loss import autograd, reference
-from mgrpo_kernels.grpo_loss.reference import LossOptions
 from mgrpo_kernels.linear_token_logprob.active import mask_on_device
 from mgrpo_kernels.results import GrpoLoss
 
@@ -101,22 +101,20 @@ def grpo_loss(
         (1912.09729), truncated importance weights (Yao et al. 2025).
     """
     where = "grpo_loss"
+    inputs = LossInputs(advantage, mask, old_logprob, ref_logprob, rollout_logprob, cu_seqlens, None)
     options = LossOptions(
-        clip_low, clip_high, dual_clip, kl_coef, kl, entropy_coef, tis_cap, ratio, reduce, max_length, normalizer
+        clip_low, clip_high, dual_clip, kl_coef, kl, entropy_coef, tis_cap, ratio, reduce, max_length, None
     )
-    tokens = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
     if cu_seqlens is None:
         check_tensor(where, "logprob", logprob, "[N, L]", (None, None), FLOATS)
     else:
         check_tensor(where, "logprob", logprob, "[T]", (None,), FLOATS)
-    _check_tokens(
-        where, tuple(logprob.shape), logprob.device, advantage, mask, cu_seqlens, tokens | {"entropy": entropy}
-    )
-    options = _check_options(where, options, logprob.device, ref_logprob)
+    _check_tokens(where, tuple(logprob.shape), logprob.device, inputs, entropy)
+    inputs, options = _check_options(where, inputs, options, normalizer, logprob.device)
     if options.entropy_coef != 0 and entropy is None:
         raise invalid(where, "entropy", "given where entropy_coef is not 0", None, "Pass it or set entropy_coef=0.")
     return _GRPO_LOSS[resolve(where, logprob.device, backend, (logprob.dtype,), _GRPO_LOSS)](
-        logprob, advantage, mask, entropy=entropy, cu_seqlens=cu_seqlens, options=options, **tokens
+        logprob, entropy, inputs, options
     )
 
 
@@ -173,18 +171,18 @@ def logits_grpo_loss(
     Source: as `grpo_loss`.
     """
     where = "logits_grpo_loss"
+    inputs = LossInputs(advantage, mask, old_logprob, ref_logprob, rollout_logprob, cu_seqlens, None)
     options = LossOptions(
-        clip_low, clip_high, dual_clip, kl_coef, kl, entropy_coef, tis_cap, ratio, reduce, max_length, normalizer
+        clip_low, clip_high, dual_clip, kl_coef, kl, entropy_coef, tis_cap, ratio, reduce, max_length, None
     )
-    tokens = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
     check_logits(where, logits)
     num_rows, vocabulary = logits.shape
-    boundaries = _required(where, cu_seqlens)
-    _check_tokens(where, (num_rows,), logits.device, advantage, mask, boundaries, tokens)
+    _check_packed(where, cu_seqlens)
+    _check_tokens(where, (num_rows,), logits.device, inputs)
     temperature, _ = check_token_rows(where, targets, temperature, mask, None, num_rows, vocabulary, logits.device)
-    options = _check_options(where, options, logits.device, ref_logprob)
+    inputs, options = _check_options(where, inputs, options, normalizer, logits.device)
     return _LOGITS_GRPO_LOSS[resolve(where, logits.device, backend, (logits.dtype,), _LOGITS_GRPO_LOSS)](
-        logits, targets, advantage, mask, temperature=temperature, cu_seqlens=boundaries, options=options, **tokens
+        logits, targets, temperature=temperature, inputs=inputs, options=options
     )
 
 
@@ -245,68 +243,60 @@ def linear_grpo_loss(
     Source: as `grpo_loss`.
     """
     where = "linear_grpo_loss"
+    inputs = LossInputs(advantage, mask, old_logprob, ref_logprob, rollout_logprob, cu_seqlens, None)
     options = LossOptions(
-        clip_low, clip_high, dual_clip, kl_coef, kl, entropy_coef, tis_cap, ratio, reduce, max_length, normalizer
+        clip_low, clip_high, dual_clip, kl_coef, kl, entropy_coef, tis_cap, ratio, reduce, max_length, None
     )
-    tokens = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
     weight, _, placed = local_head(where, weight, None, group)
     budget_bytes = check_head(where, hidden, weight, None, budget_bytes)
     shard = placed or find_shard(weight.shape[0], group, hidden.device)
-    boundaries = _required(where, cu_seqlens)
-    on_device = mask_on_device(where, mask, hidden)
-    _check_tokens(where, (hidden.shape[0],), hidden.device, advantage, on_device, boundaries, tokens)
+    _check_packed(where, cu_seqlens)
+    inputs = inputs._replace(mask=mask_on_device(where, mask, hidden))
+    _check_tokens(where, (hidden.shape[0],), hidden.device, inputs)
     temperature, _ = check_token_rows(
-        where, targets, temperature, on_device, None, hidden.shape[0], shard.vocabulary, hidden.device
+        where, targets, temperature, inputs.mask, None, hidden.shape[0], shard.vocabulary, hidden.device
     )
-    options = _check_options(where, options, hidden.device, ref_logprob)
+    inputs, options = _check_options(where, inputs, options, normalizer, hidden.device)
     name = resolve(where, hidden.device, backend, (hidden.dtype,), _LINEAR_GRPO_LOSS)
     return _LINEAR_GRPO_LOSS[name](
         hidden,
         weight,
         targets,
-        advantage,
-        on_device if name == "reference" else mask,
         temperature=temperature,
         budget_bytes=budget_bytes,
         shard=shard,
-        cu_seqlens=boundaries,
+        inputs=inputs if name == "reference" else inputs._replace(mask=mask),
         options=options,
-        **tokens,
     )
 
 
-def _required(where: str, cu_seqlens: Tensor | None) -> Tensor:
-    """Boundaries of packed rows, which have no other layout."""
+def _check_packed(where: str, cu_seqlens: Tensor | None) -> None:
+    """Rows have no other layout."""
     if cu_seqlens is None:
         raise invalid(where, "cu_seqlens", "given", None, "Pass [0, T] for one sequence.")
-    return cu_seqlens
 
 
 def _check_tokens(
-    where: str,
-    shape: tuple[int, ...],
-    device: torch.device,
-    advantage: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor | None,
-    tensors: dict[str, Tensor | None],
+    where: str, shape: tuple[int, ...], device: torch.device, inputs: LossInputs, entropy: Tensor | None = None
 ) -> None:
     """Check everything that is shaped by tokens or sequences."""
-    layout = "[N, L]" if cu_seqlens is None else "[T]"
-    if cu_seqlens is not None:
-        check_cu_seqlens(where, cu_seqlens, shape[0], device)
-    check_tensor(where, "mask", mask, layout, shape, (torch.bool,), device)
-    num_sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    layout, advantage = "[N, L]" if inputs.cu_seqlens is None else "[T]", inputs.advantage
+    if inputs.cu_seqlens is not None:
+        check_cu_seqlens(where, inputs.cu_seqlens, shape[0], device)
+    check_tensor(where, "mask", inputs.mask, layout, shape, (torch.bool,), device)
     if not isinstance(advantage, Tensor) or tuple(advantage.shape) != shape:
-        check_tensor(where, "advantage", advantage, f"[N] or {layout}", (num_sequences,), FLOATS, device)
+        check_tensor(where, "advantage", advantage, f"[N] or {layout}", (inputs.num_sequences,), FLOATS, device)
     check_tensor(where, "advantage", advantage, layout, tuple(advantage.shape), FLOATS, device)
-    for name, tensor in tensors.items():
+    logprobs = {name: getattr(inputs, name) for name in ("old_logprob", "ref_logprob", "rollout_logprob")}
+    for name, tensor in (logprobs | {"entropy": entropy}).items():
         if tensor is not None:
             check_tensor(where, name, tensor, layout, shape, FLOATS, device)
 
 
-def _check_options(where: str, options: LossOptions, device: torch.device, ref_logprob: Tensor | None) -> LossOptions:
-    """Check every option that is not a token tensor; the numbers among them as Python has them."""
+def _check_options(
+    where: str, inputs: LossInputs, options: LossOptions, normalizer: float | Tensor | None, device: torch.device
+) -> tuple[LossInputs, LossOptions]:
+    """Check every option that is not a token tensor; the normalizer joins its kind, numbers become Python's."""
     least = {"clip_high": 0.0, "kl_coef": 0.0, "entropy_coef": -float("inf")}
     numbers = {name: as_number(where, name, getattr(options, name), low) for name, low in least.items()}
     numbers["clip_low"] = as_number(where, "clip_low", options.clip_low, 0.0, 1.0)
@@ -316,9 +306,8 @@ def _check_options(where: str, options: LossOptions, device: torch.device, ref_l
     check_choice(where, "kl", options.kl, ("k1", "k2", "k3"))
     check_choice(where, "ratio", options.ratio, ("token", "sequence"))
     check_choice(where, "reduce", options.reduce, ("token_mean", "sequence_mean_token_mean", "constant"))
-    if numbers["kl_coef"] > 0 and ref_logprob is None:
+    if numbers["kl_coef"] > 0 and inputs.ref_logprob is None:
         raise invalid(where, "ref_logprob", "given where kl_coef > 0", None, "Pass it or set kl_coef=0.")
-    normalizer = options.normalizer
     if options.max_length is not None:
         numbers["max_length"] = as_number(where, "max_length", options.max_length, 1)
     elif options.reduce == "constant" and normalizer is None:
@@ -327,6 +316,7 @@ def _check_options(where: str, options: LossOptions, device: torch.device, ref_l
         check_tensor(where, "normalizer", normalizer, "[]", (), FLOATS + INTEGERS, device)
         if checks_values(device):
             as_number(where, "normalizer", float(normalizer), 0.0, open_low=True)
+        inputs = inputs._replace(normalizer=normalizer)
     elif normalizer is not None:
-        numbers["normalizer"] = as_number(where, "normalizer", normalizer, 0.0, open_low=True)
-    return options._replace(**numbers)
+        numbers["denominator"] = as_number(where, "normalizer", normalizer, 0.0, open_low=True)
+    return inputs, options._replace(**numbers)

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
-from mgrpo_kernels._common.checks import IGNORED_TARGET
 from mgrpo_kernels._common.once import once
 from mgrpo_kernels._common.shards import Shard
-from mgrpo_kernels.grpo_loss.reference import LossOptions
+from mgrpo_kernels._common.structs import LossInputs, LossOptions, RowBackward, RowInputs
 from mgrpo_kernels.linear_token_logprob.active import mask_on_device
 from mgrpo_kernels.linear_token_logprob.autograd import linear_token_logprob
-from mgrpo_kernels.results import GrpoLoss, TokenLogprob
-from mgrpo_kernels.token_logprob.autograd import token_logprob
+from mgrpo_kernels.results import GrpoLoss
+from mgrpo_kernels.token_logprob.autograd import split_scale, token_logprob
 
 METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "entropy", "tis_mean", "tis_clipped_share")
 
@@ -71,15 +70,14 @@ class _LogitsGrpoLoss(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         temperatures: Tensor | None,
-        advantage: Tensor,
-        mask: Tensor,
         *args: Any,
     ) -> tuple[Tensor, Tensor]:
-        *others, needs_grad, backend = args
+        *loss_args, needs_grad, backend = args
+        mask = LossInputs(*loss_args[: len(LossInputs._fields)]).mask
         needs_dlogits = needs_grad and logits.dtype != torch.float16
         loss, metrics, logprob, entropy, lse, dlogprob, dentropy, dlogits = (
             torch.ops.mgrpo_kernels.logits_grpo_loss_fwd(
-                logits, targets, temperature, temperatures, advantage, mask, *others, needs_grad, needs_dlogits, backend
+                logits, targets, temperature, temperatures, *loss_args, needs_grad, needs_dlogits, backend
             )
         )
         # A compiled graph's saved tensors must not be written over.
@@ -89,7 +87,7 @@ class _LogitsGrpoLoss(torch.autograd.Function):
         elif needs_grad:
             ctx.dlogits = dlogits if needs_dlogits else None
             ctx.save_for_backward(logits, targets, mask, temperatures, logprob, entropy, lse, dlogprob, dentropy)
-        ctx.temperature, ctx.backend, ctx.num_others = temperature, backend, 5 + len(args)
+        ctx.temperature, ctx.backend, ctx.num_others = temperature, backend, 3 + len(args)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -117,23 +115,9 @@ class _LogitsGrpoLoss(torch.autograd.Function):
 def _dlogits_again(ctx: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> Tensor:
     """Gradient of the logits from what the forward saved."""
     logits, targets, mask, temperatures, logprob, entropy, lse, dlogprob, dentropy = saved
-    return torch.ops.mgrpo_kernels.token_logprob_bwd(
-        logits,
-        targets,
-        mask,
-        ctx.temperature,
-        temperatures,
-        0.0,
-        logprob,
-        entropy,
-        lse,
-        None,
-        dlogprob * upstream,
-        dentropy * upstream,
-        None,
-        None,
-        ctx.backend,
-    )
+    rows = RowInputs(logits, targets, mask, ctx.temperature, temperatures, 0.0)
+    given = RowBackward(logprob, entropy, lse, None, dlogprob * upstream, dentropy * upstream, None, None)
+    return torch.ops.mgrpo_kernels.token_logprob_bwd(*rows, *given, ctx.backend)
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
@@ -141,19 +125,10 @@ def _constant(tensor: Tensor | None) -> Tensor | None:
     return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
-def _constants(
-    advantage: Tensor,
-    mask: Tensor,
-    logprobs: tuple[Tensor | None, Tensor | None, Tensor | None],
-    cu_seqlens: Tensor | None,
-    options: LossOptions,
-) -> tuple[Any, ...]:
-    """Arguments that the schemas of both losses share; `logprobs` are the old, reference and rollout ones."""
-    normalizer = options.normalizer
-    tensor = normalizer if isinstance(normalizer, Tensor) else None
-    number = None if isinstance(normalizer, Tensor) else normalizer
-    tensors = (_constant(advantage), mask, *map(_constant, logprobs), cu_seqlens, _constant(tensor))
-    return *tensors, *options[:-1], number
+def _constants(inputs: LossInputs) -> LossInputs:
+    """The same, detached."""
+    tensors: Any = map(_constant, inputs)
+    return LossInputs(*tensors)
 
 
 def _needs_grad(tensor: Tensor) -> bool:
@@ -165,73 +140,50 @@ def _result(loss: Tensor, metrics: Tensor) -> GrpoLoss:
 
 
 def grpo_loss(
-    logprob: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    *,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
-    entropy: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: LossOptions,
-    backend: str,
+    logprob: Tensor, entropy: Tensor | None, inputs: LossInputs, options: LossOptions, *, backend: str
 ) -> GrpoLoss:
     """See the public function."""
     entropy = entropy if options.entropy_coef else _constant(entropy)
-    constants = _constants(advantage, mask, (old_logprob, ref_logprob, rollout_logprob), cu_seqlens, options)
-    needs_dentropy = entropy is not None and _needs_grad(entropy)
-    return _result(*_GrpoLoss.apply(logprob, entropy, *constants, _needs_grad(logprob), needs_dentropy, backend))
+    needed = (_needs_grad(logprob), entropy is not None and _needs_grad(entropy))
+    return _result(*_GrpoLoss.apply(logprob, entropy, *_constants(inputs), *options, *needed, backend))
 
 
 def logits_grpo_loss(
     logits: Tensor,
     targets: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
     *,
     temperature: float | Tensor,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
-    cu_seqlens: Tensor,
+    inputs: LossInputs,
     options: LossOptions,
     backend: str,
 ) -> GrpoLoss:
-    """See the public function. The ratio of the sequence needs all its log-probs ahead of any gradient: two nodes."""
-    logprobs = (old_logprob, ref_logprob, rollout_logprob)
+    """See the public function. The ratio of a sequence needs all its log-probs ahead of any gradient: two nodes."""
     if options.ratio == "sequence":
         rows = token_logprob(
             logits,
             targets,
             temperature=temperature,
-            mask=mask,
+            mask=inputs.mask,
             softcap=None,
             self_certainty=False,
             inplace_backward=False,
             backend=backend,
         )
-        return _from_rows(rows, targets, advantage, mask, logprobs, cu_seqlens, options, backend)
-    per_row = isinstance(temperature, Tensor)
-    scale = (1.0, _constant(temperature)) if per_row else (float(temperature), None)
-    constants = _constants(advantage, mask, logprobs, cu_seqlens, options)
-    return _result(*_LogitsGrpoLoss.apply(logits, targets, *scale, *constants, _needs_grad(logits), backend))
+        return grpo_loss(rows.logprob, rows.entropy, inputs.with_targets(targets), options, backend=backend)
+    number, tensor = split_scale(temperature)
+    scale, constants = (number, _constant(tensor)), _constants(inputs)
+    return _result(*_LogitsGrpoLoss.apply(logits, targets, *scale, *constants, *options, _needs_grad(logits), backend))
 
 
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
     *,
     temperature: float | Tensor,
     budget_bytes: int | None,
     shard: Shard,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
-    cu_seqlens: Tensor,
+    inputs: LossInputs,
     options: LossOptions,
     backend: str,
 ) -> GrpoLoss:
@@ -242,39 +194,12 @@ def linear_grpo_loss(
         targets,
         bias=None,
         temperature=temperature,
-        mask=mask,
+        mask=inputs.mask,
         softcap=None,
         self_certainty=False,
         budget_bytes=budget_bytes,
         shard=shard,
         backend=backend,
     )
-    logprobs = (old_logprob, ref_logprob, rollout_logprob)
-    on_device = mask_on_device("linear_grpo_loss", mask, hidden)
-    return _from_rows(rows, targets, advantage, on_device, logprobs, cu_seqlens, options, backend)
-
-
-def _from_rows(
-    rows: TokenLogprob,
-    targets: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    logprobs: tuple[Tensor | None, Tensor | None, Tensor | None],
-    cu_seqlens: Tensor,
-    options: LossOptions,
-    backend: str,
-) -> GrpoLoss:
-    """The loss on computed log-probs; a token without a target is masked."""
-    old_logprob, ref_logprob, rollout_logprob = logprobs
-    return grpo_loss(
-        rows.logprob,
-        advantage,
-        mask & (targets != IGNORED_TARGET),
-        old_logprob=old_logprob,
-        ref_logprob=ref_logprob,
-        rollout_logprob=rollout_logprob,
-        entropy=rows.entropy,
-        cu_seqlens=cu_seqlens,
-        options=options,
-        backend=backend,
-    )
+    inputs = inputs._replace(mask=mask_on_device("linear_grpo_loss", inputs.mask, hidden)).with_targets(targets)
+    return grpo_loss(rows.logprob, rows.entropy, inputs, options, backend=backend)

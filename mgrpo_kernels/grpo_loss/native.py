@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._common.checks import IGNORED_TARGET
 from mgrpo_kernels._common.native import address, as_fp32, contiguous, native
+from mgrpo_kernels._common.structs import LossInputs, LossOptions, RowInputs
 from mgrpo_kernels.ops import NUM_METRICS
 from mgrpo_kernels.token_logprob.native import Rows
 
@@ -20,65 +20,38 @@ _KL_CODES = {"k1": 0, "k2": 1, "k3": 2}
 class _Loss:
     """LossTokens, LossOptions and LossScratch of the library, and the tensors that must outlive them."""
 
-    def __init__(
-        self,
-        logprob: Tensor,
-        entropy: Tensor | None,
-        advantage: Tensor,
-        mask: Tensor,
-        old_logprob: Tensor | None,
-        ref_logprob: Tensor | None,
-        rollout_logprob: Tensor | None,
-        cu_seqlens: Tensor | None,
-        normalizer: Tensor | None,
-        *options: Any,
-    ):
-        num_sequences = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        by_sequence = advantage.dim() != mask.dim() or (cu_seqlens is not None and advantage.shape[0] == num_sequences)
-        floats = (logprob, entropy, old_logprob, ref_logprob, rollout_logprob, advantage)
-        boundaries = None if cu_seqlens is None else contiguous(cu_seqlens.to(torch.int64))
-        num_tokens = mask.numel()
+    def __init__(self, logprob: Tensor, entropy: Tensor | None, inputs: LossInputs, options: LossOptions):
+        mask, num_sequences, num_tokens = inputs.mask, inputs.num_sequences, inputs.mask.numel()
+        floats = (logprob, entropy, inputs.old_logprob, inputs.ref_logprob, inputs.rollout_logprob, inputs.advantage)
+        boundaries = None if inputs.cu_seqlens is None else contiguous(inputs.cu_seqlens.to(torch.int64))
         sums = mask.new_empty(-(-num_tokens // _CHUNK) * (1 + NUM_METRICS), dtype=torch.float64)
         sequences = mask.new_empty(2 * num_sequences, dtype=torch.float32)
-        self._kept = [*map(as_fp32, floats), mask.contiguous(), boundaries, as_fp32(normalizer), sums, sequences]
+        self._kept = [*map(as_fp32, floats), mask.contiguous(), boundaries, as_fp32(inputs.normalizer), sums, sequences]
         addresses = [address(tensor) for tensor in self._kept]
         self.library, self.executor = native(mask)
         self.tokens: Any = self.library.LossTokens(
-            *addresses[:6], not by_sequence, *addresses[6:8], num_tokens, num_sequences
+            *addresses[:6], not inputs.by_sequence, *addresses[6:8], num_tokens, num_sequences
         )
-        self.options: Any = self.library.LossOptions(*_options(num_sequences, *options), addresses[8])
+        self.options: Any = self.library.LossOptions(*_options(num_sequences, options), addresses[8])
         self.scratch: Any = self.library.LossScratch(*addresses[9:])
 
 
-def _options(
-    num_sequences: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl_coef: float,
-    kl: str,
-    entropy_coef: float,
-    tis_cap: float,
-    ratio: str,
-    reduce: str,
-    max_length: float | None,
-    denominator: float | None,
-) -> tuple[Any, ...]:
+def _options(num_sequences: int, options: LossOptions) -> tuple[Any, ...]:
     """LossOptions of the library; a denominator that is given replaces the one that `reduce` names."""
-    count_tokens = False
+    denominator, count_tokens = options.denominator, False
     if denominator is None:
-        count_tokens = reduce == "token_mean"
-        denominator = max(num_sequences, 1) * ((max_length or 1) if reduce == "constant" else 1)
+        count_tokens = options.reduce == "token_mean"
+        denominator = max(num_sequences, 1) * ((options.max_length or 1) if options.reduce == "constant" else 1)
     return (
-        1 - clip_low,
-        1 + clip_high,
-        dual_clip or 0.0,
-        kl_coef,
-        _KL_CODES[kl],
-        entropy_coef,
-        tis_cap,
-        ratio == "sequence",
-        reduce == "sequence_mean_token_mean",
+        1 - options.clip_low,
+        1 + options.clip_high,
+        options.dual_clip or 0.0,
+        options.kl_coef,
+        _KL_CODES[options.kl],
+        options.entropy_coef,
+        options.tis_cap,
+        options.ratio == "sequence",
+        options.reduce == "sequence_mean_token_mean",
         count_tokens,
         denominator,
     )
@@ -89,11 +62,11 @@ def _scalars(like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty((), dtype=torch.float32), like.new_empty(NUM_METRICS, dtype=torch.float32)
 
 
-def grpo_loss_fwd(logprob: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """See ops.py."""
-    *inputs, needs_dlogprob, needs_dentropy = args
-    loss = _Loss(logprob, *inputs)
-    needed = (needs_dlogprob, needs_dentropy)
+def grpo_loss_fwd(
+    logprob: Tensor, entropy: Tensor | None, inputs: LossInputs, options: LossOptions, *needed: bool
+) -> tuple[Tensor, ...]:
+    """See ops.py; `needed` are dlogprob and dentropy."""
+    loss = _Loss(logprob, entropy, inputs, options)
     gradients = [logprob.new_empty(logprob.shape if need else (0,), dtype=torch.float32) for need in needed]
     outputs = (*_scalars(logprob), *gradients)
     addresses = [address(output) for output in outputs[:2]]
@@ -107,18 +80,18 @@ def logits_grpo_loss_fwd(
     targets: Tensor,
     temperature: float,
     temperatures: Tensor | None,
-    advantage: Tensor,
-    mask: Tensor,
-    *args: Any,
+    inputs: LossInputs,
+    options: LossOptions,
+    needs_row_grads: bool,
+    needs_dlogits: bool,
 ) -> tuple[Tensor, ...]:
     """See ops.py."""
-    *inputs, needs_row_grads, needs_dlogits = args
     num_rows, vocabulary = logits.shape
     sizes = (num_rows,) * 3 + (num_rows if needs_row_grads else 0,) * 2
     logprob, entropy, lse, dlogprob, dentropy = (logits.new_empty(size, dtype=torch.float32) for size in sizes)
     dlogits = logits.new_empty((num_rows if needs_dlogits else 0, vocabulary))
-    rows = Rows(logits, targets, None, temperature, temperatures, 0.0)
-    loss = _Loss(logprob, entropy, advantage, mask & (targets != IGNORED_TARGET), *inputs)
+    rows = Rows(RowInputs(logits, targets, None, temperature, temperatures, 0.0))
+    loss = _Loss(logprob, entropy, inputs.with_targets(targets), options)
     outputs = (*_scalars(logits), logprob, entropy, lse, dlogprob, dentropy, dlogits)
     wanted = [True] * 5 + [needs_row_grads] * 2 + [needs_dlogits]
     addresses = [address(output) if want else 0 for output, want in zip(outputs, wanted, strict=True)]

@@ -5,46 +5,28 @@ N sequences, T packed tokens or [N, L] padded ones; "token-shaped" is either.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from mgrpo_kernels._common.checks import IGNORED_TARGET
 from mgrpo_kernels._common.once import once_input
 from mgrpo_kernels._common.segments import accumulation_dtype, segment_ids, segment_sum
 from mgrpo_kernels._common.shards import Shard
+from mgrpo_kernels._common.structs import LossInputs, LossOptions
 from mgrpo_kernels.linear_token_logprob.reference import linear_token_logprob
-from mgrpo_kernels.results import GrpoLoss, TokenLogprob
+from mgrpo_kernels.results import GrpoLoss
 from mgrpo_kernels.token_logprob.reference import token_logprob
 
 # Stands for -inf, so that two of them differ by 0; e^(-1e4) is exactly 0.
 _LEAST_LOGPROB = -1e4
 
 
-class LossOptions(NamedTuple):
-    """What is not a token tensor."""
-
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    kl_coef: float
-    kl: str
-    entropy_coef: float
-    tis_cap: float
-    ratio: str
-    reduce: str
-    max_length: int | None
-    normalizer: float | Tensor | None
-
-
 class _Sequences:
     """Sums over sequences and back, for both layouts."""
 
-    def __init__(self, mask: Tensor, cu_seqlens: Tensor | None):
-        self._cu_seqlens = cu_seqlens
-        self._ids = None if cu_seqlens is None else segment_ids(cu_seqlens, mask.shape[0])
-        self.num = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    def __init__(self, inputs: LossInputs):
+        self._cu_seqlens = inputs.cu_seqlens
+        self._ids = None if inputs.cu_seqlens is None else segment_ids(inputs.cu_seqlens, inputs.mask.shape[0])
+        self.num = inputs.num_sequences
 
     def sum(self, values: Tensor) -> Tensor:
         """Token-shaped -> [N]."""
@@ -84,8 +66,9 @@ def _surrogate(log_ratio: Tensor, advantage: Tensor, options: LossOptions) -> tu
     return torch.where(moves, live, held), ratio
 
 
-def _reduce(losses: Tensor, mask: Tensor, sequences: _Sequences, options: LossOptions) -> Tensor:
+def _reduce(losses: Tensor, sequences: _Sequences, inputs: LossInputs, options: LossOptions) -> Tensor:
     """0-d loss from token losses that are 0 outside the mask."""
+    mask = inputs.mask
     if options.reduce == "sequence_mean_token_mean":
         total = (sequences.sum(losses) / sequences.sum(mask.to(losses.dtype)).clamp_min(1)).sum()
         default = max(sequences.num, 1)
@@ -93,8 +76,10 @@ def _reduce(losses: Tensor, mask: Tensor, sequences: _Sequences, options: LossOp
         total, default = losses.sum(), mask.sum().clamp_min(1)
     else:
         total, default = losses.sum(), max(sequences.num, 1) * (options.max_length or 1)
-    normalizer = default if options.normalizer is None else options.normalizer
-    return total / (normalizer.to(total.dtype) if isinstance(normalizer, Tensor) else normalizer)
+    if inputs.normalizer is not None:
+        return total / inputs.normalizer.to(total.dtype)
+    denominator = default if options.denominator is None else options.denominator
+    return total / (denominator.to(total.dtype) if isinstance(denominator, Tensor) else denominator)
 
 
 def _log_ratio(current: Tensor, old: Tensor, mask: Tensor, sequences: _Sequences, kind: str) -> Tensor:
@@ -123,89 +108,62 @@ def _metrics(
     return {name: (torch.where(mask, values.detach(), 0).sum() / tokens).float() for name, values in measures.items()}
 
 
-def grpo_loss(
-    logprob: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    *,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
-    entropy: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: LossOptions,
-) -> GrpoLoss:
+def grpo_loss(logprob: Tensor, entropy: Tensor | None, inputs: LossInputs, options: LossOptions) -> GrpoLoss:
     """See the public function."""
     # What is detached here, the ratio of a sequence too, has no place in a second derivative.
     logprob, entropy = once_input("grpo_loss", logprob), None if entropy is None else once_input("grpo_loss", entropy)
     dtype = accumulation_dtype(logprob)
-    sequences = _Sequences(mask, cu_seqlens)
+    mask, sequences = inputs.mask, _Sequences(inputs)
     current = _clean(logprob, mask, dtype)
-    old = current.detach() if old_logprob is None else _clean(old_logprob.detach(), mask, dtype)
-    advantage = advantage.detach().to(dtype)
-    if advantage.dim() != mask.dim() or (cu_seqlens is not None and advantage.shape[0] == sequences.num):
+    old = current.detach() if inputs.old_logprob is None else _clean(inputs.old_logprob.detach(), mask, dtype)
+    advantage = inputs.advantage.detach().to(dtype)
+    if inputs.by_sequence:
         advantage = sequences.expand(advantage, mask)
     advantage = torch.where(mask, advantage, 0)
     surrogate, ratio = _surrogate(_log_ratio(current, old, mask, sequences, options.ratio), advantage, options)
 
     terms = {"kl": torch.zeros_like(ratio), "entropy": torch.zeros_like(ratio), "weight": torch.ones_like(ratio)}
-    if rollout_logprob is not None:
-        terms["weight"] = (old - _clean(rollout_logprob.detach(), mask, dtype)).exp()
+    if inputs.rollout_logprob is not None:
+        terms["weight"] = (old - _clean(inputs.rollout_logprob.detach(), mask, dtype)).exp()
         surrogate = terms["weight"].clamp_max(options.tis_cap) * surrogate
     losses = -surrogate
     # A coefficient of 0 leaves its term out of the graph, so that an infinite KL makes no 0 * inf.
-    if ref_logprob is not None:
+    if inputs.ref_logprob is not None:
         policy = current if options.kl_coef else current.detach()
-        terms["kl"] = _kl(policy, _clean(ref_logprob.detach(), mask, dtype), options.kl)
+        terms["kl"] = _kl(policy, _clean(inputs.ref_logprob.detach(), mask, dtype), options.kl)
         losses = losses + options.kl_coef * terms["kl"] if options.kl_coef else losses
     if entropy is not None:
         terms["entropy"] = torch.where(mask, (entropy if options.entropy_coef else entropy.detach()).to(dtype), 0)
         losses = losses - options.entropy_coef * terms["entropy"] if options.entropy_coef else losses
-    loss = _reduce(torch.where(mask, losses, 0), mask, sequences, options)
+    loss = _reduce(torch.where(mask, losses, 0), sequences, inputs, options)
     return GrpoLoss(loss, _metrics(terms, ratio, advantage, mask, options))
 
 
 def logits_grpo_loss(
-    logits: Tensor,
-    targets: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    *,
-    temperature: float | Tensor,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
-    cu_seqlens: Tensor,
-    options: LossOptions,
+    logits: Tensor, targets: Tensor, *, temperature: float | Tensor, inputs: LossInputs, options: LossOptions
 ) -> GrpoLoss:
     """See the public function."""
     rows = token_logprob(
         logits,
         targets,
         temperature=temperature,
-        mask=mask,
+        mask=inputs.mask,
         softcap=None,
         self_certainty=False,
         inplace_backward=False,
     )
-    tensors = (old_logprob, ref_logprob, rollout_logprob)
-    return _from_rows(rows, targets, advantage, mask, tensors, cu_seqlens, options)
+    return grpo_loss(rows.logprob, rows.entropy, inputs.with_targets(targets), options)
 
 
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
     *,
     temperature: float | Tensor,
     budget_bytes: int | None,
     shard: Shard,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
-    cu_seqlens: Tensor,
+    inputs: LossInputs,
     options: LossOptions,
 ) -> GrpoLoss:
     """See the public function."""
@@ -215,35 +173,10 @@ def linear_grpo_loss(
         targets,
         bias=None,
         temperature=temperature,
-        mask=mask,
+        mask=inputs.mask,
         softcap=None,
         self_certainty=False,
         budget_bytes=budget_bytes,
         shard=shard,
     )
-    tensors = (old_logprob, ref_logprob, rollout_logprob)
-    return _from_rows(rows, targets, advantage, mask, tensors, cu_seqlens, options)
-
-
-def _from_rows(
-    rows: TokenLogprob,
-    targets: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    logprobs: tuple[Tensor | None, Tensor | None, Tensor | None],
-    cu_seqlens: Tensor,
-    options: LossOptions,
-) -> GrpoLoss:
-    """The loss on computed log-probs; a token without a target is masked."""
-    old_logprob, ref_logprob, rollout_logprob = logprobs
-    return grpo_loss(
-        rows.logprob,
-        advantage,
-        mask & (targets != IGNORED_TARGET),
-        old_logprob=old_logprob,
-        ref_logprob=ref_logprob,
-        rollout_logprob=rollout_logprob,
-        entropy=rows.entropy,
-        cu_seqlens=cu_seqlens,
-        options=options,
-    )
+    return grpo_loss(rows.logprob, rows.entropy, inputs.with_targets(targets), options)

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mgrpo_kernels._common.structs import LossInputs, LossOptions, RowBackward, RowInputs
 from mgrpo_kernels._common.triton import Variant, variant
 from mgrpo_kernels.grpo_loss.triton_tokens import grpo_loss_fwd_kernel, grpo_loss_parts_kernel
 from mgrpo_kernels.ops import NUM_METRICS
@@ -59,27 +60,26 @@ def _launch(
     targets: Tensor | None,
     dlogprob: Tensor | None,
     dentropy: Tensor | None,
-    *options: Any,
+    inputs: LossInputs,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and metrics from the schema's options; gradients where there is room for them."""
-    advantage, mask, old, ref, rollout, cu_seqlens, normalizer, clip_low, clip_high, dual_clip, *options = options
-    kl_coef, kl, entropy_coef, tis_cap, ratio, reduce, max_length, denominator = options
-    num_tokens = mask.numel()
-    num_sequences, length = mask.shape if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 0)
-    by_token = advantage.dim() == mask.dim() and (cu_seqlens is None or advantage.shape[0] != num_sequences)
-    sequence_ratio, sequence_mean = ratio == "sequence", reduce == "sequence_mean_token_mean"
+    """Loss and metrics; gradients where there is room for them."""
+    num_tokens, num_sequences = inputs.mask.numel(), inputs.num_sequences
+    length = inputs.mask.shape[1] if inputs.cu_seqlens is None else 0
+    sequence_ratio, sequence_mean = options.ratio == "sequence", options.reduce == "sequence_mean_token_mean"
+    denominator = options.denominator
     if denominator is None:
-        num = max(num_sequences, 1) * ((max_length or 1) if reduce == "constant" else 1)
-        denominator = 0.0 if reduce == "token_mean" else float(num)
+        num = max(num_sequences, 1) * ((options.max_length or 1) if options.reduce == "constant" else 1)
+        denominator = 0.0 if options.reduce == "token_mean" else float(num)
 
     by_sequence = (sequence_ratio or sequence_mean) and num_sequences > 0
     grid = _grid(num_tokens, by_sequence)
     alone = grid.programs == 1 and not by_sequence
     num_parts = num_sequences if by_sequence else triton.cdiv(num_tokens, _COUNT_BLOCK)
-    counts = mask.new_empty(1 + num_parts, dtype=torch.int32)
-    means = mask.new_empty(max(num_parts, 1), dtype=torch.float32) if sequence_ratio else None
-    tensors = (old, ref, rollout, advantage, mask, targets, cu_seqlens, normalizer)
-    old, ref, rollout, advantage, mask, targets, cu_seqlens, normalizer = map(_pointer, tensors)
+    counts = inputs.mask.new_empty(1 + num_parts, dtype=torch.int32)
+    means = inputs.mask.new_empty(max(num_parts, 1), dtype=torch.float32) if sequence_ratio else None
+    advantage, mask, old, ref, rollout, cu_seqlens, normalizer = map(_pointer, inputs)
+    targets = _pointer(targets)
     if not alone:
         kernel: Any = grpo_loss_parts_kernel
         kernel[(max(num_parts, 1),)](
@@ -103,9 +103,10 @@ def _launch(
         *(logprob, entropy, old, ref, rollout, advantage, mask, targets, cu_seqlens, normalizer, counts, means),
         *(sums, loss, metrics, dlogprob, dentropy),
         *(num_tokens, num_sequences, num_parts, length, num_sequences.bit_length()),
-        *(1 - clip_low, 1 + clip_high, dual_clip or 0.0, kl_coef, entropy_coef, tis_cap, denominator),
-        KL=kl,
-        ADVANTAGE_BY_TOKEN=by_token,
+        *(1 - options.clip_low, 1 + options.clip_high, options.dual_clip or 0.0),
+        *(options.kl_coef, options.entropy_coef, options.tis_cap, denominator),
+        KL=options.kl,
+        ADVANTAGE_BY_TOKEN=not inputs.by_sequence,
         SEQUENCE_MEAN=sequence_mean,
         ALONE=alone,
         **_blocks(grid, alone),
@@ -114,31 +115,35 @@ def _launch(
     return loss, metrics
 
 
-def grpo_loss_fwd(logprob: Tensor, entropy: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    """See ops.py."""
-    *options, needs_dlogprob, needs_dentropy = args
-    dlogprob, dentropy = (
-        logprob.new_empty(logprob.shape if needed else (0,), dtype=torch.float32)
-        for needed in (needs_dlogprob, needs_dentropy)
-    )
-    room = (dlogprob if needs_dlogprob else None, dentropy if needs_dentropy else None)
-    return *_launch(logprob.contiguous(), _pointer(entropy), None, *room, *options), dlogprob, dentropy
+def grpo_loss_fwd(
+    logprob: Tensor, entropy: Tensor | None, inputs: LossInputs, options: LossOptions, *needed: bool
+) -> tuple[Tensor, ...]:
+    """See ops.py; `needed` are dlogprob and dentropy."""
+    gradients = [logprob.new_empty(logprob.shape if need else (0,), dtype=torch.float32) for need in needed]
+    room = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+    return *_launch(logprob.contiguous(), _pointer(entropy), None, *room, inputs, options), *gradients
 
 
 def logits_grpo_loss_fwd(
-    logits: Tensor, targets: Tensor, temperature: float, temperatures: Tensor | None, *args: Any
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    inputs: LossInputs,
+    options: LossOptions,
+    needs_row_grads: bool,
+    needs_dlogits: bool,
 ) -> tuple[Tensor, ...]:
     """See ops.py. A row is read twice and written once: its gradient needs the loss of its own token alone."""
-    *options, needs_row_grads, needs_dlogits = args
-    mask, entropy_coef = options[1], options[12]
-    rows = (logits, targets, mask, temperature, temperatures, 0.0)
-    logprob, entropy, lse, _, _ = token_logprob_fwd(*rows, False)
+    rows = RowInputs(logits, targets, inputs.mask, temperature, temperatures, 0.0)
+    logprob, entropy, lse, _, _ = token_logprob_fwd(rows, False)
     dlogprob, dentropy = (logprob.new_empty(logits.shape[0] if needs_row_grads else 0) for _ in range(2))
     room = (dlogprob, dentropy) if needs_row_grads else (None, None)
-    results = _launch(logprob, entropy, targets, *room, *options)
+    results = _launch(logprob, entropy, targets, *room, inputs, options)
     if needs_dlogits:
-        entropy_grad = dentropy if entropy_coef else None
-        dlogits = token_logprob_bwd(*rows, logprob, entropy, lse, None, dlogprob, entropy_grad, None, None)
+        entropy_grad = dentropy if options.entropy_coef else None
+        given = RowBackward(logprob, entropy, lse, None, dlogprob, entropy_grad, None, None)
+        dlogits = token_logprob_bwd(rows, given)
     else:
         dlogits = logits.new_empty((0, logits.shape[1]))
     return *results, logprob, entropy, lse, dlogprob, dentropy, dlogits

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mgrpo_kernels import ops  # noqa: F401  (defines torch.ops.mgrpo_kernels)
 from mgrpo_kernels._common.once import once
+from mgrpo_kernels._common.structs import RowBackward, RowInputs
 from mgrpo_kernels.results import TokenLogprob
 
 
@@ -16,23 +17,15 @@ class _TokenLogprob(torch.autograd.Function):
     """Saves the logits and one number a row and output."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        mask: Tensor | None,
-        temperature: float,
-        temperatures: Tensor | None,
-        softcap: float,
-        self_certainty: bool,
-        inplace_backward: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        rows = (targets, mask, temperature, temperatures, softcap)
-        outputs = torch.ops.mgrpo_kernels.token_logprob_fwd(logits, *rows, self_certainty, backend)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *fields, self_certainty, inplace_backward, backend = args
+        rows = RowInputs(*fields)
+        outputs = torch.ops.mgrpo_kernels.token_logprob_fwd(*rows, self_certainty, backend)
         logprob, entropy, lse, certainty, num_finite = outputs
-        ctx.save_for_backward(logits, targets, mask, temperatures, logprob, entropy, lse, num_finite)
-        ctx.temperature, ctx.softcap, ctx.backend = temperature, softcap, backend
+        ctx.save_for_backward(
+            rows.logits, rows.targets, rows.mask, rows.temperatures, logprob, entropy, lse, num_finite
+        )
+        ctx.temperature, ctx.softcap, ctx.backend = rows.temperature, rows.softcap, backend
         # A compiler's graph has no storage to write over.
         ctx.inplace = inplace_backward and not torch.compiler.is_compiling()
         ctx.set_materialize_grads(False)
@@ -42,17 +35,22 @@ class _TokenLogprob(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        logits, targets, mask, temperatures, logprob, entropy, lse, num_finite = ctx.saved_tensors
-        rows = (targets, mask, ctx.temperature, temperatures, ctx.softcap)
-        values = (logprob, entropy, lse, num_finite, *grads, ctx.backend)
+        logits, targets, mask, temperatures, *saved = ctx.saved_tensors
+        rows = RowInputs(logits, targets, mask, ctx.temperature, temperatures, ctx.softcap)
+        given = RowBackward(*saved, *grads)
         with torch.no_grad():
             if ctx.inplace:
                 dlogits = logits.detach()
-                torch.ops.mgrpo_kernels.token_logprob_bwd_(dlogits, *rows, *values)
+                torch.ops.mgrpo_kernels.token_logprob_bwd_(*rows._replace(logits=dlogits), *given, ctx.backend)
                 torch.autograd.graph.increment_version(dlogits)
             else:
-                dlogits = torch.ops.mgrpo_kernels.token_logprob_bwd(logits, *rows, *values)
+                dlogits = torch.ops.mgrpo_kernels.token_logprob_bwd(*rows, *given, ctx.backend)
         return *once("token_logprob", (dlogits,), (logits, *grads)), *[None] * 8
+
+
+def split_scale(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """The number and the tensor of RowInputs, one of which stands for the temperature."""
+    return (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
 
 
 def token_logprob(
@@ -67,16 +65,7 @@ def token_logprob(
     backend: str,
 ) -> TokenLogprob:
     """See the public function."""
-    per_row = isinstance(temperature, Tensor)
-    logprob, entropy, lse, certainty = _TokenLogprob.apply(
-        logits,
-        targets,
-        mask,
-        1.0 if per_row else float(temperature),
-        temperature if per_row else None,
-        softcap or 0.0,
-        self_certainty,
-        inplace_backward,
-        backend,
-    )
+    rows = RowInputs(logits, targets, mask, *split_scale(temperature), softcap or 0.0)
+    outputs = _TokenLogprob.apply(*rows, self_certainty, inplace_backward, backend)
+    logprob, entropy, lse, certainty = outputs
     return TokenLogprob(logprob, entropy, lse, certainty if self_certainty else None)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mgrpo_kernels._common.native import as_fp32, contiguous
 from mgrpo_kernels._common.rows import RowGrads
+from mgrpo_kernels._common.structs import RowBackward, RowInputs
 from mgrpo_kernels._common.triton import Variant, variant
 from mgrpo_kernels.token_logprob.triton_rows import (
     BLOCKS_AHEAD,
@@ -54,9 +55,9 @@ class _Rows(NamedTuple):
     num_rows: int
 
 
-def _rows(*args: Any) -> _Rows:
-    """From the first six arguments of an operation."""
-    logits, targets, mask, temperature, temperatures, softcap = args
+def _rows(rows: RowInputs) -> _Rows:
+    """With the sizes."""
+    logits, targets, mask, temperature, temperatures, softcap = rows
     scale = (temperature, as_fp32(temperatures), softcap)
     return _Rows(
         logits, targets.contiguous(), contiguous(mask), *scale, logits.stride(0), logits.shape[1], logits.shape[0]
@@ -100,14 +101,13 @@ def _forward(rows: _Rows, outputs: tuple[Tensor | None, ...], self_certainty: bo
         )
 
 
-def token_logprob_fwd(*args: Any) -> tuple[Tensor, ...]:
+def token_logprob_fwd(rows: RowInputs, self_certainty: bool) -> tuple[Tensor, ...]:
     """See ops.py."""
-    *rows, self_certainty = args
-    num_rows = args[0].shape[0]
+    num_rows = rows.logits.shape[0]
     sizes = (num_rows,) * 3 + (num_rows if self_certainty else 0,) * 2
-    outputs = tuple(args[0].new_empty(size, dtype=torch.float32) for size in sizes)
+    outputs = tuple(rows.logits.new_empty(size, dtype=torch.float32) for size in sizes)
     certainty = outputs[3:] if self_certainty else (None, None)
-    _forward(_rows(*rows), (*outputs[:3], *certainty, *[None] * 5), self_certainty)
+    _forward(_rows(rows), (*outputs[:3], *certainty, *[None] * 5), self_certainty)
     return outputs
 
 
@@ -123,7 +123,7 @@ def row_sums(
     top, exp, exp_x, finite_x, num_finite, z_target = (
         logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(6)
     )
-    rows = _rows(logits, targets, None, temperature, temperatures, softcap)
+    rows = _rows(RowInputs(logits, targets, None, temperature, temperatures, softcap))
     _forward(rows, (*[None] * 4, num_finite, top, exp, exp_x, finite_x, z_target), self_certainty)
     return top, exp, exp_x, finite_x, num_finite, z_target
 
@@ -162,16 +162,16 @@ def _backward(rows: _Rows, dlogits: Tensor, *given: Tensor | None) -> None:
     )
 
 
-def token_logprob_bwd(*args: Any) -> Tensor:
+def token_logprob_bwd(rows: RowInputs, given: RowBackward) -> Tensor:
     """See ops.py."""
-    dlogits = args[0].new_empty(args[0].shape)
-    _backward(_rows(*args[:6]), dlogits, *args[6:], *[None] * 4)
+    dlogits = rows.logits.new_empty(rows.logits.shape)
+    _backward(_rows(rows), dlogits, *given, *[None] * 4)
     return dlogits
 
 
-def token_logprob_bwd_(*args: Any) -> None:
+def token_logprob_bwd_(rows: RowInputs, given: RowBackward) -> None:
     """See ops.py."""
-    _backward(_rows(*args[:6]), args[0], *args[6:], *[None] * 4)
+    _backward(_rows(rows), rows.logits, *given, *[None] * 4)
 
 
 def row_gradient(
@@ -185,7 +185,7 @@ def row_gradient(
     coefficients: RowGrads,
 ) -> None:
     """Fill dlogits, which may be the logits, from log-sum-exp and coefficients; targets may lie outside [0, V)."""
-    rows = _rows(logits, targets, None, temperature, temperatures, softcap)
+    rows = _rows(RowInputs(logits, targets, None, temperature, temperatures, softcap))
     _backward(rows, dlogits, None, None, lse, *[None] * 5, *coefficients)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,18 +39,11 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        dentropy: Tensor,
-        cu_seqlens: Tensor | None,
-        mask: Tensor | None,
-        mean: bool,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        backend: str,
+        ctx: Any, dentropy: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, mean: bool, *rest: Any
     ) -> Tensor:
         ctx.save_for_backward(cu_seqlens, mask)
-        ctx.mean, ctx.backend = mean, backend
-        return torch.ops.mgrpo_kernels.trajectory_entropy_bwd(dentropy, cu_seqlens, mask, mean, shape, dtype, backend)
+        ctx.mean, ctx.backend = mean, rest[-1]
+        return torch.ops.mgrpo_kernels.trajectory_entropy_bwd(dentropy, cu_seqlens, mask, mean, *rest)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
