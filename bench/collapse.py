@@ -18,14 +18,13 @@ import torch
 import tyro
 
 from mgrpo.config import Config, MonitorConfig
-from mgrpo.evaluate import evaluate
-from mgrpo.metrics import Metrics
-from mgrpo.monitor import Monitor
-from mgrpo.policy import quiet_transformers
+from mgrpo.evaluation.evaluate import evaluate
+from mgrpo.models.files import quiet_transformers
+from mgrpo.observe.collapse import Monitor
 from mgrpo.presets import make_preset
-from mgrpo.rollout.engine import Sampling
 from mgrpo.tasks.arithmetic import BaseArgs, make_base
-from mgrpo.trainer import Trainer
+from mgrpo.training.trainer import Trainer
+from mgrpo.types import Metrics, Sampling
 
 ARMS = {"srt": "srt", "pooled": "mgrpo_arithmetic", "anchored": "arithmetic"}
 EVERY = 10  # steps between evaluations

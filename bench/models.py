@@ -36,12 +36,11 @@ from mgrpo.config import (
     MonitorConfig,
     RolloutConfig,
 )
-from mgrpo.policy import quiet_transformers
-from mgrpo.records import InputError
-from mgrpo.rollout import EngineError
+from mgrpo.errors import EngineError, InputError
+from mgrpo.models.files import quiet_transformers
 from mgrpo.rollout.decoding import WAYS
 from mgrpo.rollout.transformers import TransformersEngine
-from mgrpo.trainer import Trainer
+from mgrpo.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "models.md"

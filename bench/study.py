@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mgrpo.metrics import Metrics, read_metrics
+from mgrpo.observe.trackers import read_metrics
+from mgrpo.types import Metrics
 
 # arm: title, flags after the preset
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {

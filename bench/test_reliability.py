@@ -3,10 +3,10 @@
 import time
 from dataclasses import replace
 
-from mgrpo import checkpoint
 from mgrpo.presets import make_preset
-from mgrpo.run import Session
-from mgrpo.trainer import Trainer
+from mgrpo.run import checkpoint
+from mgrpo.run.loop import Session
+from mgrpo.training.trainer import Trainer
 
 STEPS = 100
 BLOCK = 25  # steps that one of the two takes before the other does

@@ -5,10 +5,10 @@ import torch
 
 from bench.compare import interleave
 from mgrpo.config import ModelConfig
-from mgrpo.policy import load_model
-from mgrpo.rollout import Sampling
+from mgrpo.models.load import load_model
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_problems
+from mgrpo.types import Sampling
 
 NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS = 16, 16, 64
 

@@ -6,7 +6,7 @@ from statistics import median
 import pytest
 
 from mgrpo.presets import make_preset
-from mgrpo.trainer import Trainer
+from mgrpo.training.trainer import Trainer
 
 PHASES = ("rollout", "score", "vote", "update", "ema", "publish")
 

@@ -16,10 +16,12 @@ import torch
 import tyro
 
 from mgrpo.config import ModelConfig
-from mgrpo.policy import load_model, quiet_transformers, resolve_path
+from mgrpo.models.files import quiet_transformers
+from mgrpo.models.load import load_model
+from mgrpo.models.tokenizer import resolve_path
 from mgrpo.presets import make_preset
 from mgrpo.tasks.arithmetic import ExportArgs, export
-from mgrpo.trainer import Trainer
+from mgrpo.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,15 +27,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench.eager import eager_grpo_loss
 from bench.harness import meter
+from mgrpo.algorithm.loss import Batch
 from mgrpo.config import Config
-from mgrpo.learner import Learner
-from mgrpo.metrics import Timer
-from mgrpo.momentum import Momentum
-from mgrpo.objective import Batch
-from mgrpo.policy import LoadedModel
+from mgrpo.models.forward import Scorer
+from mgrpo.models.load import LoadedModel
+from mgrpo.models.momentum import Momentum
+from mgrpo.observe.timer import Timer
 from mgrpo.presets import make_preset
-from mgrpo.scoring import Scorer
-from mgrpo.trajectories import Trajectories
+from mgrpo.training.learner import Learner
+from mgrpo.types import Trajectories
 
 ROUNDS = 5
 WARM_UPS = 2

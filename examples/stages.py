@@ -5,7 +5,7 @@ Letters: B prompts, M policy and N momentum rollouts a prompt, G = M + N, L resp
 
 import torch
 
-from mgrpo.answers import AnswerChecker, make_extractor
+from mgrpo.grading import AnswerChecker, make_extractor
 from mgrpo_kernels import (
     ema_update_,
     group_advantage,

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from mgrpo.integrations import patch_kernels
 from mgrpo.integrations.trl import MGRPOConfig, MGRPOTrainer
-from mgrpo.policy import resolve_path
+from mgrpo.models.tokenizer import resolve_path
 from mgrpo.tasks.arithmetic import make_problems
 
 

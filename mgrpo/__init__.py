@@ -2,7 +2,8 @@
 
 import sys
 
-from mgrpo.threads import wait_passively
+from mgrpo import moved
+from mgrpo.process.threads import wait_passively
 
 __version__ = "0.1.0"
 
@@ -10,3 +11,5 @@ __version__ = "0.1.0"
 # keeps its own threads as they are.
 if sys.argv[:1] == ["-m"]:
     wait_passively()
+
+moved.install()

@@ -19,13 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-
-class ConfigError(ValueError):
-    """A configuration that makes no sense; `problems` lists every reason."""
-
-    def __init__(self, problems: list[str]):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+from mgrpo.errors import ConfigError
 
 
 def _at_home(kind: Any, metavar: str) -> Any:

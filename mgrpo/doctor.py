@@ -26,19 +26,19 @@ from rich.markup import escape
 from rich.table import Table
 
 import mgrpo_kernels as K
-from mgrpo.config import Config, ConfigError, DataConfig, LogConfig, ModelConfig, ObjectiveConfig, RolloutConfig
-from mgrpo.display import protect_output
+from mgrpo.config import Config, DataConfig, LogConfig, ModelConfig, ObjectiveConfig, RolloutConfig
+from mgrpo.data.records import read_records
+from mgrpo.errors import ConfigError, EngineError, InputError, StorageError, whole
 from mgrpo.grading.checker import AnswerChecker
-from mgrpo.inputs import whole
-from mgrpo.metrics import StorageError
-from mgrpo.policy import load_model, pick_device, quiet_transformers
-from mgrpo.preflight import find_problems, try_start
-from mgrpo.records import InputError, read_records
-from mgrpo.rollout import EngineError
-from mgrpo.rollout.engine import Sampling
+from mgrpo.models.device import pick_device
+from mgrpo.models.files import quiet_transformers
+from mgrpo.models.load import load_model
+from mgrpo.process.output import protect_output
+from mgrpo.process.threads import available_cpus, limit_threads
 from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.run.preflight import find_problems, try_start
 from mgrpo.tasks.arithmetic import make_model
-from mgrpo.threads import available_cpus, limit_threads
+from mgrpo.types import Sampling
 from mgrpo_kernels.backends import resolve
 from mgrpo_kernels.operations import OPERATIONS, Inputs, Samples, Sizes
 

@@ -10,25 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from mgrpo.errors import InputError
+
 # The bytes of one record, and of a file that is parsed as one, which may take 25 times its size meanwhile.
 MAX_RECORD_BYTES = 4 << 20
 MAX_WHOLE_BYTES = 64 << 20
 MAX_LITERAL_CHARS = 1 << 16  # of a value as Python prints it
 NAMED_KEYS = 20  # in messages
-MAX_ERROR_CHARS = 2000  # transformers lists hundreds of classes
-
-
-class InputError(ValueError):
-    """Bad input of the user: the message names the file, the line and the remedy."""
-
-
-def whole(error: BaseException) -> str:
-    """All that an error of a library says, in one line and without a point; its class where the words need it."""
-    text = " ".join(str(error).split()).rstrip(" .:")
-    if len(text) > MAX_ERROR_CHARS:
-        text = text[:MAX_ERROR_CHARS].rpartition(" ")[0] + " ..."
-    plain = isinstance(error, OSError | RuntimeError) or type(error) is ValueError
-    return text if text and plain else f"{type(error).__name__}: {text}".rstrip(" :")
 
 
 class Budget(Protocol):

@@ -9,7 +9,6 @@ from dataclasses import replace
 from mgrpo.config import (
     AnswerConfig,
     Config,
-    ConfigError,
     DataConfig,
     EvalConfig,
     FilterConfig,
@@ -21,6 +20,7 @@ from mgrpo.config import (
     RolloutConfig,
     VoteConfig,
 )
+from mgrpo.errors import ConfigError
 
 
 def mgrpo_arithmetic() -> Config:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mgrpo.display import protect_output
-from mgrpo.interrupt import end_early, ignore_warnings
+from mgrpo.process.output import protect_output
+from mgrpo.process.signals import end_early, ignore_warnings
 
 if __name__ == "__main__":  # what is imported below takes seconds
     protect_output()
@@ -19,16 +19,14 @@ if __name__ == "__main__":  # what is imported below takes seconds
 import tyro
 from rich.console import Console
 
-from mgrpo.checkpoint import CheckpointError
-from mgrpo.config import Config, ConfigError
-from mgrpo.metrics import StorageError
-from mgrpo.plan import fits_memory, print_plan
-from mgrpo.policy import quiet_transformers
-from mgrpo.preflight import find_problems, try_start
+from mgrpo.config import Config
+from mgrpo.errors import CheckpointError, ConfigError, EngineError, Exit, InputError, StorageError
+from mgrpo.models.files import quiet_transformers
 from mgrpo.presets import PRESETS, make_preset
-from mgrpo.records import InputError
-from mgrpo.rollout import EngineError
-from mgrpo.run import Exit, check_resumable, resumed_config, run
+from mgrpo.run.loop import run
+from mgrpo.run.plan import fits_memory, print_plan
+from mgrpo.run.preflight import find_problems, try_start
+from mgrpo.run.resume import check_resumable, resumed_config
 
 DESCRIPTION = f"""M-GRPO: label-free reinforcement learning of language models with a momentum anchor.
 

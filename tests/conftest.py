@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from mgrpo.threads import wait_passively
+from mgrpo.process.threads import wait_passively
 
 # As every command does, before torch loads.
 wait_passively()

@@ -1,1 +1,8 @@
-"""Answers: taken out of responses, brought to one form, and compared."""
+"""Answers: taken out of responses and labels, brought to one form, and compared."""
+
+from mgrpo.grading.canonical import canonicalize
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
+from mgrpo.grading.labels import make_label_reader
+
+__all__ = ["AnswerChecker", "canonicalize", "make_extractor", "make_label_reader"]

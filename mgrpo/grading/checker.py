@@ -15,8 +15,8 @@ from mgrpo.grading.meaning import align, compare_cheaply, rank, reduce_form
 from mgrpo.grading.memo import Memo
 from mgrpo.grading.watch import Watch
 from mgrpo.grading.worker import EquivalenceWorker, WorkerError
-from mgrpo.labels import Label
-from mgrpo.threads import available_cpus
+from mgrpo.process.threads import available_cpus
+from mgrpo.types import Label
 
 T = TypeVar("T")
 

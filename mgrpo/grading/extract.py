@@ -6,11 +6,11 @@ import functools
 import re
 from collections.abc import Callable
 
+from mgrpo.errors import InputError
 from mgrpo.grading.canonical import MAX_ANSWER_CHARS
 from mgrpo.grading.headings import find_hash
 from mgrpo.grading.prose_numbers import find_last_number
 from mgrpo.grading.thoughts import drop_thought
-from mgrpo.inputs import InputError
 
 _BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(?:(\{)|([^\s{}$\\]+))?|\\.|([{}])", re.DOTALL)
 _GROUP = r"\s*\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"

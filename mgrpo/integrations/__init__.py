@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from mgrpo.errors import UnsupportedVersion
 from mgrpo.integrations.patching import Patch
-from mgrpo.integrations.versions import SUPPORTED, UnsupportedVersion
+from mgrpo.integrations.versions import SUPPORTED
 
 __all__ = ["SUPPORTED", "Patch", "UnsupportedVersion", "patch_kernels"]
 
@@ -34,4 +35,4 @@ def patch_kernels(package: ModuleType) -> Patch:
     name = package.__name__
     if name not in SUPPORTED:
         raise ValueError(f"patch_kernels: package must be one of {sorted(SUPPORTED)}, got {name}. Import it first.")
-    return Patch(importlib.import_module(f"mgrpo.integrations.{name}_kernels").kernel_patches())
+    return Patch(importlib.import_module(f"mgrpo.integrations.kernels.{name}").kernel_patches())

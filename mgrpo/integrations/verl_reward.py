@@ -7,7 +7,7 @@ from typing import Any
 
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
-from mgrpo.integrations.truth import make_truth_reader
+from mgrpo.integrations.shared import make_truth_reader
 
 
 def compute_score(

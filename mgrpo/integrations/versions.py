@@ -6,16 +6,14 @@ import importlib.metadata
 
 from packaging.specifiers import SpecifierSet
 
+from mgrpo.errors import UnsupportedVersion
+
 # What the contract tests have run against, and the releases that follow it until a hook may change.
 SUPPORTED = {
     "trl": ">=1.16,<1.17",
     "verl": ">=0.9.1,<0.10",
     "openrlhf": ">=0.11,<0.12",
 }
-
-
-class UnsupportedVersion(ImportError):
-    """A package that is absent, or of a version that the plug-in does not know."""
 
 
 def require(package: str, specifier: str | None = None) -> str:

@@ -12,10 +12,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from mgrpo.forward import plain_logits
-from mgrpo.inputs import whole
+from mgrpo.errors import EngineError, whole
+from mgrpo.models.plain import plain_logits
 from mgrpo.rollout.decoding import WAYS, Decoding
-from mgrpo.rollout.engine import EngineError
 from mgrpo.rollout.parity import BOUNDS
 
 # Of the size of the logits. fp32 sums in another order differ by 1e-6, deep models by 1e-5; a wrong position or a

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from mgrpo.forward import accepted, plain_logits
+from mgrpo.models.plain import accepted, plain_logits
 
 # Where a model returns its state, and takes it back under the same name.
 STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")

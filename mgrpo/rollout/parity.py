@@ -8,7 +8,8 @@ import math
 
 import torch
 
-from mgrpo.rollout.engine import ParityError, Source, StaleWeightsError
+from mgrpo.errors import ParityError, StaleWeightsError
+from mgrpo.types import Source
 
 # Mean difference a token, nats, that two right computations of one model may have. Products of bf16 are rounded to 8
 # bits layer after layer, in another order by each engine: 0.01 to 0.03 is usual; other weights give 0.3 and more, a

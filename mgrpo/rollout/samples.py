@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from mgrpo.config import KernelsConfig
-from mgrpo.policy import LoadedModel
-from mgrpo.rollout.engine import Engine, Rollouts, Sampling
+from mgrpo.models.forward import Scorer
+from mgrpo.models.load import LoadedModel
+from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.parity import check_embedded
 from mgrpo.rollout.transformers import TransformersEngine
-from mgrpo.scoring import Scorer
-from mgrpo.trajectories import join
+from mgrpo.types import Rollouts, Sampling, join
 
 # Samples that are scored, and the padded tokens of one forward pass.
 NUM_ROWS, MICRO_BATCH_TOKENS = 8, 4096

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from mgrpo.chat import PLACEHOLDER
+from mgrpo.data.template import PLACEHOLDER
+from mgrpo.errors import InputError
 from mgrpo.grading.thoughts import decode_responses
-from mgrpo.records import InputError
 
 # Tokens of a row that are decoded to look for a text, more where they are too short for it.
 TAIL = 16

@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from mgrpo.rollout.choice import bears_cast, choose_way, trial_logprobs
-from mgrpo.rollout.engine import Rollouts, Sampling, Source, check_loaded, check_weights
+from mgrpo.rollout.engine import check_loaded, check_weights
 from mgrpo.rollout.stop import StopTexts
+from mgrpo.types import Rollouts, Sampling, Source
 
 # A batch is compacted once this share of its sequences has finished: copying the cache costs about one step.
 COMPACT_SHARE = 0.25

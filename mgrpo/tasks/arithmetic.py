@@ -22,8 +22,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from mgrpo.config import HomePath
-from mgrpo.display import protect_output
-from mgrpo.threads import limit_threads
+from mgrpo.process.output import protect_output
+from mgrpo.process.threads import limit_threads
 
 CHARACTERS = "0123456789+-=;#"
 PAD, EOS = "<pad>", "<eos>"

@@ -16,18 +16,19 @@ import pytest
 import torch
 
 from mgrpo.config import Config
-from mgrpo.policy import load_model
+from mgrpo.errors import EngineError, Exit, StaleWeightsError
+from mgrpo.models.load import load_model
 from mgrpo.presets import make_preset
-from mgrpo.rollout import EngineError, Rollouts, Sampling, StaleWeightsError
-from mgrpo.rollout.nccl import NcclSender
+from mgrpo.rollout.build import start_engine
 from mgrpo.rollout.parity import BOUNDS, check_parity
-from mgrpo.rollout.server import EnginePair
-from mgrpo.rollout.start import start_engine
 from mgrpo.rollout.stop import StopTexts
-from mgrpo.rollout.vllm import VllmEngine
-from mgrpo.run import Exit, run
+from mgrpo.rollout.vllm.local import VllmEngine
+from mgrpo.rollout.vllm.server import EnginePair
+from mgrpo.rollout.weights.nccl import NcclSender
+from mgrpo.run.loop import run
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer
-from mgrpo.trainer import Trainer
+from mgrpo.training.trainer import Trainer
+from mgrpo.types import Rollouts, Sampling
 
 pytestmark = [
     pytest.mark.vllm,

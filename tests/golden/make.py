@@ -26,10 +26,11 @@ from mgrpo.config import (
     ObjectiveConfig,
     OptimConfig,
 )
-from mgrpo.policy import resolve_path
+from mgrpo.models.tokenizer import resolve_path
 from mgrpo.presets import make_preset
-from mgrpo.rollout.engine import Engine, Rollouts
-from mgrpo.trainer import Trainer, start_engine
+from mgrpo.rollout.engine import Engine
+from mgrpo.training.trainer import Trainer, start_engine
+from mgrpo.types import Rollouts
 
 ROLLOUTS = Path(__file__).with_name("rollouts.safetensors")
 METRICS = Path(__file__).with_name("metrics.json")

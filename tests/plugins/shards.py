@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mgrpo.config import MomentumConfig
-from mgrpo.integrations.trl_momentum import MomentumCallback
+from mgrpo.integrations.trl.momentum import MomentumCallback
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:

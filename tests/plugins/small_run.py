@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mgrpo.policy import quiet_transformers, resolve_path
+from mgrpo.models.files import quiet_transformers
+from mgrpo.models.tokenizer import resolve_path
 from mgrpo.tasks.arithmetic import make_problems
 
 quiet_transformers()

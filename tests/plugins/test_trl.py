@@ -17,7 +17,8 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 
-from mgrpo.integrations.trl import MGRPOTrainer, Rollout, majority_vote, momentum_rollouts_at  # noqa: E402
+from mgrpo.integrations.trl import MGRPOTrainer  # noqa: E402
+from mgrpo.integrations.trl.trainer import Rollout, majority_vote, momentum_rollouts_at  # noqa: E402
 
 
 def weights_of(trainer):
@@ -329,7 +330,7 @@ def test_an_engine_of_its_own_gets_both_models_in_turn(make_trainer, monkeypatch
     )
     initial = weights_of(trainer)
     monkeypatch.setattr(  # all agree with one another, so only an invented advantage moves the weights
-        "mgrpo.integrations.trl.group_advantage", lambda total, *_: torch.linspace(-1, 1, 16).view(4, 4)
+        "mgrpo.integrations.trl.trainer.group_advantage", lambda total, *_: torch.linspace(-1, 1, 16).view(4, 4)
     )
     trainer.train()
     calls = trainer.vllm_generation.calls
@@ -390,7 +391,7 @@ def test_options_out_of_range_are_refused(tmp_path, changes, message):
 
 
 def test_groups_that_processes_can_not_share_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mgrpo.integrations.trl_config.MGRPOConfig.world_size", property(lambda self: 2))
+    monkeypatch.setattr("mgrpo.integrations.trl.config.MGRPOConfig.world_size", property(lambda self: 2))
     odd = {"per_device_train_batch_size": 2, "num_momentum_generations": 3}
     with pytest.raises(ValueError, match=r"every process must have whole momentum rollouts: .* = 6 must be a multiple"):
         small_args(tmp_path, **odd)

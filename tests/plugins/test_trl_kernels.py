@@ -17,7 +17,7 @@ import trl.trainer.utils as utils  # noqa: E402
 from trl.kernels import ChunkedLogProbFunction  # noqa: E402
 
 from mgrpo.integrations import patch_kernels  # noqa: E402
-from mgrpo.integrations.trl_kernels import kernel_patches  # noqa: E402
+from mgrpo.integrations.kernels.trl import kernel_patches  # noqa: E402
 
 T, D, V = 11, 16, 53
 STOCK = {

@@ -19,8 +19,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mgrpo.policy import LoadedModel
-from mgrpo.trajectories import Trajectories
+from mgrpo.models.load import LoadedModel
+from mgrpo.types import Trajectories
 
 VOCABULARY, PAD, EOS = 24, 0, 1
 # Untied with grouped heads; tied; tied with learned positions; softcapped with a sliding window; head with a bias.

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mgrpo.config import ModelConfig
-from mgrpo.policy import load_model, resolve_path
-from mgrpo.rollout import Sampling
+from mgrpo.models.load import load_model
+from mgrpo.models.tokenizer import resolve_path
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import (
     BaseArgs,
@@ -25,6 +25,7 @@ from mgrpo.tasks.arithmetic import (
     make_problems,
     make_tokenizer,
 )
+from mgrpo.types import Sampling
 
 BASE = Path(resolve_path("builtin:arithmetic"))
 

@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mgrpo
-from mgrpo.checkpoint import list_checkpoints, step_of, verify_checkpoint
-from mgrpo.metrics import JsonlTracker
-from mgrpo.policy import resolve_path
-from mgrpo.rollout import EngineError
+from mgrpo.errors import EngineError
+from mgrpo.models.tokenizer import resolve_path
+from mgrpo.observe.trackers import JsonlTracker
+from mgrpo.process.disk import list_checkpoints, step_of
 from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.run.checkpoint import verify_checkpoint
 from mgrpo.train import main
-from mgrpo.trainer import Trainer
+from mgrpo.training.trainer import Trainer
 
 TRAIN = '{"prompt": "12+34=", "answer": "46"}\n'
 
@@ -204,13 +205,13 @@ def test_collapse_only_warns_by_default(launch, tmp_path, rows_of, capsys):
 
 
 def test_nonfinite_losses_stop_with_4_and_touch_no_weight(launch, tmp_path, rows_of, monkeypatch, capsys):
-    from mgrpo.objective import micro_batch_loss
+    from mgrpo.algorithm.loss import micro_batch_loss
 
     def spoiled(*args, **options):
         result = micro_batch_loss(*args, **options)
         return result._replace(loss=result.loss * torch.nan)
 
-    monkeypatch.setattr("mgrpo.learner.micro_batch_loss", spoiled)
+    monkeypatch.setattr("mgrpo.training.learner.micro_batch_loss", spoiled)
     # The entropy bonus puts a loss into every step, also where all rewards of a group are equal.
     assert launch({"steps": 9, "optim.max_nonfinite": 3, "momentum.decay": 0.5, "objective.entropy_coef": 0.01}) == 4
     rows = rows_of(tmp_path / "run")
@@ -225,7 +226,7 @@ def test_nonfinite_losses_stop_with_4_and_touch_no_weight(launch, tmp_path, rows
 
 
 def test_a_finite_step_ends_the_row_of_nonfinite_ones(launch, tmp_path, rows_of, monkeypatch):
-    from mgrpo.objective import micro_batch_loss
+    from mgrpo.algorithm.loss import micro_batch_loss
 
     calls = []
 
@@ -234,7 +235,7 @@ def test_a_finite_step_ends_the_row_of_nonfinite_ones(launch, tmp_path, rows_of,
         calls.append(None)
         return result._replace(loss=result.loss * torch.inf) if len(calls) % 3 else result
 
-    monkeypatch.setattr("mgrpo.learner.micro_batch_loss", spoiled)
+    monkeypatch.setattr("mgrpo.training.learner.micro_batch_loss", spoiled)
     assert launch({"steps": 7, "optim.max_nonfinite": 3, "objective.entropy_coef": 0.01}) == 0
     assert [row["nonfinite_steps"] for row in rows_of(tmp_path / "run")] == [1, 2, 2, 3, 4, 4, 5]
 

@@ -11,7 +11,8 @@ import typing
 import pytest
 
 import mgrpo.config
-from mgrpo.config import Config, ConfigError, flag, from_dict, to_dict
+from mgrpo.config import Config, flag, from_dict, to_dict
+from mgrpo.errors import ConfigError
 from mgrpo.presets import PRESETS, make_preset
 from mgrpo.train import main
 

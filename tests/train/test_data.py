@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from mgrpo import data
-from mgrpo.data import Sampler, make_dataset
-from mgrpo.records import InputError, Record, load_records
+from mgrpo.data import prompts as data
+from mgrpo.data.prompts import make_dataset
+from mgrpo.data.records import Record, load_records
+from mgrpo.data.sampler import Sampler
+from mgrpo.errors import InputError
 from mgrpo.tasks.arithmetic import make_tokenizer
 
 RECORDS = [

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import mgrpo
-from mgrpo.checkpoint import list_checkpoints, step_of
-from mgrpo.display import Display, protect_output
 from mgrpo.evaluate import main as evaluate_main
+from mgrpo.process.disk import list_checkpoints, step_of
+from mgrpo.process.output import Display, protect_output
 from mgrpo.report import main as report_main
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mgrpo.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -25,7 +25,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mgrpo.__file__).parents[1]), 
 CHATTER = """
 import logging, os, subprocess, sys, warnings
 handler = logging.StreamHandler()  # holds the stream as it was, as libraries do
-from mgrpo.display import protect_output
+from mgrpo.process.output import protect_output
 protect_output()
 file = open(sys.argv[1], "w")
 from rich.console import Console

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mgrpo.errors import EngineError, Exit, StaleWeightsError
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.worker import StartError
-from mgrpo.rollout import EngineError, StaleWeightsError
 from mgrpo.rollout.transformers import TransformersEngine
-from mgrpo.run import Exit
-from mgrpo.trainer import Trainer
+from mgrpo.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("error", [EngineError, StaleWeightsError])

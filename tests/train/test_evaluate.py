@@ -10,15 +10,16 @@ import torch
 from transformers.utils import logging
 
 from mgrpo.config import ModelConfig
-from mgrpo.data import Dataset, Prompt
-from mgrpo.evaluate import evaluate, main, summarize, to_dict
+from mgrpo.data.prompts import Dataset, Prompt
+from mgrpo.errors import InputError
+from mgrpo.evaluate import main, to_dict
+from mgrpo.evaluation.evaluate import evaluate, summarize
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
-from mgrpo.policy import load_model
-from mgrpo.records import InputError
-from mgrpo.rollout.engine import Rollouts, Sampling
+from mgrpo.models.load import load_model
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_model, make_problems, make_tokenizer
+from mgrpo.types import Rollouts, Sampling
 
 TOKENIZER = make_tokenizer()
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=12, seed=5)

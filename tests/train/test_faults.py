@@ -21,24 +21,16 @@ from conftest import small_config
 from safetensors.torch import load_file, save_file
 
 import mgrpo
-from mgrpo import learner
-from mgrpo.checkpoint import (
-    Writer,
-    copy_tensors,
-    list_checkpoints,
-    newest_valid,
-    optimizer_tensors,
-    save_checkpoint,
-    step_of,
-    sweep,
-)
+from mgrpo.errors import Exit, InputError, StorageError
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.worker import EquivalenceWorker
-from mgrpo.metrics import StorageError
-from mgrpo.policy import load_model, load_weights
-from mgrpo.records import InputError
-from mgrpo.run import Exit, write_fault
-from mgrpo.trainer import Trainer
+from mgrpo.models.load import load_model, load_weights
+from mgrpo.process.disk import list_checkpoints, step_of
+from mgrpo.run.checkpoint import Writer, newest_valid, save_checkpoint, sweep
+from mgrpo.run.loop import write_fault
+from mgrpo.training import learner
+from mgrpo.training.state import copy_tensors, optimizer_tensors
+from mgrpo.training.trainer import Trainer
 
 WEIGHTS = ("policy/model.safetensors", "momentum/model.safetensors", "optimizer.safetensors")
 FOLDER = Path(__file__).parent
@@ -68,8 +60,9 @@ torch.set_num_threads(1)
 import safetensors.torch, transformers.modeling_utils
 import mgrpo.trainer
 from conftest import small_config
-from mgrpo.checkpoint import newest_valid, save_checkpoint, step_of, sweep
-from mgrpo.trainer import Trainer
+from mgrpo.run.checkpoint import newest_valid, save_checkpoint, sweep
+from mgrpo.process.disk import step_of
+from mgrpo.training.trainer import Trainer
 
 run_dir, replaces = Path(sys.argv[1]), sys.argv[2] == "replaces"
 trainer = Trainer(small_config({}))
@@ -103,8 +96,8 @@ for last in range(1, 1000):
     if not pid:
         boundaries = Boundaries(last)
         os.fsync = boundaries.around(os.fsync)
-        for module in (mgrpo.trainer, transformers.modeling_utils):
-            name = "save_file" if module is mgrpo.trainer else "safe_save_file"
+        for module in (mgrpo.training.trainer, transformers.modeling_utils):
+            name = "save_file" if module is mgrpo.training.trainer else "safe_save_file"
             setattr(module, name, boundaries.around(getattr(module, name)))
         sys.addaudithook(boundaries)
         save_checkpoint(run_dir, 2, trainer.save)
@@ -144,7 +137,7 @@ def test_a_run_killed_within_a_step_resumes_to_the_same_bits(launch, resume, com
     options = {"steps": 5, "checkpoint.every": 2}
     assert launch(options, run_dir=tmp_path / "straight") == 0
     code = (
-        "import os, signal, sys; from mgrpo.trainer import Trainer; from mgrpo.train import main\n"
+        "import os, signal, sys; from mgrpo.training.trainer import Trainer; from mgrpo.train import main\n"
         "score = Trainer.score\n"
         "def die(self, *a):\n"
         "    if self.step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -336,7 +329,7 @@ def test_a_tokenizer_that_can_not_be_written_is_a_full_disk(small, trained, tmp_
 @pytest.mark.fault("disk full under a checkpoint, found at the next step")
 def test_a_failed_checkpoint_ends_the_run_at_the_next_step(launch, tmp_path, rows_of, monkeypatch):
     """And not at the next checkpoint, which may be hours away."""
-    from mgrpo.run import Session
+    from mgrpo.run.loop import Session
 
     def fail(trainer):
         def write(folder):

@@ -15,9 +15,10 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from mgrpo.keys import ABSENT, look_up
-from mgrpo.labels import label_text
-from mgrpo.records import InputError, load_records
+from mgrpo.data.keys import ABSENT, look_up
+from mgrpo.data.records import load_records
+from mgrpo.errors import InputError
+from mgrpo.grading.label_text import label_text
 
 ROWS = [{"prompt": "What is 1+1?", "answer": "2"}, {"prompt": 'Say "a, b; c"\nand 2+3', "answer": "5"}]
 PAIRS = [(row["prompt"], row["answer"]) for row in ROWS]
@@ -123,7 +124,7 @@ def test_every_form_of_json_is_read(tmp_path, name, packed):
 
 def test_lines_in_a_json_file_have_no_limit_of_whole_files(tmp_path, monkeypatch):
     """What Dataset.to_json writes of much data is read line by line."""
-    monkeypatch.setattr("mgrpo.files.MAX_WHOLE_BYTES", 1000)
+    monkeypatch.setattr("mgrpo.data.files.MAX_WHOLE_BYTES", 1000)
     path = write(tmp_path / "x.json", LINES * 100)
     assert len(load_records(str(path))) == 200
     assert load_records(str(path))[199].origin == "x.json:200"
@@ -192,7 +193,7 @@ def test_packed_bombs_are_refused_as_text_of_their_size(tmp_path, suffix):
 
 
 def test_packed_lines_count_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("mgrpo.records.MAX_TEXT_BYTES", 5000)
+    monkeypatch.setattr("mgrpo.data.records.MAX_TEXT_BYTES", 5000)
     path = write(tmp_path / "x.jsonl.gz", gzip.compress(LINES.encode() * 100))
     with pytest.raises(InputError, match=r"x\.jsonl\.gz:\d+: data up to here must have at most"):
         load_records(str(path))
@@ -262,10 +263,10 @@ def test_arrow_files_are_read_and_packed_ones_refused(tmp_path, footer):
 
 def test_limits_hold_for_arrow_files(tmp_path, monkeypatch):
     path = write_arrow(tmp_path / "x.arrow", pyarrow.table({"prompt": ["a" * 3000] * 40, "answer": ["1"] * 40}))
-    monkeypatch.setattr("mgrpo.records.MAX_TEXT_BYTES", 100_000)
+    monkeypatch.setattr("mgrpo.data.records.MAX_TEXT_BYTES", 100_000)
     with pytest.raises(InputError, match=r"x\.arrow row 34: data up to here must have at most"):
         load_records(str(path))
-    monkeypatch.setattr("mgrpo.records.MAX_RECORDS", 7)
+    monkeypatch.setattr("mgrpo.data.records.MAX_RECORDS", 7)
     with pytest.raises(InputError, match=r"x\.arrow: data set must have at most 7 records, got more"):
         load_records(str(path))
     write_arrow(path, pyarrow.table({"prompt": [pyarrow.scalar("x" * (5 << 20)).as_py()]}))

@@ -60,12 +60,21 @@ def scaled(function, factor):
 
 # Small mistakes in what a step computes.
 MISTAKES = {
-    "advantage of the other sign": ("mgrpo.judging.group_advantage", scaled(mgrpo.objective.group_advantage, -1)),
-    "advantage scaled": ("mgrpo.judging.group_advantage", scaled(mgrpo.objective.group_advantage, 0.999)),
-    "loss scaled": ("mgrpo.learner.normalizer", scaled(mgrpo.objective.normalizer, 1.001)),
-    "learning rate scaled": ("mgrpo.learner.learning_rate", scaled(mgrpo.learner.learning_rate, 0.999)),
-    "decay": ("mgrpo.momentum.decay_at", lambda *_: 0.901),
-    "one average missing": ("mgrpo.momentum.decay_at", lambda _, step, __: 1.0 if step == 9 else 0.9),
+    "advantage of the other sign": (
+        "mgrpo.algorithm.credit.group_advantage",
+        scaled(mgrpo.algorithm.advantage.group_advantage, -1),
+    ),
+    "advantage scaled": (
+        "mgrpo.algorithm.credit.group_advantage",
+        scaled(mgrpo.algorithm.advantage.group_advantage, 0.999),
+    ),
+    "loss scaled": ("mgrpo.training.learner.normalizer", scaled(mgrpo.algorithm.loss.normalizer, 1.001)),
+    "learning rate scaled": (
+        "mgrpo.training.learner.learning_rate",
+        scaled(mgrpo.training.schedule.learning_rate, 0.999),
+    ),
+    "decay": ("mgrpo.models.momentum.decay_at", lambda *_: 0.901),
+    "one average missing": ("mgrpo.models.momentum.decay_at", lambda _, step, __: 1.0 if step == 9 else 0.9),
     "temperature": {"rollout.temperature": 1.201},
     "kl": {"objective.kl_coef": 0.0505},
     "kl reference": {"objective.kl_reference": "initial"},

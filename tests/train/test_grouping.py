@@ -21,7 +21,7 @@ from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.matching import may_be_equal
 from mgrpo.grading.memo import Memo
 from mgrpo.grading.watch import StoppedError, Watch
-from mgrpo.progress import GroupingLine
+from mgrpo.observe.console import GroupingLine
 
 DATA = Path(os.environ.get("MGRPO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -438,6 +438,8 @@ def test_a_run_shows_a_long_vote(launch, monkeypatch, capsys):
     """Every vote counts as long; the answers need a worker."""
     monkeypatch.setattr("mgrpo.grading.watch.SHOWN_AFTER_S", 0.0)
     turns = itertools.count()
-    monkeypatch.setattr("mgrpo.trainer.make_extractor", lambda spec: lambda text: ("x+1", "1+x")[next(turns) % 2])
+    monkeypatch.setattr(
+        "mgrpo.training.trainer.make_extractor", lambda spec: lambda text: ("x+1", "1+x")[next(turns) % 2]
+    )
     assert launch({"steps": 1, "answer.equivalence": "math", "answer.workers": 1, "rollout.prompts": 4}) == 0
     assert "comparing answers: 4 of 4 prompts" in capsys.readouterr().out

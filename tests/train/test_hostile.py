@@ -22,12 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mgrpo.config import ModelConfig
-from mgrpo.data import make_dataset
+from mgrpo.data.prompts import make_dataset
+from mgrpo.data.records import load_records
+from mgrpo.errors import InputError
 from mgrpo.grading.canonical import canonicalize
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
-from mgrpo.policy import load_model, load_tokenizer, resolve_path
-from mgrpo.records import InputError, load_records
+from mgrpo.models.load import load_model
+from mgrpo.models.tokenizer import load_tokenizer, resolve_path
 from mgrpo.tasks.arithmetic import make_tokenizer
 
 EXTRACTORS = [make_extractor(spec) for spec in ("boxed", "hash", "last-number", r"regex:#(\d\d)")]
@@ -316,7 +318,7 @@ def test_hostile_records_are_read_or_refused(tmp_path):
 
 FLIP = """
 import random, sys
-from mgrpo.records import InputError, load_records
+from mgrpo.data.records import InputError, load_records
 path, content, random = sys.argv[1], open(sys.argv[1], "rb").read(), random.Random(0)
 outcomes = {"read": 0, "refused": 0}
 for _ in range(int(sys.argv[2])):
@@ -456,7 +458,7 @@ def bomb(path: Path, kind: str, name: str = "prompt", **others: list) -> None:
 
 WATCHED = """
 import sys, pyarrow.parquet, mgrpo.tables
-from mgrpo.records import InputError, load_records
+from mgrpo.data.records import InputError, load_records
 def mebibytes(key):
     return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith(key))
 before = mebibytes("VmRSS")

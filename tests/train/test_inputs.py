@@ -11,8 +11,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mgrpo.rollout.engine import Rollouts
 from mgrpo.tasks.arithmetic import make_problems
+from mgrpo.types import Rollouts
 
 RECORDS = [{"prompt": p.prompt, "answer": p.answer} for p in make_problems(8, operands=(2, 3), seed=9)]
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mgrpo import checkpoint
-from mgrpo.run import Session
+from mgrpo.run import checkpoint
+from mgrpo.run.loop import Session
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ import torch
 from helpers import loaded as as_loaded
 from helpers import make_trajectories, one_by_one, same_bits, snapshot
 
+from mgrpo.algorithm.loss import Batch
 from mgrpo.config import Config, ObjectiveConfig, OptimConfig
-from mgrpo.learner import Learner, learning_rate
-from mgrpo.metrics import Timer
-from mgrpo.momentum import Momentum
-from mgrpo.objective import Batch
+from mgrpo.models.forward import Scorer
+from mgrpo.models.momentum import Momentum
+from mgrpo.observe.timer import Timer
 from mgrpo.presets import mgrpo_arithmetic
-from mgrpo.scoring import Scorer
 from mgrpo.tasks.arithmetic import make_model, make_problems, make_tokenizer
+from mgrpo.training.learner import Learner
+from mgrpo.training.schedule import learning_rate
 from mgrpo_kernels.testing import assert_within_budget
 
 # B = 4 prompts, M = 2 policy and N = 1 momentum rollouts each.

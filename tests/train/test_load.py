@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.trainer import Trainer
+from mgrpo.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 
@@ -94,7 +94,7 @@ def test_nothing_grows_over_two_hundred_steps(launch, tmp_path, monkeypatch):
         return row
 
     monkeypatch.setattr(Trainer, "train_step", watch)
-    monkeypatch.setattr("mgrpo.trainer.make_extractor", plant)
+    monkeypatch.setattr("mgrpo.training.trainer.make_extractor", plant)
     options = {"steps": 200, "data.train": str(data), "checkpoint.every": 25, "log.backends": ("tensorboard",)}
     options |= {"monitor.retention_every": 10, "rollout.prompts": 8, "rollout.max_new_tokens": 8}
     options |= {"answer.equivalence": "math", "answer.timeout_s": 1, "answer.workers": 1, "monitor.on_collapse": "warn"}
@@ -114,9 +114,9 @@ LOAD = """
 import dataclasses, gc, json, sys
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from mgrpo import policy
+from mgrpo.models import load as policy
 from mgrpo.presets import make_preset
-from mgrpo.prompts import load_prompts
+from mgrpo.data.load import load_prompts
 
 def mebibytes(key):
     return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith(key))

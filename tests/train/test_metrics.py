@@ -11,19 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mgrpo.config import Config, ConfigError, LogConfig, VoteConfig
-from mgrpo.metrics import (
-    JsonlTracker,
-    Outcome,
-    Timer,
-    make_trackers,
-    mean,
-    outcome_metrics,
-    read_metrics,
-    top_answer,
-    weighted,
-)
-from mgrpo.voting import vote
+from mgrpo.algorithm.vote import vote
+from mgrpo.config import Config, LogConfig, VoteConfig
+from mgrpo.errors import ConfigError
+from mgrpo.observe.step import Outcome, mean, outcome_metrics, top_answer, weighted
+from mgrpo.observe.timer import Timer
+from mgrpo.observe.trackers import JsonlTracker, make_trackers, read_metrics
 
 IDS = torch.tensor([[1, 1, 2, 1], [0, 4, 4, 0], [-1, -1, -1, 5]])
 ANSWERS = [["a", "a", "b", "a"], ["c", "a", "a", "c"], [None, None, None, "e"]]

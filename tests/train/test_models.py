@@ -13,21 +13,19 @@ from transformers import BertConfig, BertLMHeadModel, FalconConfig, MixtralConfi
 from bench.families import tiny_config, tiny_model
 from bench.models import TABLE, read_table, try_all
 from mgrpo.config import KernelsConfig, ModelConfig
-from mgrpo.determinism import make_deterministic
+from mgrpo.errors import EngineError, InputError, ParityError
 from mgrpo.evaluate import main
-from mgrpo.policy import load_model
-from mgrpo.records import InputError
-from mgrpo.rollout import EngineError, Sampling
+from mgrpo.models.determinism import make_deterministic
+from mgrpo.models.forward import Scorer
+from mgrpo.models.load import load_model
+from mgrpo.models.save import save_model
 from mgrpo.rollout.choice import choose_way
 from mgrpo.rollout.decoding import Padded, Recomputed, Unpadded
-from mgrpo.rollout.engine import ParityError
 from mgrpo.rollout.parity import BOUNDS, check_embedded
 from mgrpo.rollout.transformers import TransformersEngine
-from mgrpo.saving import save_model
-from mgrpo.scoring import Scorer
 from mgrpo.tasks.arithmetic import make_tokenizer
-from mgrpo.trainer import Trainer
-from mgrpo.trajectories import join
+from mgrpo.training.trainer import Trainer
+from mgrpo.types import Sampling, join
 
 PROMPTS = [[7, 9, 4, 11], [5, 3], [6, 12, 8, 20, 13, 15, 9], [8, 8, 3, 4]]
 SHAPE = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, pad_token_id=PAD, eos_token_id=EOS)

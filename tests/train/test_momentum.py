@@ -9,7 +9,7 @@ import torch
 from helpers import same_bits, snapshot, tiny_model
 
 from mgrpo.config import KernelsConfig, MomentumConfig
-from mgrpo.momentum import Momentum, decay_at
+from mgrpo.models.momentum import Momentum, decay_at
 from mgrpo_kernels.testing import assert_within_budget
 
 MODES = ("fp32", "bf16-stochastic", "bf16-kahan")

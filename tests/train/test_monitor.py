@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mgrpo.config import MonitorConfig
-from mgrpo.monitor import Monitor
+from mgrpo.observe.collapse import Monitor
 
 CALM = {
     "top_answer": "07",

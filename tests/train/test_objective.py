@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mgrpo.algorithm.advantage import group_advantage
+from mgrpo.algorithm.loss import Batch, has_gradient, kl_cov_tokens, micro_batch_loss, normalizer
 from mgrpo.config import ObjectiveConfig
-from mgrpo.objective import Batch, group_advantage, has_gradient, kl_cov_tokens, micro_batch_loss, normalizer
 from mgrpo_kernels.testing import assert_within_budget
 
 LENGTHS = [3, 5, 1, 4, 2, 5]

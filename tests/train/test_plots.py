@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mgrpo.plots import Run, draw_figures, points, running_mean
+from mgrpo.observe.plots import Run, draw_figures, points, running_mean
 
 
 def make_row(step: int) -> dict:

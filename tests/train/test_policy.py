@@ -9,19 +9,14 @@ import torch
 from helpers import same_bits, snapshot, tiny_model
 from transformers import AutoConfig, OPTConfig, OPTForCausalLM, PretrainedConfig
 
-from mgrpo.config import ConfigError, KernelsConfig, ModelConfig, MomentumConfig
-from mgrpo.data import InputError
-from mgrpo.momentum import Momentum
-from mgrpo.policy import (
-    borrowed_weights,
-    context_length,
-    load_model,
-    load_tokenizer,
-    load_weights,
-    pick_device,
-    resolve_path,
-)
-from mgrpo.saving import save_model
+from mgrpo.config import KernelsConfig, ModelConfig, MomentumConfig
+from mgrpo.data.prompts import InputError
+from mgrpo.errors import ConfigError
+from mgrpo.models.device import pick_device
+from mgrpo.models.load import borrowed_weights, load_model, load_weights
+from mgrpo.models.momentum import Momentum
+from mgrpo.models.save import save_model
+from mgrpo.models.tokenizer import context_length, load_tokenizer, resolve_path
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer
 
 

@@ -25,16 +25,16 @@ from transformers import (
 )
 
 from mgrpo import doctor, evaluate
-from mgrpo.config import Config, ConfigError, ModelConfig
-from mgrpo.inputs import InputError, whole
-from mgrpo.metrics import StorageError
-from mgrpo.model_files import check_folder
-from mgrpo.plan import cache_numbers
-from mgrpo.policy import load_model, resolve_path
-from mgrpo.run_directory import directory_of, refuse_directory, require_room
-from mgrpo.saving import make_savable, try_save
+from mgrpo.config import Config, ModelConfig
+from mgrpo.errors import ConfigError, InputError, StorageError, whole
+from mgrpo.models.files import check_folder
+from mgrpo.models.load import load_model
+from mgrpo.models.save import make_savable, try_save
+from mgrpo.models.size import cache_numbers
+from mgrpo.models.tokenizer import resolve_path
+from mgrpo.run.directory import directory_of, refuse_directory, require_room
 from mgrpo.tasks.arithmetic import make_tokenizer
-from mgrpo.trainer import Trainer
+from mgrpo.training.trainer import Trainer
 
 SHORT = {"steps": 1, "rollout.max_new_tokens": 4}
 
@@ -167,7 +167,7 @@ def test_a_run_that_can_not_save_ends_before_its_first_step(refused, monkeypatch
 
 
 def test_the_rehearsal_changes_nothing(small, monkeypatch, tmp_path):
-    from mgrpo.preflight import rehearse
+    from mgrpo.run.preflight import rehearse
 
     trainer = Trainer(small({"model.dtype": "bf16"}))
     monkeypatch.setattr(trainer, "config", small({}))
@@ -186,7 +186,7 @@ def test_a_model_that_can_not_take_a_step_is_refused(refused, monkeypatch, where
         raise IndexError("index out of range\nin self")
 
     target = "mgrpo.rollout.transformers.TransformersEngine.generate"
-    monkeypatch.setattr(target if where == "generate" else "mgrpo.scoring.Scorer.__call__", fail)
+    monkeypatch.setattr(target if where == "generate" else "mgrpo.models.forward.Scorer.__call__", fail)
     message = "must generate a token and have a gradient, got: IndexError: index out of range in self."
     assert refused({}) == f"model: builtin:arithmetic {message}"
 
@@ -219,8 +219,8 @@ def test_a_checkpoint_that_lacks_a_parameter_is_not_resumed(launch, resume, tmp_
     assert launch({"steps": 2, "checkpoint.every": 1}, "--stop-after", "1") == 0
     policy = tmp_path / "run" / "checkpoints" / "step_1" / "policy"
     change_weights(policy, lambda w: w.pop("model.norm.weight"))
-    monkeypatch.setattr("mgrpo.checkpoint._sha256", lambda path: "")
-    monkeypatch.setattr("mgrpo.checkpoint.verify_checkpoint", lambda folder: 1)
+    monkeypatch.setattr("mgrpo.run.checkpoint._sha256", lambda path: "")
+    monkeypatch.setattr("mgrpo.run.checkpoint.verify_checkpoint", lambda folder: 1)
     capsys.readouterr()
     assert resume() == 2
     assert said(capsys) == [

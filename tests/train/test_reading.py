@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from mgrpo.evaluate import evaluate
+from mgrpo.evaluation.evaluate import evaluate
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.thoughts import decode_responses, drop_thought, opened_thought

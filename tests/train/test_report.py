@@ -8,9 +8,10 @@ import re
 import pytest
 from matplotlib.image import imread
 
-from mgrpo.plots import draw_figures
-from mgrpo.records import InputError
-from mgrpo.report import main, read_run, write_report
+from mgrpo.errors import InputError
+from mgrpo.observe.plots import draw_figures
+from mgrpo.observe.report import read_run, write_report
+from mgrpo.report import main
 
 
 def make_row(step: int) -> dict:

@@ -14,11 +14,12 @@ from conftest import call
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mgrpo.checkpoint import CheckpointError, list_checkpoints, step_of, verify_checkpoint
-from mgrpo.config import ConfigError
-from mgrpo.policy import resolve_path
-from mgrpo.run import Exit, run
-from mgrpo.trainer import Trainer
+from mgrpo.errors import CheckpointError, ConfigError, Exit
+from mgrpo.models.tokenizer import resolve_path
+from mgrpo.process.disk import list_checkpoints, step_of
+from mgrpo.run.checkpoint import verify_checkpoint
+from mgrpo.run.loop import run
+from mgrpo.training.trainer import Trainer
 
 # Everything that is carried from step to step: a schedule, moments, a momentum of its own, a filter, an epoch's end.
 CARRYING = {

@@ -8,7 +8,7 @@ import pytest
 
 from mgrpo.config import MonitorConfig
 from mgrpo.grading.checker import AnswerChecker
-from mgrpo.retention import MIN_ANSWERS, Retention
+from mgrpo.observe.retention import MIN_ANSWERS, Retention
 from mgrpo.rollout.transformers import TransformersEngine
 
 ASKING = {"monitor.retention_every": 2, "monitor.retention_prompts": 44, "steps": 14}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mgrpo.algorithm.reward import Evidence, reward
+from mgrpo.algorithm.vote import vote
 from mgrpo.config import VoteConfig
-from mgrpo.reward import Evidence, reward
-from mgrpo.voting import vote
 
 # The last prompt has no parsed answer; the third falls short of a minimum share of 0.5.
 IDS = torch.tensor([[4, 4, 6, -1], [6, 6, 6, 6], [1, 2, 3, 1], [-1, -1, -1, -1]])

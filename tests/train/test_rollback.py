@@ -8,10 +8,10 @@ import signal
 
 import pytest
 
-from mgrpo.checkpoint import list_checkpoints, step_of
-from mgrpo.monitor import Monitor
-from mgrpo.run import Exit
-from mgrpo.trainer import Trainer
+from mgrpo.errors import Exit
+from mgrpo.observe.collapse import Monitor
+from mgrpo.process.disk import list_checkpoints, step_of
+from mgrpo.training.trainer import Trainer
 
 # Windows of 2 steps: an alarm at step 9 makes step 5 the newest that is surely sound, and 4 its checkpoint.
 ROLLING = {

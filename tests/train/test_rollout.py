@@ -19,11 +19,11 @@ from helpers import (
 )
 
 from mgrpo.config import KernelsConfig
-from mgrpo.rollout import EngineError, Sampling, StaleWeightsError
+from mgrpo.errors import EngineError, StaleWeightsError
+from mgrpo.models.forward import Scorer
 from mgrpo.rollout.transformers import TransformersEngine, sample
-from mgrpo.scoring import Scorer
 from mgrpo.tasks.arithmetic import make_model
-from mgrpo.trajectories import join
+from mgrpo.types import Sampling, join
 from mgrpo_kernels.testing import assert_within_budget
 
 PROMPTS = [[2, 9, 4], [5], [7, 7, 3, 12, 20, 8, 15, 2, 11], [6, 2, 4], [3, 19, 23, 10, 4, 13]]

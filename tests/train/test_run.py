@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mgrpo.checkpoint import list_checkpoints, step_of
 from mgrpo.config import from_dict, to_dict
-from mgrpo.metrics import Timer
-from mgrpo.policy import borrowed_weights
+from mgrpo.models.load import borrowed_weights
+from mgrpo.observe.timer import Timer
+from mgrpo.process.disk import list_checkpoints, step_of
 from mgrpo.tasks.arithmetic import make_tokenizer
 from mgrpo.train import main
-from mgrpo.trainer import Trainer
+from mgrpo.training.trainer import Trainer
 
 # Keys of the run directory's contract.
 KEYS = """

@@ -10,9 +10,9 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, loaded, make_trajectories, one_by_one, random_trajectories, tiny_model
 
-from mgrpo import scoring
 from mgrpo.config import KernelsConfig
-from mgrpo.scoring import Scorer, has_plain_head
+from mgrpo.models import forward as scoring
+from mgrpo.models.forward import Scorer, has_plain_head
 from mgrpo_kernels.testing import assert_within_budget
 
 TEMPERATURE = 0.7

@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 
 import mgrpo
-from mgrpo import checkpoint, interrupt
-from mgrpo.checkpoint import list_checkpoints, newest_valid, step_of
+from mgrpo.errors import EngineError, Exit, StaleWeightsError
 from mgrpo.grading.worker import EquivalenceWorker
-from mgrpo.rollout import EngineError, StaleWeightsError
-from mgrpo.rollout.server import _before_start
+from mgrpo.process import signals as interrupt
+from mgrpo.process.disk import list_checkpoints, step_of
 from mgrpo.rollout.transformers import TransformersEngine
-from mgrpo.run import Exit
-from mgrpo.trainer import Trainer
+from mgrpo.rollout.vllm.process import _before_start
+from mgrpo.run import checkpoint
+from mgrpo.run.checkpoint import newest_valid
+from mgrpo.training.trainer import Trainer
 
 ALL = [*interrupt.WISHES, *interrupt.WARNINGS]
 INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1

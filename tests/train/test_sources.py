@@ -14,13 +14,14 @@ import pyarrow.parquet
 import pytest
 
 from mgrpo.config import AnswerConfig, Config
-from mgrpo.data import Dataset, Prompt
+from mgrpo.data.load import answers_of, describe_data
+from mgrpo.data.messages import leave_off_answer, read_messages
+from mgrpo.data.prompts import Dataset, Prompt
+from mgrpo.data.records import load_records
+from mgrpo.errors import InputError
+from mgrpo.grading.label_text import label_text
 from mgrpo.grading.labels import make_label_reader
 from mgrpo.inputs import parse_value
-from mgrpo.labels import label_text
-from mgrpo.messages import leave_off_answer, read_messages
-from mgrpo.prompts import answers_of, describe_data
-from mgrpo.records import InputError, load_records
 
 CHAT = [{"role": "user", "content": "What's \\frac{1}{2}+1?"}, {"role": "assistant", "content": 'It is "3/2".'}]
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "π?", "answer": "3"}]

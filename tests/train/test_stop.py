@@ -12,15 +12,13 @@ from helpers import one_by_one
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mgrpo.config import ConfigError
+from mgrpo.errors import ConfigError, InputError
 from mgrpo.evaluate import main as evaluate_main
 from mgrpo.grading.extract import make_extractor
-from mgrpo.records import InputError
-from mgrpo.rollout import Sampling
 from mgrpo.rollout.stop import StopTexts, find_label, make_stop, read_texts
 from mgrpo.rollout.transformers import TransformersEngine
-from mgrpo.trainer import Trainer
-from mgrpo.trajectories import join
+from mgrpo.training.trainer import Trainer
+from mgrpo.types import Sampling, join
 
 CORPUS = [
     "Question: What is 3+4?\nAnswer: 7\n\nQuestion: né 中文 🙂 x?\nAnswer: #### 5.\n\n",

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import mgrpo
-from mgrpo.checkpoint import list_checkpoints
-from mgrpo.threads import COUNTS, WAITING, available_cpus, limit_threads, wait_passively
+from mgrpo.process.disk import list_checkpoints
+from mgrpo.process.threads import COUNTS, WAITING, available_cpus, limit_threads, wait_passively
 
 ROOT = Path(mgrpo.__file__).parents[1]
 V2 = "31 23 0:26 {inner} {mount} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
@@ -165,7 +165,7 @@ def test_number_of_threads(monkeypatch, variables, threads, cpus, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("mgrpo.threads.available_cpus", lambda: cpus)
+    monkeypatch.setattr("mgrpo.process.threads.available_cpus", lambda: cpus)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -203,8 +203,8 @@ TELLS = "import os; print([os.environ.get(name) for name in ('OMP_WAIT_POLICY', 
         (["-u", "-W", "ignore", "-m", "mgrpo.train", "arithmetic"], {}, [None, "50000"]),
         (["-m", "mgrpo.train"], {"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", None]),
         (["-m", "mgrpo.train"], {"GOMP_SPINCOUNT": "9"}, [None, "9"]),
-        (["-c", "import mgrpo.trainer"], {}, [None, None]),
-        (["-m", "timeit", "-n1", "-r1", "import mgrpo.trainer"], {}, [None, None]),
+        (["-c", "import mgrpo.training.trainer"], {}, [None, None]),
+        (["-m", "timeit", "-n1", "-r1", "import mgrpo.training.trainer"], {}, [None, None]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0] and value[0][0] == "-" else None,
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from helpers import padded
 
-from mgrpo.rollout import Rollouts
-from mgrpo.trajectories import join
+from mgrpo.types import Rollouts, join
 
 PROMPTS = [[2, 3], [4, 5, 6]]
 

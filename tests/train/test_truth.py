@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from mgrpo.config import AnswerConfig, Config
+from mgrpo.data.load import read_answers
+from mgrpo.data.records import Record
+from mgrpo.errors import InputError
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.labels import make_label_reader
-from mgrpo.prompts import read_answers
-from mgrpo.records import InputError, Record
 
 # How a worked solution may mark 5,500, and how a response may.
 LABELS = {

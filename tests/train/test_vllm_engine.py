@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from mgrpo.rollout import EngineError, Sampling, StaleWeightsError
+from mgrpo.errors import EngineError, StaleWeightsError
 from mgrpo.rollout.parity import BOUNDS, check_parity
-from mgrpo.rollout.publish import LoadPublisher, ReloadPublisher, make_publisher
 from mgrpo.rollout.stop import StopTexts
-from mgrpo.rollout.vllm import VllmEngine, start
+from mgrpo.rollout.vllm.local import VllmEngine, start
+from mgrpo.rollout.weights.in_process import LoadPublisher, ReloadPublisher, make_publisher
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer
+from mgrpo.types import Sampling
 
 PROMPTS = [[2, 3, 4], [5, 6]]
 
@@ -364,12 +365,12 @@ def test_parity_stops_at_the_bound_and_names_the_weights(dtype):
 
 
 def test_dry_run_misses_vllm(monkeypatch):
-    from mgrpo.preflight import find_problems
     from mgrpo.presets import PRESETS
+    from mgrpo.run.preflight import find_problems
 
     config = PRESETS["arithmetic"]()
     config = replace(config, rollout=replace(config.rollout, engine="vllm"))
-    monkeypatch.setattr("mgrpo.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("mgrpo.run.preflight.find_spec", lambda name: None)
     assert any("needs the package vllm, it is not installed" in problem for problem in find_problems(config))
-    monkeypatch.setattr("mgrpo.preflight.find_spec", lambda name: object())
+    monkeypatch.setattr("mgrpo.run.preflight.find_spec", lambda name: object())
     assert not find_problems(config)

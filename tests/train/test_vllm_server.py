@@ -20,14 +20,17 @@ from urllib.request import urlopen
 import pytest
 import torch
 
-from mgrpo.config import ConfigError
+from mgrpo.errors import ConfigError, EngineError, StaleWeightsError
 from mgrpo.presets import make_preset
-from mgrpo.rollout import EngineError, Sampling, StaleWeightsError, server
-from mgrpo.rollout.nccl import NcclSender
-from mgrpo.rollout.server import EnginePair, ServerEngine, ServerProcess, offer
 from mgrpo.rollout.stop import StopTexts
+from mgrpo.rollout.vllm import server
+from mgrpo.rollout.vllm.process import ServerProcess
+from mgrpo.rollout.vllm.server import EnginePair, ServerEngine
+from mgrpo.rollout.weights.http import offer
+from mgrpo.rollout.weights.nccl import NcclSender
 from mgrpo.rollout.worker import WeightReceiver
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer
+from mgrpo.types import Sampling
 
 PROMPTS = [[2, 3, 4], [5, 6]]
 POLICY_0 = {"source": "policy", "version": 0}
@@ -160,7 +163,7 @@ def test_damaged_weights_are_refused(model, fake, monkeypatch):
     engine = connect(model, fake.url)
     engine.load(model.state_dict(), **POLICY_0)
     real = hashlib.sha256
-    monkeypatch.setattr(server, "hashlib", SimpleNamespace(sha256=lambda data: real(data + b"x")))
+    monkeypatch.setattr("mgrpo.rollout.weights.http.hashlib", SimpleNamespace(sha256=lambda data: real(data + b"x")))
     with pytest.raises(EngineError, match="weights must have SHA-256"):
         engine.load(model.state_dict(), source="policy", version=1)
     assert fake.mgrpo_version is None
@@ -278,8 +281,8 @@ def test_a_pair_keeps_each_source_on_its_own_server(model, fake):
 
 
 def test_a_process_that_cannot_start_says_why_and_leaves_none(model, monkeypatch):
-    monkeypatch.setattr(server, "require_vllm", lambda: None)
-    monkeypatch.setattr(server.sys, "executable", "/bin/false")
+    monkeypatch.setattr("mgrpo.rollout.vllm.process.require_vllm", lambda: None)
+    monkeypatch.setattr("mgrpo.rollout.vllm.process.sys.executable", "/bin/false")
     process = ServerProcess(model, dtype=torch.float32, max_length=40, options={}, device="")
     with pytest.raises(EngineError, match="the vLLM server ended with exit code 1"):
         process.wait()
@@ -290,7 +293,7 @@ def test_a_process_that_cannot_start_says_why_and_leaves_none(model, monkeypatch
 
 ORPHAN = """
 import subprocess, sys
-from mgrpo.rollout.server import _die_with_parent
+from mgrpo.rollout.vllm.process import _die_with_parent
 child = subprocess.Popen(["sleep", "60"], start_new_session=True, preexec_fn=_die_with_parent)
 print(child.pid, flush=True)
 sys.stdin.read()

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
+from mgrpo.algorithm.filter import filter_trajectories
+from mgrpo.algorithm.vote import first_of_class, vote
 from mgrpo.config import FilterConfig, VoteConfig
-from mgrpo.voting import filter_trajectories, first_of_class, vote
 
 
 def elect(ids: list[int], num_policy: int, *, dropped: tuple[int, ...] = (), **config: object):

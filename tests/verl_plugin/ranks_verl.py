@@ -15,7 +15,7 @@ from omegaconf import open_dict
 from small_verl import overrides
 from torch.distributed.tensor import DTensor
 
-from mgrpo.integrations.verl_worker import MGRPOWorker
+from mgrpo.integrations.verl.worker import MGRPOWorker
 
 
 class Recorder:

@@ -20,7 +20,7 @@ def write_model(folder: Path) -> Path:
     """The shipped base with a chat template, which verl applies to every prompt."""
     from transformers import AutoTokenizer
 
-    from mgrpo.policy import resolve_path
+    from mgrpo.models.tokenizer import resolve_path
 
     shutil.copytree(resolve_path("builtin:arithmetic"), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

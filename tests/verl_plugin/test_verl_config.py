@@ -15,9 +15,10 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.utils.config import validate_config
 
-from mgrpo.config import Config, ConfigError
-from mgrpo.integrations.verl_options import GROUPS, read_options
-from mgrpo.integrations.verl_trainer import MGRPOTrainer
+from mgrpo.config import Config
+from mgrpo.errors import ConfigError
+from mgrpo.integrations.verl.options import GROUPS, read_options
+from mgrpo.integrations.verl.trainer import MGRPOTrainer
 
 
 def test_the_named_configuration_is_stock_verls_with_our_trainer(compose):
@@ -55,7 +56,7 @@ def test_stock_configuration_takes_the_options_with_a_plus():
                 "actor_rollout_ref.actor.strategy=fsdp2",
                 "actor_rollout_ref.rollout.n=12",
                 "+mgrpo.rollout.momentum=3",
-                "+mgrpo.momentum.decay=0.999",
+                "+mgrpo.models.momentum.decay=0.999",
             ],
         )
     options = read_options(config)

@@ -22,8 +22,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils import padding
 
-from mgrpo.integrations.verl_trainer import MGRPOTrainer
-from mgrpo.integrations.verl_worker import MGRPOWorker
+from mgrpo.integrations.verl.trainer import MGRPOTrainer
+from mgrpo.integrations.verl.worker import MGRPOWorker
 
 
 def parameters(function: Any) -> list[str]:
@@ -120,7 +120,7 @@ def test_methods_of_the_worker_are_registered_for_all_ranks_as_verls_are(name):
 
 def test_the_trainer_mode_and_the_estimator_are_registered_under_their_names():
     assert get_trainer_cls("mgrpo") is MGRPOTrainer
-    assert core_algos.get_adv_estimator_fn("mgrpo").__module__ == "mgrpo.integrations.verl_advantage"
+    assert core_algos.get_adv_estimator_fn("mgrpo").__module__ == "mgrpo.integrations.verl.advantage"
     with pytest.raises(ValueError, match="Unknown trainer 'mgrp'"):
         get_trainer_cls("mgrp")
 

@@ -12,8 +12,8 @@ import mgrpo_kernels as K
 from mgrpo.config import from_dict
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
-from mgrpo.integrations.truth import make_truth_reader
-from mgrpo.integrations.verl_judging import Rows, arrange, judge_rows, merge_rows, place_rewards, places_in_groups
+from mgrpo.integrations.shared import make_truth_reader
+from mgrpo.integrations.verl.groups import Rows, arrange, judge_rows, merge_rows, place_rewards, places_in_groups
 
 M, N = 4, 2
 CONFIG = from_dict(

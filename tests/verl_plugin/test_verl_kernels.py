@@ -17,7 +17,8 @@ from verl.utils import torch_functional as stock
 from verl.utils.experimental import torch_functional as fused
 from verl.workers.engine.fsdp import transformer_impl
 
-from mgrpo.integrations import patch_kernels, verl_kernels
+from mgrpo.integrations import patch_kernels
+from mgrpo.integrations.kernels import verl as verl_kernels
 from mgrpo_kernels.testing import peaked_logits
 
 T, V = 7, 301

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 
-from mgrpo.config import ConfigError
-from mgrpo.integrations.verl_options import read_options
+from mgrpo.errors import ConfigError
+from mgrpo.integrations.verl.options import read_options
 
 VERL = {
     "algorithm": {"adv_estimator": "mgrpo", "use_kl_in_reward": False},
@@ -70,16 +70,16 @@ def test_what_verl_knows_is_taken_from_verl():
         ({"momentun": {}}, r"mgrpo.momentun is not a known key. Did you mean momentum\?"),
         ({"filter": {"kk": 1}}, r"mgrpo.filter.kk is not a known key. Did you mean k\?"),
         ({"rollout": {"temperature": 1.0}}, r"mgrpo.rollout.temperature must be unset: it is an option of verl's own"),
-        ({"objective": {"kl_coef": 0.1}}, r"mgrpo.objective.kl_coef must be unset"),
+        ({"objective": {"kl_coef": 0.1}}, r"mgrpo.algorithm.loss.kl_coef must be unset"),
         ({"filter": 3}, r"mgrpo.filter must hold options, got 3"),
         ({"patch_kernels": "yes"}, r"mgrpo.patch_kernels must be true or false, got 'yes'"),
         ({"momentum": {"decay": 2.0}}, r"momentum.decay must be in \[0, 1\], got 2.0"),
         ({"momentum": {"decay": "high"}}, r"momentum.decay must be float, got 'high'"),
         ({"vote": {"pool": "momentum"}, "rollout": {"momentum": 0}}, r"--vote.pool momentum needs"),
-        ({"objective": {"reward": "self-certainty"}}, r"mgrpo.objective.reward must be majority"),
+        ({"objective": {"reward": "self-certainty"}}, r"mgrpo.algorithm.loss.reward must be majority"),
         ({"filter": {"score": "source"}}, r"mgrpo.filter.score must be policy, got source"),
-        ({"momentum": {"device": "cpu"}}, r"mgrpo.momentum.device must be same, got cpu"),
-        ({"monitor": {"on_collapse": "rollback"}}, r"mgrpo.monitor.on_collapse must be warn or stop"),
+        ({"momentum": {"device": "cpu"}}, r"mgrpo.models.momentum.device must be same, got cpu"),
+        ({"monitor": {"on_collapse": "rollback"}}, r"mgrpo.observe.collapse.on_collapse must be warn or stop"),
     ],
 )
 def test_options_of_ours_are_checked(mgrpo, message):

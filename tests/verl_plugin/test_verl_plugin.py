@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mgrpo.integrations import verl as plugin
+from mgrpo.integrations.verl import plugin
 
 ASK = """
 import json, sys

@@ -11,8 +11,9 @@ from verl.utils import tensordict_utils as tu
 
 from mgrpo.config import from_dict
 from mgrpo.grading.checker import AnswerChecker
-from mgrpo.integrations import verl_queue, verl_trainer
-from mgrpo.integrations.verl_judging import judge_rows, merge_rows
+from mgrpo.integrations.verl import queue as verl_queue
+from mgrpo.integrations.verl import trainer as verl_trainer
+from mgrpo.integrations.verl.groups import judge_rows, merge_rows
 from mgrpo.integrations.verl_reward import compute_score
 
 CONFIG = from_dict(

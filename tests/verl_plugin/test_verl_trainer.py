@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mgrpo.config import from_dict
-from mgrpo.integrations import verl_trainer
-from mgrpo.integrations.verl_trainer import MGRPOTrainer
-from mgrpo.monitor import Monitor
+from mgrpo.integrations.verl import trainer as verl_trainer
+from mgrpo.integrations.verl.trainer import MGRPOTrainer
+from mgrpo.observe.collapse import Monitor
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
 from mgrpo.config import MomentumConfig
-from mgrpo.integrations.verl_options import read_options
-from mgrpo.integrations.verl_worker import EngineMomentum, MGRPOWorker, file_name
+from mgrpo.integrations.verl.options import read_options
+from mgrpo.integrations.verl.worker import EngineMomentum, MGRPOWorker, file_name
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -208,7 +208,7 @@ def test_a_save_that_fails_leaves_the_last_one(make_worker, tmp_path, monkeypatc
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("mgrpo.integrations.verl_worker.save_file", fail)
+    monkeypatch.setattr("mgrpo.integrations.verl.worker.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         worker.momentum.save(tmp_path)
     assert (tmp_path / file_name()).read_bytes() == before

@@ -1,0 +1,112 @@
+"""From answers and entropies to advantages: filter, vote, reward and comparison within groups, without a model.
+
+Letters: B prompts, M policy and N momentum rollouts a prompt, G = M + N; policy rollouts come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mgrpo.algorithm.advantage import group_advantage
+from mgrpo.algorithm.filter import filter_trajectories
+from mgrpo.algorithm.reward import Evidence, reward
+from mgrpo.algorithm.vote import Vote, first_of_class
+from mgrpo.algorithm.vote import vote as elect
+from mgrpo.config import FilterConfig, ObjectiveConfig, VoteConfig
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.types import Label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What the rollouts of one batch came to."""
+
+    answers: list[list[str | None]]  # [B][G]
+    answer_ids: torch.Tensor  # [B, G] int64, -1 for no answer
+    labels: list[str | None]  # [B], text of the pseudo-label
+    keep: torch.Tensor  # [B, G] bool, passed the filter
+    trains: torch.Tensor  # [B, G] bool, enters the loss
+    vote: Vote
+    rewards: torch.Tensor  # [B, G] fp32
+    advantage: torch.Tensor  # [B, G] fp32, 0 where `trains` is False
+    num_policy: int  # M
+
+
+def judge(
+    answers: list[list[str | None]],
+    entropy: torch.Tensor,
+    num_policy: int,
+    *,
+    filter: FilterConfig,
+    vote: VoteConfig,
+    objective: ObjectiveConfig,
+    checker: AnswerChecker,
+    may_train: torch.Tensor | None = None,
+    mean_entropy: torch.Tensor | None = None,
+    self_certainty: torch.Tensor | None = None,
+    true_answers: Sequence[Label | None] | None = None,
+    backend: str = "auto",
+) -> Judgement:
+    """Filters trajectories, elects pseudo-labels, rewards agreement and compares rewards within each group.
+
+    Args:
+        answers: [B][G], what `mgrpo.grading.make_extractor` finds in each response; None where there is none.
+        entropy: [B, G] fp32 in nats, on the CPU; what the filter looks at.
+        num_policy: M; the other G - M rollouts of a prompt are the momentum model's.
+        filter, vote, objective: how; of `objective`, reward and advantage.
+        checker: decides which answers are the same.
+        may_train: [B, G] bool, rollouts that the loss may take; the policy's by default.
+        mean_entropy: [B, G] fp32, mean token entropies, for objective.reward "entropy"; `entropy` by default.
+        self_certainty: [B, G] fp32, for objective.reward "self-certainty".
+        true_answers: [B], for objective.reward "labels" and nothing else.
+        backend: backend of mgrpo_kernels.
+
+    Raises:
+        ValueError: shapes that disagree, or a reward without its evidence.
+
+    Source: arXiv 2512.13070, algorithm 1; docs/algorithm.md has every choice.
+    """
+    shape = (len(answers), len(answers[0]) if answers else 0)
+    if tuple(entropy.shape) != shape or any(len(row) != shape[1] for row in answers):
+        raise ValueError(
+            f"judge: entropy must be [B, G] = {list(shape)} as answers are, got {list(entropy.shape)} and rows of "
+            f"{sorted({len(row) for row in answers})} answers. Whole groups are judged at once."
+        )
+    needs = {"labels": true_answers, "self-certainty": self_certainty}
+    if objective.reward in needs and needs[objective.reward] is None:
+        name = "true_answers" if objective.reward == "labels" else "self_certainty"
+        raise ValueError(f"judge: {name} must be given for objective.reward {objective.reward!r}, got None.")
+    answer_ids = torch.tensor(checker.group_classes(answers)).view(shape)
+    keep = filter_trajectories(entropy, filter, backend=backend)
+    voters = torch.ones_like(keep) if filter.applies_to == "loss" else keep
+    elected = elect(answer_ids, voters, num_policy, vote, backend=backend)
+    correct = None
+    if objective.reward == "labels":
+        assert true_answers is not None
+        correct = torch.tensor(
+            [[checker.is_correct(a, true) for a in row] for row, true in zip(answers, true_answers, strict=True)]
+        )
+    evidence = Evidence(
+        answer_ids=answer_ids,
+        entropy=entropy if mean_entropy is None else mean_entropy,
+        self_certainty=self_certainty,
+        correct=correct,
+    )
+    rewards = reward(objective.reward, elected, evidence)
+    if may_train is None:
+        may_train = (torch.arange(shape[1]) < num_policy).expand(shape)
+    trains = keep & may_train
+    return Judgement(
+        answers=answers,
+        answer_ids=answer_ids,
+        labels=[first_of_class(*row) for row in zip(answer_ids.tolist(), answers, elected.label.tolist(), strict=True)],
+        keep=keep,
+        trains=trains,
+        vote=elected,
+        rewards=rewards,
+        advantage=group_advantage(rewards, keep, trains, objective, backend=backend),
+        num_policy=num_policy,
+    )

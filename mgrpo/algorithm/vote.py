@@ -1,0 +1,65 @@
+"""The majority vote, from answers to pseudo-labels.
+
+Letters: B prompts, M policy rollouts, N momentum rollouts a prompt, G = M + N; policy rollouts come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+import mgrpo_kernels as K
+from mgrpo.config import VoteConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """The pseudo-label of each prompt and what led to it."""
+
+    label: torch.Tensor  # [B] int64, class id; -1 where there is none
+    share: torch.Tensor  # [B] fp32, votes of the label / votes
+    tie: torch.Tensor  # [B] bool, before the tie rule
+    class_share: torch.Tensor  # [B, G] fp32, share of each rollout's own class
+    signal: torch.Tensor  # [B] bool, the label exists and its share and margin are large enough
+    agreement: torch.Tensor  # [B] bool, policy and momentum rollouts elect the same class
+    agreement_known: torch.Tensor  # [B] bool, both elect one
+
+
+def vote(
+    answer_ids: torch.Tensor, keep: torch.Tensor, num_policy: int, config: VoteConfig, *, backend: str = "auto"
+) -> Vote:
+    """Elects each prompt's largest answer class.
+
+    A tie goes to the class with more momentum votes, then to the class of the earliest rollout.
+
+    Args:
+        answer_ids: [B, G] int64, class of each rollout's answer, -1 for none; policy rollouts first.
+        keep: [B, G] bool, rollouts that may vote.
+        num_policy: M.
+        config: pool, weight of momentum votes, least share and margin.
+        backend: backend of mgrpo_kernels.
+    """
+    is_momentum = (torch.arange(answer_ids.shape[1]) >= num_policy).expand_as(answer_ids)
+    pool = {"both": keep, "policy": keep & ~is_momentum, "momentum": keep & is_momentum}
+    weights = torch.where(is_momentum, config.momentum_weight, 1).to(torch.int32)
+    elected = K.majority_vote(
+        answer_ids, keep=pool[config.pool], weights=weights, tie_break=is_momentum, backend=backend
+    )
+    by_policy = K.majority_vote(answer_ids, keep=pool["policy"], backend=backend).label
+    by_momentum = K.majority_vote(answer_ids, keep=pool["momentum"], backend=backend).label
+    return Vote(
+        label=elected.label,
+        share=elected.share,
+        tie=elected.tie,
+        class_share=elected.class_share,
+        signal=(elected.label >= 0) & (elected.share >= config.min_share) & (elected.margin >= config.min_margin),
+        agreement=(by_policy == by_momentum) & (by_policy >= 0),
+        agreement_known=(by_policy >= 0) & (by_momentum >= 0),
+    )
+
+
+def first_of_class(answer_ids: Sequence[int], answers: Sequence[str | None], label: int) -> str | None:
+    """Text of the earliest answer in class `label`; None where there is none."""
+    return next((a for i, a in zip(answer_ids, answers, strict=True) if i == label and a is not None), None)

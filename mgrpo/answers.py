@@ -1,8 +1,0 @@
-"""Answers, for other programs: read out of a response, brought to one form, compared."""
-
-from mgrpo.grading.canonical import canonicalize
-from mgrpo.grading.checker import AnswerChecker
-from mgrpo.grading.extract import make_extractor
-from mgrpo.grading.labels import make_label_reader
-
-__all__ = ["AnswerChecker", "canonicalize", "make_extractor", "make_label_reader"]

@@ -1,0 +1,95 @@
+"""Keys of prompt and answer: looked up in a record, dots reach into objects, and told apart from those that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mgrpo.errors import InputError
+from mgrpo.inputs import list_names, nearest, parse_value
+
+ABSENT = object()  # what look_up returns for a key that is not there
+MAX_SEEN = 200
+NESTED = 3  # levels of objects whose keys are listed
+# Other names that data sets have for a prompt.
+PROMPT_NAMES = ("messages", "conversations", "conversation", "question", "problem", "instruction", "query", "input")
+
+
+class Keys:
+    """The keys that are read, and those that were met on the way."""
+
+    def __init__(self, prompt: str, answer: str | None) -> None:
+        self.prompt, self.answer = prompt, answer
+        self.seen: dict[str, None] = {}  # in the order in which they came, at most MAX_SEEN
+        self.has_answer = False  # whether any record had the answer's key
+
+    @property
+    def wanted(self) -> list[str]:
+        """The keys to read, the prompt's first, each once."""
+        return list(dict.fromkeys([self.prompt, *([] if self.answer is None else [self.answer])]))
+
+    def note(self, names: Iterable[str]) -> None:
+        """Takes down what keys there are."""
+        if len(self.seen) < MAX_SEEN:
+            self.seen.update(dict.fromkeys(names))
+
+    def find_answer(self, row: Mapping[str, Any]) -> Any:
+        """The answer of a record, None where it has none."""
+        value = ABSENT if self.answer is None else look_up(row, self.answer)
+        self.has_answer |= value is not ABSENT
+        return None if value is ABSENT else value
+
+    def require_answer(self, where: str) -> None:
+        """Raises InputError where no record had the answer's key."""
+        if self.answer is not None and not self.has_answer:
+            names = [name for name in self.seen if name != self.prompt] or self.seen
+            raise InputError(
+                f"{where}: --data.answer-key must be the key of an answer, got {self.answer!r}, which no record has. "
+                f"Keys are {list_names(self.seen)}.{suggest_key(self.answer, names)} Name one of them."
+            )
+
+
+def look_up(row: Mapping[str, Any], key: str) -> Any:
+    """The value under a key, or ABSENT; `a.b` is the key `b` of the object `a`, unless there is a key `a.b`.
+
+    The object may be written as text, as tables without objects have it.
+    """
+    if key in row:
+        return row[key]
+    end = key.rfind(".")
+    while end > 0:
+        inner = row.get(key[:end])
+        inner = parse_value(inner) if isinstance(inner, str) else inner
+        if isinstance(inner, Mapping):
+            value = look_up(inner, key[end + 1 :])
+            if value is not ABSENT:
+                return value
+        end = key.rfind(".", 0, end)
+    return ABSENT
+
+
+def name_keys(row: Mapping[Any, Any], prefix: str = "", depth: int = NESTED) -> list[str]:
+    """The keys of a record, those of its objects with dots."""
+    names: list[str] = []
+    for key, value in row.items():
+        if len(names) > MAX_SEEN:
+            break
+        if isinstance(value, Mapping) and value and depth > 1:
+            names += name_keys(value, f"{prefix}{key}.", depth - 1)
+        else:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def suggest_key(key: str, names: Iterable[str]) -> str:
+    """The key that is nearest, whole or by its last part, as a sentence that starts with a space; or nothing."""
+    names = [f"{name:.80}" for name in names]
+    ends = {name.rpartition(".")[2]: name for name in reversed(names)}
+    near = nearest(key, names) or ends.get(nearest(key.rpartition(".")[2], ends) or "")
+    return f" Did you mean {near!r}?" if near else ""
+
+
+def suggest_prompt(key: str, names: list[str]) -> str:
+    """The key that is nearest to the prompt's, or else one of the names that prompts usually have."""
+    usual = next((f" Did you mean {name!r}?" for name in PROMPT_NAMES if name in names), "")
+    return suggest_key(key, names) or usual

@@ -1,0 +1,184 @@
+"""From a run's configuration to prompts as token ids, checked against the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from mgrpo.config import AnswerConfig, Config, DataConfig
+from mgrpo.data.prompts import Dataset, make_dataset
+from mgrpo.data.records import Record, read_records
+from mgrpo.errors import InputError
+from mgrpo.grading.canonical import canonicalize
+from mgrpo.grading.labels import MAX_PLAIN_CHARS, make_label_reader
+from mgrpo.models.load import LoadedModel, num_embeddings
+from mgrpo.models.tokenizer import Tokenizer
+from mgrpo.presets import PRESETS
+from mgrpo.types import Label
+
+SHOWN_LABELS = 3
+MANY_WORDS = 6  # of an answer
+# Labels that may mean something else than they say: how they look, what they look like, the share of all labels from
+# which on it is said, and the remedy.
+_DOUBTFUL = (
+    (re.compile(r"nan|null|<na>|n/a|#n/a", re.I), "look like missing ones", 0, "leave them empty."),
+    (
+        re.compile(r"[+-]?\d+,(?:\d{1,2}|\d{4,})"),
+        "look like decimal numbers with a comma",
+        0.1,
+        "write them with a point, or they are compared as lists.",
+    ),
+    (re.compile(r"""\{\s*["']\w+["']\s*:.*\}""", re.DOTALL), "are objects", 0, "name the key within, as in a.b."),
+)
+
+
+def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -> Dataset:
+    """Loads `source` with the options of `config`, record by record; every prompt leaves room for a whole response."""
+    room = loaded.context_length - config.rollout.max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"data: --rollout.max-new-tokens must be below the model's context of {loaded.context_length} tokens, "
+            f"got {config.rollout.max_new_tokens}."
+        )
+    data = config.data
+    records = read_records(
+        source,
+        prompt_key=data.prompt_key,
+        answer_key=data.answer_key or "answer",
+        split=data.split,
+        need_answer=_needs_answers(config, source),
+    )
+    dataset = make_dataset(
+        read_answers(records, answers_of(source, config.answer)),
+        loaded.tokenizer,
+        template=data.template,
+        max_prompt_tokens=room,
+        overlong=data.overlong,
+        source=source,
+        template_args=data.template_args,
+    )
+    if isinstance(loaded, LoadedModel):
+        require_embedded(dataset, loaded, source)
+    return dataset
+
+
+def require_embedded(data: Dataset, loaded: LoadedModel, source: str) -> None:
+    """Raises InputError for the first prompt with a token that the model's embedding has no row for."""
+    rows = num_embeddings(loaded.model)
+    if rows is None:
+        return
+    for prompt in data.prompts:
+        if (largest := max(prompt.ids)) >= rows:
+            raise InputError(
+                f"{source}: tokens must be below {rows}, the rows of the model's embedding, prompt {prompt.index + 1} "
+                f"has {largest}: {prompt.text!r:.60}. Resize the embedding, or take the tokenizer that the model was "
+                "made with."
+            )
+
+
+def require_prompts(data: Dataset, config: Config) -> None:
+    """Raises InputError where a step asks for more prompts than there are."""
+    if len(data) < config.rollout.prompts:
+        raise InputError(
+            f"data: --rollout.prompts must be at most the {len(data)} prompts of the data, "
+            f"got {config.rollout.prompts}. Set another --rollout.prompts or add data."
+        )
+
+
+def _needs_answers(config: Config, source: str) -> bool:
+    """Whether the key of answers must be in the data: where they are used, or the key was given for them."""
+    data = config.data
+    if source == data.probe or config.objective.reward == "labels":
+        return True
+    usual = PRESETS[config.preset]().data if config.preset in PRESETS else DataConfig()
+    # The key may be that of the probe's answers alone, and is missed there if it is wrong. A run that is resumed was
+    # checked when it began.
+    is_probes = data.probe is not None and not data.probe.startswith("arithmetic:")
+    return data.answer_key not in (None, usual.answer_key) and not is_probes and not config.resume
+
+
+def answers_of(source: str, config: AnswerConfig) -> AnswerConfig:
+    """How the answers of a source are read: labels of the built-in problems are bare numbers, whatever others are."""
+    make_label_reader(config.label_extract)  # which is checked all the same
+    return replace(config, label_extract="plain") if source.startswith("arithmetic:") else config
+
+
+def read_answers(records: Iterable[Record], config: AnswerConfig) -> Iterator[Record]:
+    """Takes the true answer out of each label, which has a format of its own.
+
+    Raises:
+        InputError: unknown format; or a long label in which no format was found, so that no answer could equal it.
+
+    """
+    read = make_label_reader(config.label_extract)
+    for record in records:
+        answer = read(record.label)
+        if answer is None and record.answer is not None:
+            if config.label_extract == "auto":
+                raise InputError(_describe_long(record))
+            record = replace(record, unread=record.label)
+        yield record if answer == record.answer and not record.others else replace(record, answer=answer, others=())
+
+
+def _describe_long(record: Record) -> str:
+    """What is wrong with a label that is a solution and marks no answer."""
+    label = record.label or ""
+    labels = [label] if isinstance(label, str) else label
+    longest = max(labels, key=len)
+    return (
+        f"{record.origin}: label must mark its answer by a box or a #### line, or have at most {MAX_PLAIN_CHARS} "
+        f"characters, got {len(longest)}: {longest[:60]!r} ... {longest[-20:]!r}. Set --answer.label-extract "
+        "last-number or regex:PATTERN, or plain for labels that are meant as they are, or name another "
+        "--data.answer-key."
+    )
+
+
+def require_answers(data: Dataset, what: str) -> None:
+    """Raises InputError unless every prompt has a true answer."""
+    missing = sum(prompt.answer is None for prompt in data.prompts)
+    if missing:
+        message = f"data: {what} needs the true answer of every prompt, {missing} of {len(data)} have none."
+        if data.unread:
+            message += f" {describe_unread(data)} Set another --answer.label-extract."
+        raise InputError(message)
+
+
+def describe_unread(data: Dataset) -> str:
+    """Labels in which no answer was found, as a sentence."""
+    return f"No answer was found in {len(data.unread):,} labels, the first {data.unread[0]}."
+
+
+def describe_labels(data: Dataset) -> str:
+    """How many prompts have a label, and the first as they will be compared."""
+    known = [prompt.answer for prompt in data.prompts if prompt.answer is not None]
+    shown = " | ".join(f"{_canonical(label):.60}" for label in known[:SHOWN_LABELS])
+    return f"{len(known):,} of {len(data):,} prompts" + (f", the first compared as {shown}" if known else "")
+
+
+def describe_data(data: Dataset) -> list[str]:
+    """What was left out of the data and what looks wrong with labels, a sentence each."""
+    said = []
+    if data.num_answered:
+        said.append(f"The assistant's turn at the end of {data.num_answered:,} prompts was left off; it is no label.")
+    if data.unread:
+        said.append(describe_unread(data))
+    labels = [prompt.answer for prompt in data.prompts if isinstance(prompt.answer, str)]
+    wordy = [label for label in labels if len(label.split()) >= MANY_WORDS]
+    if wordy:
+        said.append(
+            f"{len(wordy):,} labels have {MANY_WORDS} words or more, such as {wordy[0]!r:.80}: "
+            "if the answer is within, set --answer.label-extract."
+        )
+    said += [
+        f"{len(found):,} labels {what}, such as {found[0]!r:.80}: {remedy}"
+        for pattern, what, share, remedy in _DOUBTFUL
+        if (found := [label for label in labels if pattern.fullmatch(label.strip())])
+        and len(found) >= share * len(labels)
+    ]
+    return said
+
+
+def _canonical(label: Label) -> str:
+    """A label in the form in which it is compared."""
+    return canonicalize(label) if isinstance(label, str) else " or ".join(map(canonicalize, label))

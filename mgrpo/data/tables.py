@@ -1,0 +1,294 @@
+"""Rows of parquet files and of arrow tables, every size counted before it takes memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from mgrpo.data.keys import Keys
+from mgrpo.data.parquet_pages import HeaderError, check_sizes
+from mgrpo.errors import InputError
+from mgrpo.grading.label_text import MAX_ANSWERS
+from mgrpo.inputs import Budget
+
+# Rows at a time. Arrow copies the texts of a row group that came before for each batch of a parquet file; of a mapped
+# table it may copy the batch.
+PARQUET_CHUNK, TABLE_CHUNK = 4096, 64
+MAX_MESSAGES = 1 << 14
+NESTED = 4  # levels of objects into which keys reach
+types: Any = pyarrow.types
+compute: Any = pyarrow.compute  # its functions are made when it is imported
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """Where the values of a key are: a column, or the field of one."""
+
+    key: str
+    name: str  # of the column
+    fields: tuple[str, ...]  # names of the fields below it, down to the values
+    is_written: bool = False  # the values are objects as text, in which the rest of the key is looked up
+
+    @property
+    def path(self) -> str:
+        """Name of the values in a parquet file."""
+        return ".".join((self.name, *self.fields))
+
+    @property
+    def row_key(self) -> str:
+        """Key of the values in a row."""
+        return self.path if self.is_written else self.key
+
+
+def read_parquet(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the wanted values of the rows of a parquet file by key, each row with its position.
+
+    Args:
+        path: the file. Its footer and page headers are checked first; no page is unpacked before that.
+        keys: keys to read; that of the answer may be absent.
+        budget: what may still be read.
+
+    Raises:
+        InputError: a wanted column is of another type than text, number, list of messages or, for answers, list of
+            those, messages are too many, or the file cannot be read.
+
+    """
+    position = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            leaves = [file.schema.column(i) for i in range(len(file.schema))]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        # A text that comes again and again is kept once, so that its copies can be counted before they are made.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+            schema = file.schema_arrow
+            columns = choose_columns(schema, keys, str(path))
+            if columns is None:
+                yield from [(" row 1", dict.fromkeys(keys.seen))] if file.metadata.num_rows else []
+                return
+            wanted = _find_leaves(schema, columns, leaves, str(path))
+            budget.check_records(file.metadata.num_rows, str(path))
+            try:
+                check_sizes(path, {i: leaves[i].max_repetition_level > 0 for i in wanted}, budget)
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                raise HeaderError("a footer or page header lacks a size") from error
+            names = [column.path for column in columns]
+            for group in range(file.metadata.num_row_groups):  # a batch over several would hold all their texts
+                for batch in file.iter_batches(PARQUET_CHUNK, [group], names):
+                    for row in unpack(pick(batch, columns), str(path), position, budget):
+                        position += 1
+                        yield f" row {position}", row
+    except MemoryError:  # arrow's own is an ArrowException too
+        raise
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, HeaderError, RecursionError) as error:
+        reason = str(error).rstrip(". ")
+        message = f"{path}: not a readable parquet file after row {position}: {reason}. Write or download it again."
+        raise InputError(message) from error
+
+
+def read_table(dataset: Any, source: str, keys: Keys, budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`read_parquet` for a data set of the package datasets, whose tables are mapped from the disk."""
+    position = 0
+    columns = choose_columns(dataset.features.arrow_schema, keys, source)
+    if columns is None:
+        yield from [(" row 1", dict.fromkeys(keys.seen))] if len(dataset) else []
+        return
+    budget.check_records(len(dataset), source)
+    names = list(dict.fromkeys(column.name for column in columns))
+    try:
+        for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=TABLE_CHUNK):
+            for batch in table.to_batches():
+                for row in unpack(pick(batch, columns), source, position, budget):
+                    position += 1
+                    yield f" row {position}", row
+    except MemoryError:
+        raise
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        message = f"{source}: not a readable table after row {position}: {error}. Download it again."
+        raise InputError(message) from error
+
+
+def choose_columns(schema: pyarrow.Schema, keys: Keys, where: str) -> list[Column] | None:
+    """Where the wanted keys are, all of types that can be counted; None where there is no prompt."""
+    keys.note(name for field in schema for name in _name_fields(field))
+    columns = [column for key in keys.wanted if (column := _find_column(schema, key))]
+    if not any(column.key == keys.prompt for column in columns):
+        return None
+    for column in columns:
+        if schema.names.count(column.name) > 1:
+            raise InputError(f"{where}: column names must differ, got {column.name!r} twice. Rename the columns.")
+        field = schema.field(column.name)
+        for name in column.fields:
+            field = field.type.field(name)
+        kind, is_answer = field.type, column.key != keys.prompt
+        if not (_is_scalar(kind) or _is_messages(kind) or (is_answer and _is_list_of_scalars(kind))):
+            shown = re.sub(r"dictionary<values=(\w+), indices=\w+, ordered=0>", r"\1", str(kind))
+            inner = list(_name_fields(field, column.key.removesuffix(field.name))) if types.is_struct(kind) else []
+            raise InputError(
+                f"{where}: column {column.key!r} must be text, a number or a list of chat messages with fields of "
+                f"those, got {shown:.200}. Turn it into text or name another key with --data.prompt-key or "
+                f"--data.answer-key{', such as ' + ' or '.join(inner[:9]) if inner else ''}."
+            )
+    return columns
+
+
+def _find_column(schema: pyarrow.Schema, key: str) -> Column | None:
+    """Where the values of a key are, None where they are not; a column with dots in its name comes first."""
+    parts = key.split(".")
+    for num in range(len(parts), 0, -1):
+        name, fields = ".".join(parts[:num]), parts[num:]
+        if name not in schema.names or len(fields) > NESTED:
+            continue
+        kind = schema.field(schema.names.index(name)).type
+        for depth, field in enumerate(fields):
+            if _is_text(kind) or (types.is_dictionary(kind) and _is_text(kind.value_type)):
+                return Column(key=key, name=name, fields=tuple(fields[:depth]), is_written=True)
+            if not types.is_struct(kind) or kind.get_field_index(field) < 0:
+                break
+            kind = kind.field(field).type
+        else:
+            return Column(key=key, name=name, fields=tuple(fields))
+    return None
+
+
+def _name_fields(field: pyarrow.Field, prefix: str = "", depth: int = NESTED) -> Iterator[str]:
+    """The key of a column, or those of the fields of its objects."""
+    if types.is_struct(field.type) and field.type.num_fields and depth:
+        for i in range(field.type.num_fields):
+            yield from _name_fields(field.type.field(i), f"{prefix}{field.name}.", depth - 1)
+    else:
+        yield f"{prefix}{field.name}"
+
+
+def pick(batch: pyarrow.RecordBatch, columns: list[Column]) -> pyarrow.RecordBatch:
+    """The values of each key as a column of its own."""
+    arrays = [
+        compute.struct_field(batch.column(c.name), list(c.fields)) if c.fields else batch.column(c.name)
+        for c in columns
+    ]
+    return pyarrow.RecordBatch.from_arrays(arrays, names=[c.row_key for c in columns])
+
+
+def unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a batch that follows `position` rows, their texts counted before they are made."""
+    sizes = sum((_row_bytes(column) for column in batch.columns), numpy.zeros(batch.num_rows, numpy.int64))
+    budget.spend(int(sizes.sum()), f"{where} row {position + batch.num_rows}")
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+    for i in range(batch.num_rows):
+        place = f"{where} row {position + i + 1}"
+        budget.check_record(int(sizes[i]), place)
+        row = {name: column[i] for name, column in columns.items()}
+        for name, value in row.items():
+            _check_length(name, value, place)
+        yield {name: _to_python(value) for name, value in row.items()}
+
+
+def _to_python(value: Any) -> Any:
+    """A value as Python's; numbers of fewer than 64 bits as numpy's, whose digits are those that were written."""
+    kind = value.type.value_type if _is_list(value.type) else value.type
+    if not value.is_valid or not (types.is_float32(kind) or types.is_float16(kind)):
+        return value.as_py()
+    if _is_list(value.type):
+        return value.values.to_numpy(zero_copy_only=False)
+    return kind.to_pandas_dtype()(value.as_py())
+
+
+def _check_length(name: str, value: Any, place: str) -> None:
+    """Refuses a list with more messages, parts of messages, or answers than a record may have."""
+    if not value.is_valid or not _is_list(value.type):
+        return
+    limit, what = (MAX_MESSAGES, "messages") if types.is_struct(value.type.value_type) else (MAX_ANSWERS, "answers")
+    longest = len(value)
+    if what == "messages" and longest <= MAX_MESSAGES:
+        lists = [array for array in value.values.flatten() if _is_list(array.type)]
+        longest = max(longest, *(len(array.flatten()) for array in lists), 0)
+    if longest > limit:
+        raise InputError(f"{place}: {name!r} must have at most {limit} {what}, got {longest}. Split the record.")
+
+
+def _is_scalar(kind: pyarrow.DataType) -> bool:
+    """Whether values of a type are single texts or numbers."""
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    tests = (types.is_null, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal)
+    return _is_text(kind) or any(test(kind) for test in tests)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    """Whether values of a type are texts, each as long as it says."""
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _is_list(kind: pyarrow.DataType) -> bool:
+    """Whether values of a type are lists of any length."""
+    return types.is_list(kind) or types.is_large_list(kind)
+
+
+def _is_list_of_scalars(kind: pyarrow.DataType) -> bool:
+    """Whether values of a type are lists of texts or numbers."""
+    return _is_list(kind) and _is_scalar(kind.value_type)
+
+
+def _is_messages(kind: pyarrow.DataType, *, parts: bool = True) -> bool:
+    """Whether values of a type are lists of chat messages, whose contents may be lists of parts."""
+    if not _is_list(kind) or not types.is_struct(kind.value_type):
+        return False
+    fields = [field.type for field in kind.value_type]
+    return all(_is_scalar(field) or (parts and _is_messages(field, parts=False)) for field in fields)
+
+
+def _row_bytes(column: Any) -> numpy.ndarray:
+    """Bytes of each row of a column of arrow data, a text counted as often as it comes."""
+    kind = column.type
+    if types.is_dictionary(kind):
+        lengths = compute.binary_length(column.dictionary).take(column.indices)
+    elif _is_text(kind):
+        lengths = compute.binary_length(column)
+    elif types.is_struct(kind):
+        return sum(map(_row_bytes, column.flatten()), numpy.zeros(len(column), numpy.int64))
+    elif types.is_list(kind) or types.is_large_list(kind):
+        ends = numpy.concatenate([[0], numpy.cumsum(_row_bytes(column.values))])
+        return numpy.diff(ends[column.offsets.to_numpy()])
+    else:
+        return numpy.full(len(column), 8, numpy.int64)
+    return compute.fill_null(lengths, 0).to_numpy(zero_copy_only=False).astype(numpy.int64)
+
+
+def _num_leaves(kind: pyarrow.DataType) -> int:
+    """Columns that parquet stores for a type."""
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _num_leaves(kind.storage_type)
+    if types.is_map(kind):
+        return _num_leaves(kind.key_type) + _num_leaves(kind.item_type)
+    return sum(_num_leaves(kind.field(i).type) for i in range(kind.num_fields)) if kind.num_fields else 1
+
+
+def _find_leaves(schema: pyarrow.Schema, columns: list[Column], leaves: list[Any], where: str) -> list[int]:
+    """Numbers of the stored columns that pyarrow reads for the wanted ones."""
+    ranges, start = {}, 0
+    for field in schema:
+        end = start + _num_leaves(field.type)
+        ranges[field.name] = range(start, end)
+        start = end
+    wanted: list[int] = []
+    for column in columns:  # pyarrow reads all that begin with the name and a dot
+        named = [i for i, leaf in enumerate(leaves) if f"{leaf.path}.".startswith(f"{column.path}.")]
+        # The field of an object may have the very name of a column with a dot; it is read and not looked at.
+        own = [i for i in named if i in ranges[column.name] or _is_single(leaves[i], column.path)]
+        if start != len(leaves) or own != named or not named:
+            names = " or ".join(column.path for column in columns)
+            raise InputError(f"{where}: names of other columns must not begin with {names}. Rename them.")
+        wanted += named
+    return sorted(set(wanted))
+
+
+def _is_single(leaf: Any, path: str) -> bool:
+    """Whether a stored column has the path and no lists."""
+    return leaf.path == path and leaf.max_repetition_level == 0

@@ -1,0 +1,86 @@
+"""What the plug-ins share: true answers of a host's columns, and the metrics that hosts log."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mgrpo.algorithm.credit import Judgement
+from mgrpo.errors import InputError
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.label_text import label_text
+from mgrpo.grading.labels import make_label_reader
+from mgrpo.observe.step import Outcome, mean, outcome_metrics
+from mgrpo.types import Label, Metrics
+
+
+def judged_metrics(
+    judged: Judgement,
+    *,
+    lengths: torch.Tensor,
+    truncated: torch.Tensor,
+    entropy: torch.Tensor,
+    true_answers: Sequence[Label | None],
+    checker: AnswerChecker,
+) -> Metrics:
+    """The trainer's metrics of votes, lengths and pruning, and `accuracy` of the policy where answers are known.
+
+    Args:
+        judged: what `mgrpo.algorithm.credit.judge` returned.
+        lengths: [B, G] int64, response tokens.
+        truncated: [B, G] bool, cut at the length limit.
+        entropy: [B, G] fp32, mean token entropies in nats.
+        true_answers: [B], None where there is none; they are read for metrics alone.
+        checker: compares answers.
+    """
+    known = [(b, answer) for b, answer in enumerate(true_answers) if answer is not None]
+    outcome = Outcome(
+        **vars(judged),
+        lengths=lengths,
+        truncated=truncated,
+        entropy=entropy,
+        label_correct=[checker.is_correct(judged.labels[b], answer) for b, answer in known],
+    )
+    right = [
+        checker.is_correct(given, answer) for b, answer in known for given in judged.answers[b][: judged.num_policy]
+    ]
+    return outcome_metrics(outcome) | {"accuracy": mean(right) if right else None}
+
+
+logger = logging.getLogger(__name__)
+
+
+@functools.lru_cache
+def make_truth_reader(spec: str) -> Callable[[Any], Label | None]:
+    """Returns the function that makes a label of a value: text, a number, a list of those, or numpy's.
+
+    A value in which no answer is found is None, as if there were no label, and the first of these is warned of: a run
+    does not end for a metric.
+
+    Args:
+        spec: `answer.label_extract`, as for `make_label_reader`.
+
+    Raises:
+        InputError: unknown spec, or an invalid pattern.
+    """
+    read = make_label_reader(spec)
+    warned = False
+
+    def read_value(value: Any) -> Label | None:
+        nonlocal warned
+        try:
+            text = label_text(value, "label", "mgrpo")
+            label = read(text)
+            problem = f"mgrpo: no answer was found in the label {text!r:.200}" if text and not label else None
+        except InputError as error:
+            label, problem = None, str(error)
+        if problem and not warned:
+            warned = True
+            logger.warning("%s; it counts as none. Set answer.label_extract (%s now), or plain.", problem, spec)
+        return label
+
+    return read_value

@@ -1,0 +1,150 @@
+"""The momentum model beside a policy that transformers' Trainer trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mgrpo.config import KernelsConfig, MomentumConfig
+from mgrpo.models.momentum import Momentum, local
+
+FILE = "momentum.safetensors"  # in a checkpoint
+
+
+class MomentumCallback(TrainerCallback):
+    """Averages the policy into a momentum model after each optimiser step.
+
+    The weights are kept in fp32 whatever the policy's dtype, unless `config` asks for bf16 with stochastic rounding or
+    Kahan compensation: plain bf16 does not move at these rates. Frozen weights are the policy's own. Under FSDP2 each
+    process averages its shards where they lie.
+
+    Args:
+        config: decay, schedule, storage.
+        seed: of stochastic rounding.
+    """
+
+    def __init__(self, config: MomentumConfig, *, seed: int = 0):
+        self.config, self.seed = config, seed
+        self.momentum: Momentum | None = None
+
+    @property
+    def started(self) -> Momentum:
+        """The momentum model; RuntimeError before training."""
+        if self.momentum is None:
+            raise RuntimeError("MomentumCallback: training must have begun, got no policy yet. Call it in train().")
+        return self.momentum
+
+    def start(self, policy: torch.nn.Module) -> None:
+        """A copy of the policy."""
+        self.momentum = Momentum(policy, self.config, seed=self.seed, kernels=KernelsConfig())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Copies the policy, where none was loaded from a checkpoint."""
+        if self.momentum is None:
+            self.start(kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One average; FloatingPointError where the policy is not finite, which the average would keep for good."""
+        momentum = self.started
+        if not all_finite(momentum.policy):
+            raise FloatingPointError(
+                f"MomentumCallback: the policy must be finite, got NaN or infinity after step {state.global_step}. "
+                "The momentum model is that of the step before. Resume from an earlier checkpoint."
+            )
+        momentum.update(state.global_step - 1, state.max_steps)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Lets the policy's module hold the momentum weights for a while."""
+        momentum = self.started
+        parameters = {name: p for name, p in momentum.policy.named_parameters() if name in momentum.weights}
+        if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+            # FSDP2 gathers from the shards' own storage.
+            own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            _write(parameters, momentum.weights)
+            try:
+                yield
+            finally:
+                _write(parameters, own)
+            return
+        own = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = momentum.weights[name].to(device=parameter.device, dtype=parameter.dtype)
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = own[name]
+
+    def save(self, folder: Path, *, is_main: bool) -> None:
+        """Writes the weights, whole, and their Kahan terms into a checkpoint; every process has to call it."""
+        momentum = self.started
+        tensors = {name: _whole(weight) for name, weight in momentum.weights.items()}
+        tensors |= {f"{name}/lost": _whole(term) for name, term in (momentum.compensation or {}).items()}
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = folder / f".{FILE}.tmp"
+            save_file(tensors, aside)
+            os.replace(aside, folder / FILE)
+
+    def load(self, folder: Path, policy: torch.nn.Module) -> None:
+        """Restores what `save` wrote, bit for bit; FileNotFoundError where there is none."""
+        path = folder / FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"MomentumCallback: {path} must be there to resume, got none. Resume from a checkpoint of MGRPOTrainer."
+            )
+        self.start(policy)
+        tensors = load_file(path)
+        momentum = self.started
+        wanted = {*momentum.weights, *(f"{name}/lost" for name in momentum.compensation or {})}
+        if wanted != set(tensors):
+            raise ValueError(
+                f"MomentumCallback: {path} must hold {len(wanted)} tensors of this model and momentum_dtype, got "
+                f"{len(tensors)}, of which {len(wanted & set(tensors))} are known. Resume with the options of the run."
+            )
+        _write(momentum.weights, tensors)
+        _write(momentum.compensation or {}, {name: tensors[f"{name}/lost"] for name in momentum.compensation or {}})
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The momentum model under every name of the policy's state dict, whole; every process has to call it."""
+        return {name: _whole(tensor) for name, tensor in self.started.state_dict().items()}
+
+
+@torch.no_grad()
+def all_finite(module: torch.nn.Module) -> bool:
+    """Whether every trained parameter is finite, on all processes that share one."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        return True
+    finite = torch.stack([local(p).isfinite().all() for p in parameters]).all()
+    if isinstance(parameters[0], DTensor):
+        finite = finite.int()
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    return bool(finite)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the host, of all its shards; every process has to call it."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().contiguous()
+
+
+@torch.no_grad()
+def _write(targets: dict[str, Any], values: dict[str, torch.Tensor]) -> None:
+    """Copies whole or sharded tensors into those of the same name."""
+    for name, target in targets.items():
+        value = values[name].to(device=target.device, dtype=target.dtype)
+        if isinstance(target, DTensor) and not isinstance(value, DTensor):
+            value = distribute_tensor(value, target.device_mesh, target.placements)
+        target.copy_(value)

@@ -1,0 +1,170 @@
+"""M-GRPO's options in verl's configuration: one key `mgrpo` with the groups and names of `mgrpo.train`.
+
+Letters: B prompts a step, M policy and N momentum rollouts a prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from mgrpo.config import Config, from_dict
+from mgrpo.errors import ConfigError
+
+# What `mgrpo.` takes; the rest of a run is verl's own. None stands for every option of the group.
+GROUPS: dict[str, tuple[str, ...] | None] = {
+    "rollout": ("momentum", "truncated"),
+    "momentum": None,
+    "filter": None,
+    "vote": None,
+    "answer": None,
+    "objective": ("reward", "advantage", "advantage_over"),
+    "kernels": None,
+    "monitor": (
+        *("on_collapse", "window", "top_answer_share", "agreement_drop", "unparseable_share", "length_change"),
+        "probe_drop",
+    ),
+}
+PATCH_KERNELS = "patch_kernels"
+MODEL = "actor_rollout_ref.model"
+# verl's option, what it must be, and why.
+REQUIRED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("algorithm.adv_estimator", ("mgrpo",), "advantages are those of the vote"),
+    ("algorithm.use_kl_in_reward", (False,), "rewards are votes; use actor_rollout_ref.actor.use_kl_loss"),
+    ("algorithm.filter_groups.enable", (False, None), "groups are judged after all rollouts of a step"),
+    ("algorithm.rollout_correction.bypass_mode", (False, None), "the filter needs the policy's entropies"),
+    ("actor_rollout_ref.actor.strategy", ("fsdp2",), "the momentum model is shards of FSDP2"),
+    ("actor_rollout_ref.hybrid_engine", (True, None), "one engine rolls out both models"),
+    ("actor_rollout_ref.actor.fsdp_config.qat.enable", (False, None), "averages are of plain weights"),
+    (f"{MODEL}.lora_rank", (0, None), "averaged adapters are not the adapters of an average"),
+    (f"{MODEL}.lora.rank", (0, None), "averaged adapters are not the adapters of an average"),
+    (f"{MODEL}.lora_adapter_path", (None,), "averaged adapters are not the adapters of an average"),
+    ("reward.reward_model.enable", (False, None), "rewards are votes"),
+    ("trainer.v1.sampler.sync_refill_failed_groups", (False, None), "momentum rollouts are of the same prompts"),
+    ("trainer.default_hdfs_dir", (None,), "the momentum model is saved to a local folder"),
+    ("skip.rollout_tq.enable", (False, None), "momentum rollouts are made at every step"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """M-GRPO as verl is to run it."""
+
+    recipe: Config
+    """Of it rollout, momentum, filter, vote, answer, objective, kernels and monitor are meant."""
+    patch_kernels: bool
+    """Whether the workers' log-probs and entropies are computed by mgrpo_kernels."""
+    num_optimizer_steps: int
+    """Optimiser steps of the whole run, which the schedule of the momentum model spans."""
+
+
+def read_options(config: Any, *, total_training_steps: int | None = None) -> Options:
+    """Reads and checks `config.mgrpo` and those of verl's own options that M-GRPO needs.
+
+    Args:
+        config: verl's whole configuration, or a mapping like it.
+        total_training_steps: of the run, once verl has counted its data.
+
+    Raises:
+        ConfigError: every option that is unknown, out of range, verl's own, or contradicts another.
+    """
+    given = _plain(_select(config, "mgrpo")) or {}
+    problems = _unknown(given)
+    for name, allowed, why in REQUIRED:
+        value = _select(config, name)
+        if value not in allowed:
+            wanted = allowed[0]
+            problems.append(f"{name} must be {wanted}, got {value}: {why}.")
+    if problems:
+        raise ConfigError([f"mgrpo: {problem}" for problem in problems])
+    actor = "actor_rollout_ref.actor"
+    prompts = _select(config, "data.train_batch_size")
+    mini, epochs = _select(config, f"{actor}.ppo_mini_batch_size"), _select(config, f"{actor}.ppo_epochs")
+    steps = max(total_training_steps or _select(config, "trainer.total_training_steps") or 1, 1)
+    minibatches = max(prompts // mini, 1)
+    groups = {name: dict(given.get(name) or {}) for name in GROUPS}
+    groups["rollout"] |= {
+        "prompts": prompts,
+        "policy": _select(config, "actor_rollout_ref.rollout.n"),
+        "temperature": float(_select(config, "actor_rollout_ref.rollout.temperature")),
+        "max_new_tokens": _select(config, "data.max_response_length"),
+    }
+    groups["optim"] = {"num_minibatches": minibatches, "num_epochs": epochs}
+    recipe = from_dict({"steps": steps, **groups})
+    _check(recipe)
+    return Options(
+        recipe=recipe,
+        patch_kernels=bool(given.get(PATCH_KERNELS, False)),
+        num_optimizer_steps=recipe.num_optimizer_steps,
+    )
+
+
+def _check(recipe: Config) -> None:
+    """Raises ConfigError for what `mgrpo.train` can and the plug-in can not."""
+    problems = []
+    if recipe.objective.reward == "self-certainty":
+        problems.append("objective.reward must be majority, soft, labels or entropy, got self-certainty.")
+    if recipe.filter.score == "source":
+        problems.append("filter.score must be policy, got source.")
+    if recipe.momentum.device != "same":
+        problems.append("momentum.device must be same, got cpu; use actor.fsdp_config.param_offload.")
+    if recipe.monitor.on_collapse == "rollback":
+        problems.append("monitor.on_collapse must be warn or stop, got rollback.")
+    if problems:
+        raise ConfigError([f"mgrpo: mgrpo.{problem}" for problem in problems])
+
+
+def _unknown(given: Mapping[str, Any]) -> list[str]:
+    """Names each key that `mgrpo` does not take, with the nearest that it does."""
+    problems = []
+    known = {f.name: [g.name for g in dataclasses.fields(f.default_factory)] for f in _groups()}  # type: ignore[arg-type]
+    for group, values in given.items():
+        if group == PATCH_KERNELS:
+            if not isinstance(values, bool):
+                problems.append(f"mgrpo.{PATCH_KERNELS} must be true or false, got {values!r}.")
+            continue
+        if group not in GROUPS:
+            problems.append(f"mgrpo.{group} is not a known key.{_near(group, [*GROUPS, PATCH_KERNELS])}")
+            continue
+        if not isinstance(values, Mapping):
+            problems.append(f"mgrpo.{group} must hold options, got {values!r}.")
+            continue
+        for name in values:
+            if name not in known[group]:
+                problems.append(f"mgrpo.{group}.{name} is not a known key.{_near(name, known[group])}")
+            elif GROUPS[group] is not None and name not in GROUPS[group]:  # type: ignore[operator]
+                problems.append(
+                    f"mgrpo.{group}.{name} must be unset: it is an option of verl's own, or not offered there."
+                )
+    return problems
+
+
+def _groups() -> list[dataclasses.Field[Any]]:
+    """Groups of Config."""
+    return [f for f in dataclasses.fields(Config) if f.name in GROUPS]
+
+
+def _near(name: str, known: list[str]) -> str:
+    """Suggests the nearest known name."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _select(config: Any, dotted: str) -> Any:
+    """A value of nested mappings or omegaconf nodes; None where a key is absent."""
+    for part in dotted.split("."):
+        if config is None:
+            return None
+        config = config.get(part, None)
+    return config
+
+
+def _plain(node: Any) -> Any:
+    """Nested dicts from omegaconf nodes."""
+    if hasattr(node, "items"):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple) or type(node).__name__ == "ListConfig":
+        return [_plain(value) for value in node]
+    return node

@@ -1,0 +1,81 @@
+"""Registers the plug-in with verl, and checks that every worker has registered the same one."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from mgrpo.integrations.versions import SUPPORTED, require
+
+NAME = "mgrpo"
+# Importing them registers what they define.
+PARTS = ("advantage", "trainer")
+logger = logging.getLogger(__name__)
+_failure: str | None = None
+
+
+def load() -> None:
+    """Registers everything with verl; a failure is printed, because verl reports one at DEBUG alone.
+
+    Raises:
+        UnsupportedVersion: verl is absent, or of a version whose hooks are not known.
+        ImportError: a package that verl's trainer needs is absent.
+    """
+    global _failure
+    try:
+        require("verl")
+        for part in PARTS:
+            importlib.import_module(f"mgrpo.integrations.verl.{part}")
+    except Exception as error:
+        _failure = f"{type(error).__name__}: {error}"
+        # Straight to stderr too: verl sets up logging only after its plug-ins.
+        traceback.print_exc(file=sys.stderr)
+        message = f"mgrpo's plug-in for verl failed to load ({_failure}); it supports verl {SUPPORTED['verl']}."
+        print(f"ERROR: {message}", file=sys.stderr, flush=True)
+        logger.error(message)
+        raise
+
+
+def describe() -> dict[str, Any]:
+    """What this process has of the plug-in: versions, what went wrong, and what is registered."""
+    registered = []
+    for module, registry in (("v1.trainer_base", "TRAINER_REGISTRY"), ("core_algos", "ADV_ESTIMATOR_REGISTRY")):
+        known = sys.modules.get(f"verl.trainer.ppo.{module}")
+        if known is not None and NAME in getattr(known, registry):
+            registered.append(registry)
+    return {"mgrpo": _version("mgrpo"), "verl": _version("verl"), "failure": _failure, "registered": registered}
+
+
+def _version(package: str) -> str | None:
+    """Version of an installed package; a checkout on PYTHONPATH has none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def check_processes(found: list[dict[str, Any]]) -> None:
+    """Raises RuntimeError where a process has not loaded the plug-in, or another version of it.
+
+    Args:
+        found: `describe()` of each worker.
+    """
+    own = describe()
+    for rank, other in enumerate(found):
+        missing = {"TRAINER_REGISTRY", "ADV_ESTIMATOR_REGISTRY"} - set(other["registered"])
+        if other["failure"] or missing:
+            reason = other["failure"] or f"nothing in {', '.join(sorted(missing))}"
+            raise RuntimeError(
+                f"mgrpo: the plug-in must be loaded in every worker, got on worker {rank}: {reason}. Install the same "
+                "mgrpo[verl] on every node, and leave VERL_USE_EXTERNAL_PLUGINS unset or name mgrpo in it."
+            )
+        versions = {name: other[name] for name in ("mgrpo", "verl")}
+        if any(versions[name] != own[name] for name in versions):
+            raise RuntimeError(
+                f"mgrpo: every worker must have mgrpo {own['mgrpo']} and verl {own['verl']}, got {versions} on worker "
+                f"{rank}. Install the same packages on every node."
+            )

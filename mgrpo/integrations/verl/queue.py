@@ -1,0 +1,109 @@
+"""Trajectories in verl's queue: what the vote reads of them, and what it writes back.
+
+Letters: R rows (trajectories) of a batch, padding rows included; L response tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transfer_queue as tq  # pyright: ignore[reportMissingImports]
+from tensordict import TensorDict  # pyright: ignore[reportMissingImports]
+from verl.workers.utils.padding import response_to_nested  # pyright: ignore[reportMissingImports]
+
+from mgrpo.grading.thoughts import decode_responses
+from mgrpo.integrations.verl.groups import Rows, Verdict, place_rewards
+
+FIELDS = ("prompts", "responses", "response_mask", "entropy", "reward_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A batch of verl's queue. Rows that verl has added to fill it up have no part in a vote."""
+
+    batch: Any  # KVBatchMeta
+    real: list[int]  # rows that are trajectories
+    texts: list[str]  # [R]
+    lengths: list[int]  # [R]
+    ended: list[bool]  # [R], the last token ends the response
+    true_answers: list[Any]  # [R], labels as the data have them, None where there is none
+    entropy: torch.Tensor  # [R, L] fp32
+    mask: torch.Tensor  # [R, L] bool, tokens that the model wrote
+    nested_mask: torch.Tensor  # [R, each its length], as the queue has it
+
+    def rows(self, max_length: int) -> Rows:
+        """The trajectories, for the vote; `max_length` is the limit in tokens at which a response was cut."""
+        real = self.real
+        cut = [self.lengths[row] >= max_length and not self.ended[row] for row in real]
+        return Rows(
+            keys=[self.batch.keys[row] for row in real],
+            texts=[self.texts[row] for row in real],
+            entropy=self.entropy[real],
+            mask=self.mask[real],
+            truncated=torch.tensor(cut, dtype=torch.bool),
+            true_answers=[self.true_answers[row] for row in real],
+        )
+
+    def write_rewards(self, verdict: Verdict) -> None:
+        """Rewards at the last token, and masks without the trajectories that do not train.
+
+        verl takes the loss's tokens from `response_mask`, and their number from `loss_mask`.
+        """
+        mask = self.mask & self._spread(verdict.trains)[:, None]
+        masks = mask.to(self.nested_mask.dtype)
+        self._put(
+            rm_scores=place_rewards(self._spread(verdict.rewards), self.mask), response_mask=masks, loss_mask=masks
+        )
+
+    def write_advantages(self, verdict: Verdict) -> None:
+        """Advantages at every token of a trajectory that trains."""
+        advantages = self._spread(verdict.advantage)[:, None] * (self.mask & self._spread(verdict.trains)[:, None])
+        self._put(advantages=advantages, returns=advantages)
+
+    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        """[R] from the values of the trajectories, which come first in a verdict; 0 for the others."""
+        out = values.new_zeros(len(self.batch.keys))
+        out[self.real] = values[: len(self.real)]
+        return out
+
+    def _put(self, **fields: torch.Tensor) -> None:
+        """Writes fields [R, L]."""
+        nested = {name: response_to_nested(values, self.nested_mask) for name, values in fields.items()}
+        tq.kv_batch_put(
+            keys=self.batch.keys,
+            partition_id=self.batch.partition_id,
+            fields=TensorDict(nested, batch_size=len(self.batch.keys)),
+        )
+
+
+def fetch(batch: Any, tokenizer: Any) -> Fetched:
+    """Reads scored trajectories.
+
+    Args:
+        batch: KVBatchMeta, whose trajectories have entropies.
+        tokenizer: of the policy.
+    """
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(FIELDS))
+    responses = [response.tolist() for response in data["responses"].unbind()]
+    prompts = [prompt.tolist() for prompt in data["prompts"].unbind()]
+    nested_mask = data["response_mask"]
+    labels = data.get("reward_model", None)
+    labels = [None] * len(responses) if labels is None else list(labels.tolist())
+    return Fetched(
+        batch=batch,
+        real=[row for row, tag in enumerate(batch.tags) if not tag.get("is_padding", False)],
+        texts=decode_responses(tokenizer, prompts, responses),
+        lengths=[len(response) for response in responses],
+        ended=[bool(response) and response[-1] == tokenizer.eos_token_id for response in responses],
+        true_answers=[_true_answer(label) for label in labels],
+        entropy=torch.nested.to_padded_tensor(data["entropy"].float(), padding=0.0),
+        mask=torch.nested.to_padded_tensor(nested_mask, padding=0).bool(),
+        nested_mask=nested_mask,
+    )
+
+
+def _true_answer(reward_model: Any) -> Any:
+    """The label that verl's data have under `reward_model`."""
+    return reward_model.get("ground_truth") if isinstance(reward_model, dict) else None

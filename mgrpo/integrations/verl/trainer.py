@@ -1,0 +1,184 @@
+"""verl's trainer mode `mgrpo`: votes of the policy and of its momentum copy in place of rewards.
+
+Letters: R rows (trajectories), L response tokens, B prompts, M policy and N momentum rollouts a prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+from typing import Any
+
+import ray  # pyright: ignore[reportMissingImports]
+import transfer_queue as tq  # pyright: ignore[reportMissingImports]
+from omegaconf import open_dict  # pyright: ignore[reportMissingImports]
+from verl.trainer.ppo.padding_utils import (  # pyright: ignore[reportMissingImports]
+    upsample_batch_to_divisible_size,
+)
+from verl.trainer.ppo.utils import Role  # pyright: ignore[reportMissingImports]
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer  # pyright: ignore[reportMissingImports]
+from verl.utils import tensordict_utils as tu  # pyright: ignore[reportMissingImports]
+from verl.utils.debug import marked_timer  # pyright: ignore[reportMissingImports]
+
+from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.extract import make_extractor
+from mgrpo.integrations.verl import plugin
+from mgrpo.integrations.verl.groups import MOMENTUM, Verdict, judge_rows, merge_rows
+from mgrpo.integrations.verl.options import read_options
+from mgrpo.integrations.verl.queue import fetch
+from mgrpo.observe.collapse import Monitor
+
+logger = logging.getLogger(__name__)
+ACTORS = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
+
+
+@register_trainer("mgrpo")
+class MGRPOTrainer(PPOTrainerSync):
+    """verl's synchronous trainer whose rewards are majority votes, with no label.
+
+    `actor_rollout_ref.rollout.n` is M. At each step the policy in the engine rolls out M responses a prompt; then the
+    engine is filled with the momentum model, which rolls out `mgrpo.rollout.momentum`. The policy scores all of them.
+    Trajectories that the IQR filter drops neither vote nor train, and momentum rollouts only vote.
+
+    Args:
+        config: verl's configuration, with the key `mgrpo`.
+
+    Raises:
+        ConfigError: options of verl with which this does not work, or options of ours out of range.
+
+    Source: arXiv 2512.13070, algorithm 1.
+    """
+
+    def __init__(self, config: Any):
+        plugin.check_processes([plugin.describe()])
+        self.options = read_options(config)
+        self.recipe = self.options.recipe
+        super().__init__(config)
+        answer = self.recipe.answer
+        self.extract = make_extractor(answer.extract)
+        self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers)
+        self.monitor = Monitor(self.recipe.monitor, num_prompts=self.recipe.rollout.prompts)
+        self._prompts: list[Any] = []  # of this step
+        self._momentum_batch: Any = None  # KVBatchMeta
+        self._stop = False
+
+    @property
+    def trainer_mode(self) -> str:
+        """The mode whose data flow this is: verl asks for it by name in many places."""
+        return "sync"
+
+    @trainer_mode.setter
+    def trainer_mode(self, name: str) -> None:
+        """Verl sets the registered name."""
+
+    # Workers
+
+    def _init_resource_pool_mgr(self) -> None:
+        """Verl's roles, of which the actor is our worker."""
+        super()._init_resource_pool_mgr()
+        # Not at the top: a worker process imports the other way round.
+        worker = importlib.import_module("mgrpo.integrations.verl.worker").MGRPOWorker
+        for role in set(self.role_worker_mapping) & set(ACTORS):
+            self.role_worker_mapping[role] = ray.remote(worker)
+        self.options = read_options(self.config, total_training_steps=self.total_training_steps)
+        with open_dict(self.config):
+            self.config.actor_rollout_ref.mgrpo = {
+                "momentum": dataclasses.asdict(self.recipe.momentum),
+                "kernels": dataclasses.asdict(self.recipe.kernels),
+                "patch_kernels": self.options.patch_kernels,
+                "num_optimizer_steps": self.options.num_optimizer_steps,
+                "seed": self.config.actor_rollout_ref.actor.data_loader_seed,
+            }
+
+    def on_init_end(self) -> None:
+        """Makes sure of every worker before the first rollout."""
+        plugin.check_processes(self.actor_rollout_wg.describe_plugin())
+        super().on_init_end()
+
+    # Rollouts
+
+    def _submit_batch_to_rollout(self, batch: Any) -> int:
+        """Remembers the prompts for the momentum model."""
+        self._prompts.append(batch)
+        return super()._submit_batch_to_rollout(batch)
+
+    def on_sample_end(self) -> None:
+        """The policy's rollouts are there: the momentum model's follow."""
+        prompts, self._prompts = self._prompts, []
+        self._momentum_batch = None
+        if self.recipe.rollout.momentum:
+            with marked_timer("gen_momentum", self.timing_raw, color="red"):
+                self.checkpoint_manager.sleep_replicas()
+                ray.get(self.actor_rollout_wg.update_momentum_weights(global_steps=self.global_steps - 1))
+                self._momentum_batch = self.roll_out_momentum(prompts)
+        super().on_sample_end()
+
+    def roll_out_momentum(self, prompts: list[Any]) -> Any:
+        """Rolls out N responses of each prompt with the model that the engine holds; returns their KVBatchMeta."""
+        batch = momentum_prompts(prompts, self.recipe.rollout.momentum)
+        super()._submit_batch_to_rollout(batch)
+        rollouts, _ = self.replay_buffer.sample(
+            global_steps=self.global_steps, partition_id="train", batch_size=len(batch)
+        )
+        return rollouts
+
+    # Votes
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """Scores the policy's rollouts, and the momentum model's, whose log-probs nobody needs."""
+        batch = super()._compute_old_log_prob(batch, metrics)
+        if self._momentum_batch is not None:
+            processes = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+            padded = upsample_batch_to_divisible_size(self._momentum_batch, processes, self.tokenizer.eos_token_id)
+            self._momentum_batch = super()._compute_old_log_prob(padded, {})
+        return batch
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """Votes, and puts rewards, masks and advantages in place of what verl's reward function has left."""
+        fetched = [fetch(part, self.tokenizer) for part in (batch, self._momentum_batch) if part is not None]
+        verdict = judge_rows(
+            merge_rows([part.rows(self.recipe.rollout.max_new_tokens) for part in fetched]),
+            self.recipe,
+            extract=self.extract,
+            checker=self.checker,
+            backend=self.recipe.kernels.backend,
+        )
+        policy = fetched[0]
+        policy.write_rewards(verdict)
+        batch = super()._compute_advantage(batch, metrics)
+        # The estimator has not seen the momentum rollouts, with which objective.advantage_over all compares.
+        policy.write_advantages(verdict)
+        if self._momentum_batch is not None:
+            tq.kv_clear(keys=self._momentum_batch.keys, partition_id=self._momentum_batch.partition_id)
+            self._momentum_batch = None
+        self._observe(verdict, metrics)
+        return batch
+
+    def _observe(self, verdict: Verdict, metrics: dict[str, Any]) -> None:
+        """Logs the step, and does what an alarm asks for."""
+        found = verdict.metrics | {"step": self.global_steps}
+        for name, value in found.items():
+            if isinstance(value, int | float) and name != "step":
+                metrics[f"mgrpo/{name}"] = float(value)
+        alarms = self.monitor.observe(found)
+        metrics["mgrpo/alarms"] = float(len(alarms))
+        if alarms:
+            logger.warning("mgrpo: step %d: %s", self.global_steps, "; ".join(alarms))
+            self._stop = self.recipe.monitor.on_collapse == "stop"
+
+    def on_step_end(self) -> None:
+        """The policy goes back into the engine; after an alarm that stops the run, a checkpoint and the end."""
+        super().on_step_end()
+        if self._stop:
+            self._save_checkpoint()
+            self.total_training_steps = self.global_steps
+
+
+def momentum_prompts(prompts: list[Any], num_momentum: int) -> Any:
+    """The same prompts under names of their own, with N rollouts each, as a TensorDict for the agent loop."""
+    batch = tu.concat_tensordict(prompts) if len(prompts) > 1 else prompts[0]
+    batch = batch.clone(recurse=False)
+    tu.assign_non_tensor_stack(batch, "uid", [f"{uid}{MOMENTUM}" for uid in batch["uid"]])
+    tu.assign_non_tensor_data(batch, "__rollout_n__", num_momentum)
+    return batch

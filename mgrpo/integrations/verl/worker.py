@@ -1,0 +1,177 @@
+"""verl's worker with a momentum model beside the policy: averaged where the shards lie, lent to the rollout engine."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from verl.single_controller.base.decorator import Dispatch, register  # pyright: ignore[reportMissingImports]
+from verl.workers.engine_workers import ActorRolloutRefWorker  # pyright: ignore[reportMissingImports]
+
+from mgrpo.config import KernelsConfig, MomentumConfig
+from mgrpo.integrations import patch_kernels
+from mgrpo.integrations.verl import plugin
+from mgrpo.models.momentum import Momentum, local
+
+
+class EngineMomentum:
+    """The momentum model of a training engine, averaged after each of its optimiser steps.
+
+    Args:
+        engine: verl's engine, whose `module` is a plain module or one of FSDP2, and whose `optimizer_step` returns
+            the norm of the gradient. A step that verl skips, for its gradient is not finite, averages nothing.
+        config: decay, schedule, storage.
+        num_steps: optimiser steps of the run.
+        seed: of stochastic rounding.
+        kernels: backend of mgrpo_kernels.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        config: MomentumConfig,
+        *,
+        num_steps: int,
+        seed: int = 0,
+        kernels: KernelsConfig | None = None,
+    ):
+        self.engine, self.num_steps = engine, num_steps
+        self.momentum = Momentum(engine.module, config, seed=seed, kernels=kernels or KernelsConfig())
+        self.step = 0
+        self._optimizer_step = engine.optimizer_step
+        engine.optimizer_step = self._step
+
+    def _step(self) -> Any:
+        """The engine's optimiser step, and one average."""
+        norm = self._optimizer_step()
+        if torch.isfinite(torch.as_tensor(norm)).all():
+            self.momentum.update(self.step, self.num_steps)
+            self.step += 1
+        return norm
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Lets the policy's `state_dict`, from which verl fills its rollout engine, tell the momentum model."""
+        module = self.engine.module
+        policy = module.state_dict()
+        weights = {name: tensor.to(policy[name].dtype) for name, tensor in self.momentum.state_dict().items()}
+        module.state_dict = lambda *_, **__: weights
+        try:
+            yield
+        finally:
+            del module.state_dict
+
+    def save(self, folder: Path) -> None:
+        """Writes this process' shards, their Kahan terms and the step, aside and then renamed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / file_name()
+        aside = path.with_name(f".{path.name}.tmp")
+        tensors = {name: local(tensor).detach().cpu().contiguous() for name, tensor in self._tensors().items()}
+        save_file(tensors, aside, metadata={"format": "mgrpo", "step": str(self.step)})
+        os.replace(aside, path)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, bit for bit.
+
+        Raises:
+            FileNotFoundError: no file for this process and this number of processes.
+            ValueError: tensors of another model, or of another momentum.dtype.
+        """
+        path = folder / file_name()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"mgrpo: {path} must be there to resume, got none. Resume from a checkpoint of trainer mode mgrpo, on "
+                "as many processes as wrote it, or start anew with trainer.resume_mode=disable."
+            )
+        targets = self._tensors()
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            wanted = {name: tuple(local(tensor).shape) for name, tensor in targets.items()}
+            if shapes != wanted:
+                different = sorted(n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n))
+                raise ValueError(
+                    f"mgrpo: {path} must hold the {len(wanted)} shards of this model and momentum.dtype, got "
+                    f"{len(shapes)}, of which {different[0]} differs. Resume with the options of the run."
+                )
+            for name, target in targets.items():
+                local(target).copy_(file.get_tensor(name))
+            self.step = int(file.metadata()["step"])
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All state by name."""
+        terms = {f"{name}/lost": term for name, term in (self.momentum.compensation or {}).items()}
+        return {**self.momentum.weights, **terms}
+
+
+def file_name() -> str:
+    """File of this process' shards in a checkpoint, named as verl names its own."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return f"momentum_world_size_{size}_rank_{rank}.safetensors"
+
+
+def worker_options(given: Mapping[str, Any]) -> tuple[MomentumConfig, KernelsConfig]:
+    """What the trainer has put under `actor_rollout_ref.mgrpo`."""
+    return MomentumConfig(**given["momentum"]), KernelsConfig(**given["kernels"])
+
+
+class MGRPOWorker(ActorRolloutRefWorker):
+    """verl's hybrid worker with a momentum model; its options are under `actor_rollout_ref.mgrpo`."""
+
+    momentum: EngineMomentum | None = None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def describe_plugin(self) -> dict[str, Any]:
+        """What this process has of the plug-in."""
+        return plugin.describe()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Builds verl's models, and the momentum model as a copy of the policy."""
+        options = self.config.mgrpo
+        if options.patch_kernels:
+            # For the life of the process, and before the engines take their functions.
+            patch_kernels(importlib.import_module("verl"))
+        super().init_model()
+        if "actor" in self.role:
+            momentum, kernels = worker_options(options)
+            self.momentum = EngineMomentum(
+                self.actor.engine, momentum, num_steps=options.num_optimizer_steps, seed=options.seed, kernels=kernels
+            )
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    async def update_momentum_weights(self, global_steps: int | None = None, mode: str = "naive") -> None:
+        """Fills the rollout engine, which has to be asleep, with the momentum model."""
+        assert self.momentum is not None, "no actor here"
+        with self.momentum.lent():
+            await super().update_weights(global_steps=global_steps, mode=mode)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(
+        self,
+        local_path: str,
+        hdfs_path: str | None = None,
+        global_step: int = 0,
+        max_ckpt_to_keep: int | None = None,
+    ) -> None:
+        """Verl's checkpoint with the momentum model beside it."""
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+        assert self.momentum is not None, "no actor here"
+        self.momentum.save(Path(local_path))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
+    ) -> None:
+        """The momentum model first, for verl may delete the folder after."""
+        assert self.momentum is not None, "no actor here"
+        self.momentum.load(Path(local_path))
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load)

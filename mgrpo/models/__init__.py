@@ -1,0 +1,1 @@
+"""Models of transformers: loading, forward passes, the momentum model, saving."""

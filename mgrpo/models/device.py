@@ -1,0 +1,40 @@
+"""Devices and the kernels' backend on them."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from mgrpo.errors import ConfigError
+from mgrpo_kernels.backends import resolve
+
+DEVICE = re.compile(r"cpu|cuda(?::(0|[1-9]\d{0,5}))?")
+
+
+def pick_device(device: str) -> torch.device:
+    """Resolves `auto` to a GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # torch knows devices by name that this build or the kernels have not: mps, xpu, xla, meta.
+    match = DEVICE.fullmatch(device)
+    if match is None:
+        raise ConfigError([f"config: --model.device must be auto, cpu or cuda[:N], got {device}."])
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError([f"config: --model.device must be available, got {device} where torch sees no GPU."])
+    if int(match[1] or 0) >= max(torch.cuda.device_count(), 1):
+        raise ConfigError(
+            [f"config: --model.device must be one of {torch.cuda.device_count()} GPUs, from cuda:0 on, got {device}."]
+        )
+    return torch.device(device)
+
+
+def pick_backend(backend: str, device: torch.device) -> str:
+    """Resolves --kernels.backend for a device, with MGRPO_BACKEND in place of `auto`, by token_logprob."""
+    try:
+        return resolve("token_logprob", device, backend, (torch.float32,))
+    except ValueError as error:
+        problem = (
+            str(error).replace("token_logprob: ", "config: ", 1).replace("backend must", "--kernels.backend must", 1)
+        )
+        raise ConfigError([problem]) from error

@@ -1,0 +1,212 @@
+"""What the files of a model folder say, before transformers reads them, and what it says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from mgrpo.errors import EngineError, InputError, whole
+from mgrpo.process.disk import list_checkpoints
+
+
+def quiet_transformers() -> None:
+    """Switches the progress bars of transformers off, for the command lines."""
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Lets transformers log errors alone for a while."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+ADAPTER = "adapter_config.json"
+# Of these transformers passes damaged ones over, or names none in what it says.
+SMALL = (
+    *(CONFIG, GENERATION, "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", INDEX),
+)
+LARGE = ("tokenizer.json", "vocab.json")
+NAMED_TENSORS = 5  # in messages
+
+
+def check_folder(path: str) -> None:
+    """Raises InputError for a folder of a run in place of one of its models, and for a file that is no JSON object."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not _is_model(folder) and (found := _find_models(folder)):
+            raise InputError(
+                f"model: --model.path must be a model folder, {path} is the folder of {found[0]}. "
+                f"Name {' or '.join(map(str, found[1:]))}."
+            )
+        # transformers passes it over beside a model, unless the package peft is there.
+        if (folder / ADAPTER).is_file():
+            raise InputError(
+                f"model: --model.path must be a whole model, {path} holds an adapter, {ADAPTER}. "
+                "Merge it into its model and name that folder."
+            )
+        _refuse_damaged(folder, SMALL)
+        if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+            _refuse_index(folder)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds the configuration of a model; the directory of a run has a config.json of its own."""
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
+        return True  # a damaged one, which is told of elsewhere
+    return not (isinstance(content, dict) and "preset" in content and "model_type" not in content)
+
+
+def _find_models(folder: Path) -> list[Any]:
+    """What a folder of models is, and the models in it that a user may mean; nothing where there are none."""
+    checkpoints = list_checkpoints(folder) or list_checkpoints(folder.parent) * (folder.name == "checkpoints")
+    if checkpoints:
+        names = [checkpoints[-1] / source for source in ("policy", "momentum")]
+        return ["a run, whose newest models are in the last checkpoint", *names]
+    if (folder / "checkpoints").is_dir() and (folder / CONFIG).is_file():
+        return ["a run without a checkpoint", "another folder"]
+    names = [folder / source for source in ("policy", "momentum") if (folder / source / CONFIG).is_file()]
+    if names:
+        return ["a checkpoint", *names]
+    try:
+        inner = sorted(path for path in folder.iterdir() if (path / CONFIG).is_file() and _is_model(path))
+    except OSError:
+        return []
+    return ["several models", *inner[-2:]] if inner else []
+
+
+def _refuse_damaged(folder: Path, names: tuple[str, ...]) -> None:
+    """Raises InputError for a file that is there and holds no JSON object."""
+    for name in names:
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"model: {path} must hold JSON, got: {whole(error)}. Fetch the file again.") from error
+        if not isinstance(content, dict):
+            raise InputError(f"model: {path} must hold a JSON object, got {content!r:.40}. Fetch the file again.")
+
+
+def _refuse_index(folder: Path) -> None:
+    """Raises InputError for an index of weights without what transformers reads in it, or that names absent files."""
+    content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    names = content.get("weight_map")
+    is_map = isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values())
+    if not is_map or not isinstance(content.get("metadata"), dict):
+        raise InputError(
+            f"model: {folder / INDEX} must hold metadata and a weight_map of tensors to files, got keys "
+            f"{', '.join(content) or 'none'}. Fetch the file again."
+        )
+    absent = sorted({name for name in names.values() if not (folder / name).is_file()})
+    if absent:
+        raise InputError(
+            f"model: {folder} must hold the files that its {INDEX} names, it lacks {_list(absent)}. "
+            "Fetch the folder again."
+        )
+
+
+@contextmanager
+def reading(path: str, file: str | None = None, *, unless: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns whatever transformers raises for a bad folder or hub id into InputError, with all that it says.
+
+    Args:
+        path: folder or hub id.
+        file: named where it is there, of a call whose errors are of this file.
+        unless: classes of errors that may be of others.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    # What libraries raise for a file of the wrong content is of any class: TypeError, AttributeError and others.
+    except Exception as error:
+        folder = Path(path)
+        if folder.is_dir():
+            _refuse_damaged(folder, LARGE)
+        if file is not None and (folder / file).is_file() and not isinstance(error, unless):
+            message = f"model: {folder / file} must hold what transformers reads, got: {whole(error)}"
+        else:
+            message = f"model: {path} must be a model folder or a reachable hub id, got: {whole(error)}"
+        raise InputError(message) from error
+
+
+@contextmanager
+def running(path: str, what: str) -> Iterator[None]:
+    """Turns what a model's own code raises where it is run into InputError, with all that it says.
+
+    Args:
+        path: folder or hub id.
+        what: that it must be able to do.
+    """
+    try:
+        yield
+    except (EngineError, InputError):
+        raise
+    except Exception as error:  # it is code of the library for this model, and raises of any class
+        raise InputError(f"model: {path} must {what}, got: {whole(error)}.") from error
+
+
+def token_ids(value: Any, tokenizer: Any, where: str) -> list[int]:
+    """The ids in an `eos_token_id`: none, one, or a list; InputError for anything else.
+
+    Args:
+        value: what a file holds.
+        tokenizer: knows the id of a token that is written as text.
+        where: name of the file and its folder.
+    """
+    found = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    for entry in found:
+        if type(entry) is int and entry >= 0:
+            continue
+        known = tokenizer.get_vocab().get(entry) if isinstance(entry, str) else None
+        remedy = "Write the token's id." if known is None else f"Write {known}, which is its id."
+        raise InputError(
+            f"model: eos_token_id in {where} must be a token id or a list of them, got {value!r}. {remedy}"
+        )
+    return list(found)
+
+
+def refuse_lost(loading: dict[str, Any], path: str) -> None:
+    """Raises InputError for parameters that a folder lacks, or has in another shape: they would start as noise.
+
+    Args:
+        loading: `output_loading_info` of transformers; names that are tied to others are not missing there.
+        path: folder or hub id.
+    """
+    missing, mismatched = sorted(loading["missing_keys"]), sorted(loading["mismatched_keys"])
+    if missing:
+        raise InputError(
+            f"model: {path} must hold every parameter of the model, it lacks {_list(missing)}. "
+            "Fetch or convert the folder again."
+        )
+    if mismatched:
+        shapes = [f"{name} {tuple(found)} in place of {tuple(wanted)}" for name, found, wanted in mismatched]
+        raise InputError(
+            f"model: {path} must hold parameters of the shapes that its {CONFIG} describes, got {_list(shapes)}. "
+            "Fetch or convert the folder again."
+        )
+
+
+def _list(names: list[str]) -> str:
+    """The first names and the number of the others."""
+    others = len(names) - NAMED_TENSORS
+    return ", ".join(names[:NAMED_TENSORS]) + (f" and {others} more" if others > 0 else "")

@@ -1,0 +1,140 @@
+"""Log-probs and entropies of responses: the forward pass over trajectories.
+
+Letters: R trajectories, L longest response, T packed response tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+import mgrpo_kernels as K
+from mgrpo.config import KernelsConfig
+from mgrpo.models.load import LoadedModel
+from mgrpo.models.plain import plain_hidden, plain_logits
+from mgrpo.types import Trajectories
+
+# Logits of a micro-batch above this size are never materialised; the fused linear op walks them in chunks.
+MAX_LOGITS_BYTES = 256 * 2**20
+
+
+class TokenScores(NamedTuple):
+    """Scores of response tokens, at the sampling temperature."""
+
+    logprob: torch.Tensor  # [T] or [R, L] fp32
+    entropy: torch.Tensor  # [T] or [R, L] fp32, nats
+    self_certainty: torch.Tensor | None  # [T] or [R, L] fp32
+
+
+class Scorer:
+    """Log-probs and entropies of responses at the sampling temperature, under any weights of one architecture."""
+
+    def __init__(self, loaded: LoadedModel, *, temperature: float, kernels: KernelsConfig, micro_batch_tokens: int):
+        self.pad_id, self.dtype = loaded.pad_id, loaded.dtype
+        self.temperature, self.backend = temperature, kernels.backend
+        self.micro_batch_tokens = micro_batch_tokens
+        self.has_plain_head = has_plain_head(loaded.model)
+
+    def micro_batches(self, trajectories: Trajectories, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Splits trajectories [r] into groups of similar length whose padded tokens stay within the budget."""
+        lengths = {row: len(trajectories.prompt(row)) + int(trajectories.mask[row].sum()) for row in rows.tolist()}
+        group: list[int] = []
+        for row in sorted(lengths, key=lambda row: (lengths[row], row)):
+            if group and (len(group) + 1) * lengths[row] > self.micro_batch_tokens:
+                yield torch.tensor(group)
+                group = []
+            group.append(row)
+        if group:
+            yield torch.tensor(group)
+
+    @torch.no_grad()
+    def score(
+        self,
+        model: PreTrainedModel,
+        trajectories: Trajectories,
+        *,
+        rows: torch.Tensor | None = None,
+        self_certainty: bool = False,
+    ) -> TokenScores:
+        """Scores trajectories `rows` [r], all by default, without gradient; [R, L] with zeros elsewhere."""
+        mask = trajectories.mask
+        chosen = torch.arange(len(mask)) if rows is None else rows
+        padded = [torch.zeros(mask.shape) for _ in range(3 if self_certainty else 2)]
+        for group in self.micro_batches(trajectories, chosen):
+            packed = self(model, trajectories, group, self_certainty=self_certainty)
+            for target, values in zip(padded, packed, strict=False):
+                assert values is not None
+                target[group] = torch.zeros(mask[group].shape).masked_scatter_(mask[group], values.cpu())
+        return TokenScores(padded[0], padded[1], padded[2] if self_certainty else None)
+
+    def __call__(
+        self, model: PreTrainedModel, trajectories: Trajectories, rows: torch.Tensor, *, self_certainty: bool = False
+    ) -> TokenScores:
+        """Scores trajectories `rows` [r] in one forward pass, packed in that order; the gradient flows."""
+        prompts = [trajectories.prompt(row) for row in rows.tolist()]
+        responses = [trajectories.response(row) for row in rows.tolist()]
+        device = next(model.parameters()).device
+        sequences = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
+        ids = pad_sequence(sequences, batch_first=True, padding_value=self.pad_id).to(device)
+        sizes = torch.tensor([len(r) for r in responses])
+        line = torch.repeat_interleave(torch.arange(len(responses)), sizes)  # [T], which sequence
+        before = torch.tensor([len(p) - 1 for p in prompts])[line]
+        column = before + torch.arange(len(line)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+        line, column = line.to(device), column.to(device)
+        targets = ids[line, column + 1]
+        # Right padding comes after every real token, so causal attention alone keeps it out.
+        autocast = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+        if not self.has_plain_head:
+            with autocast:
+                logits = plain_logits(model, ids)[line, column]
+            return self._from_logits(logits, targets, self_certainty)
+        with autocast:
+            hidden = plain_hidden(model.get_decoder(), ids)[line, column]
+        return self._from_hidden(hidden.to(self.dtype), model.get_output_embeddings(), targets, self_certainty)
+
+    def _from_hidden(
+        self, hidden: torch.Tensor, head: torch.nn.Module | None, targets: torch.Tensor, self_certainty: bool
+    ) -> TokenScores:
+        """Scores hidden states [T, D]; logits are fp32 whether they are materialised or not."""
+        assert isinstance(head, torch.nn.Linear)
+        weight = head.weight.to(hidden.dtype)
+        if 4 * len(hidden) * head.out_features <= MAX_LOGITS_BYTES:
+            bias = None if head.bias is None else head.bias.float()
+            return self._from_logits(linear(hidden.float(), weight.float(), bias), targets, self_certainty)
+        scores = K.linear_token_logprob(
+            hidden,
+            weight,
+            targets,
+            bias=head.bias,
+            temperature=self.temperature,
+            self_certainty=self_certainty,
+            backend=self.backend,
+        )
+        return TokenScores(scores.logprob, scores.entropy, scores.self_certainty)
+
+    def _from_logits(self, logits: torch.Tensor, targets: torch.Tensor, self_certainty: bool) -> TokenScores:
+        """Scores materialised logits [T, V]."""
+        scores = K.token_logprob(
+            logits, targets, temperature=self.temperature, self_certainty=self_certainty, backend=self.backend
+        )
+        return TokenScores(scores.logprob, scores.entropy, scores.self_certainty)
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether logits are the output embedding of the last hidden state and nothing else (no scale, no softcap)."""
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    if not isinstance(head, torch.nn.Linear) or decoder is None or decoder is model:
+        return False
+    ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
+    try:
+        logits = head(plain_hidden(decoder, ids))
+    except Exception:  # of a decoder that wants more than token ids
+        return False
+    return torch.equal(logits, plain_logits(model, ids))

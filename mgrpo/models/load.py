@@ -1,0 +1,180 @@
+"""Loads models: any causal LM that transformers can load."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from mgrpo.config import ModelConfig
+from mgrpo.errors import InputError
+from mgrpo.models.determinism import make_deterministic
+from mgrpo.models.device import pick_device
+from mgrpo.models.files import (
+    CONFIG,
+    GENERATION,
+    reading,
+    refuse_lost,
+    silence,
+)
+from mgrpo.models.save import make_savable
+from mgrpo.models.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    resolve_path,
+)
+
+# Tokens that a tokenizer may put into a prompt or beside it unasked.
+SPECIAL_TOKENS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A causal LM with fp32 weights, its tokenizer, and what sampling must know of them."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    context_length: int
+    dtype: torch.dtype  # of forward passes and rollouts
+
+
+def load_model(config: ModelConfig) -> LoadedModel:
+    """Loads tokenizer and model; raises InputError for a folder that can not be trained from."""
+    tokenizer = load_tokenizer(config)
+    model = _read_model(
+        resolve_path(config.path),
+        config.path,
+        attention=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    _check_ids(model, tokenizer, config.path)
+    if dropped := make_savable(model):
+        print(
+            f"model: {GENERATION} of {config.path} is saved without {', '.join(dropped)}: its values contradict one "
+            "another, and transformers does not write them.",
+            file=sys.stderr,
+        )
+    _check_finite(model, config.path)
+    try:
+        make_deterministic(model, gradient_checkpointing=config.gradient_checkpointing)
+    except ValueError as error:
+        raise InputError(
+            f"model: --model.gradient-checkpointing needs a model that has it, {type(model).__name__} has not. "
+            "Leave it out."
+        ) from error
+    torch.nn.Module.to(model, pick_device(config.device))
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer.tokenizer,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+        context_length=min(tokenizer.context_length, _num_positions(model)),
+        dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32,
+    )
+
+
+def _with_attention(attention: str | None, load: Callable[[str | None], Any]) -> Any:
+    """Loads with an implementation of attention; a family that has no sdpa, or no attention at all, takes eager."""
+    try:
+        return load(attention)
+    except ValueError as error:
+        if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        return load("eager")
+
+
+def _read_model(path: str | Path, name: str, *, attention: str | None = None, **options: Any) -> PreTrainedModel:
+    """Reads a model in fp32, of which no parameter is missing; `name` is that of the folder in messages."""
+    read: Any = AutoModelForCausalLM.from_pretrained
+    # What transformers tells in tables is said below in a line.
+    with silence(), reading(name, CONFIG, unless=(OSError, ValueError, RuntimeError, ImportError, SafetensorError)):
+        model, loading = _with_attention(
+            attention,
+            lambda attention: read(
+                path,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                attn_implementation=attention,
+                **options,
+            ),
+        )
+    refuse_lost(loading, name)
+    return model
+
+
+def num_embeddings(model: torch.nn.Module) -> int | None:
+    """Rows of the input embedding, which ids must stay below; None of a model that does not tell."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)  # pyright: ignore
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if weight is None else len(weight)
+
+
+def _check_ids(model: PreTrainedModel, tokenizer: Tokenizer, path: str) -> None:
+    """Raises InputError for a special token of the tokenizer that the embedding has no row for."""
+    special = {f"{name}_token": getattr(tokenizer.tokenizer, f"{name}_token_id", None) for name in SPECIAL_TOKENS}
+    special |= {"pad": tokenizer.pad_id} | {"EOS token": max(tokenizer.eos_ids)}
+    rows = num_embeddings(model)
+    for name, token in special.items():
+        if rows is not None and token is not None and token >= rows:
+            raise InputError(
+                f"model: {name} of {path} must be below {rows}, the rows of its embedding, got {token}. "
+                "Resize the embedding, or take the tokenizer that the model was made with."
+            )
+    if rows is not None and max(tokenizer.tokenizer.all_special_ids, default=0) >= rows:
+        print(
+            f"model: some special tokens of {path} have no row in its embedding: no prompt may hold them.",
+            file=sys.stderr,
+        )
+
+
+def _num_positions(model: torch.nn.Module) -> int:
+    """Positions that the model's own table of them has rows for; RoBERTa and its kin begin after the padding's."""
+    rows = [
+        len(module.weight) - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings")
+        and isinstance(module, torch.nn.Embedding)
+        and module.padding_idx is not None
+    ]
+    return min(rows, default=2**31)
+
+
+def _check_finite(model: PreTrainedModel, path: str) -> None:
+    """Raises InputError for weights that hold NaN or infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"model: {name} of {path} must be finite, got NaN or infinity. The folder is damaged.")
+
+
+def load_weights(folder: Path, *, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
+    """Reads the parameters of a saved model in fp32, under the names of `named_parameters`."""
+    return dict(_read_model(folder, str(folder), trust_remote_code=trust_remote_code).named_parameters())
+
+
+@contextmanager
+def borrowed_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Lets `model` compute with other weights for a while; nothing is copied where dtype and device agree."""
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data = weights[name].to(device=parameter.device, dtype=parameter.dtype)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name]

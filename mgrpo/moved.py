@@ -1,0 +1,103 @@
+"""Modules of version 0.1 under their old names, for one release: each warns and names its new place."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+# Old module: where its names are now, both within mgrpo.
+MOVED = {
+    "answers": "grading",
+    "arrow_files": "data.arrow_files",
+    "chat": "data.template",
+    "checkpoint": "run.checkpoint errors process.disk training.state",
+    "csv_files": "data.csv_files",
+    "determinism": "models.determinism",
+    "display": "process.output",
+    "files": "data.files",
+    "forward": "models.plain",
+    "integrations.openrlhf_kernels": "integrations.kernels.openrlhf",
+    "integrations.outcome": "integrations.shared",
+    "integrations.trl_config": "integrations.trl.config",
+    "integrations.trl_kernels": "integrations.kernels.trl",
+    "integrations.trl_momentum": "integrations.trl.momentum",
+    "integrations.truth": "integrations.shared",
+    "integrations.verl_advantage": "integrations.verl.advantage",
+    "integrations.verl_judging": "integrations.verl.groups",
+    "integrations.verl_kernels": "integrations.kernels.verl",
+    "integrations.verl_options": "integrations.verl.options",
+    "integrations.verl_queue": "integrations.verl.queue",
+    "integrations.verl_trainer": "integrations.verl.trainer",
+    "integrations.verl_worker": "integrations.verl.worker",
+    "interrupt": "process.signals errors",
+    "json_files": "data.json_files",
+    "judging": "algorithm.credit",
+    "keys": "data.keys",
+    "labels": "types grading.label_text",
+    "learner": "training.schedule training.learner",
+    "messages": "data.messages",
+    "metrics": "types observe.catalogue errors observe.timer observe.step observe.trackers process.disk",
+    "model_files": "models.files",
+    "momentum": "models.momentum",
+    "monitor": "observe.collapse",
+    "objective": "algorithm.loss algorithm.advantage",
+    "pages": "data.parquet_pages",
+    "plan": "run.plan",
+    "plots": "observe.plots",
+    "policy": "models.tokenizer models.device models.load models.files",
+    "preflight": "run.preflight",
+    "progress": "observe.console",
+    "prompts": "data.load",
+    "records": "data.records",
+    "retention": "observe.retention",
+    "reward": "algorithm.reward",
+    "rollout.checked": "rollout.vllm.base rollout.engine",
+    "rollout.nccl": "rollout.weights.nccl",
+    "rollout.publish": "rollout.weights.in_process",
+    "rollout.server": "rollout.vllm.server rollout.vllm.process rollout.vllm.client rollout.weights.http",
+    "rollout.start": "rollout.build",
+    "run_directory": "run.directory",
+    "saving": "models.save",
+    "scoring": "models.forward",
+    "tables": "data.tables",
+    "threads": "process.threads",
+    "trainer": "training.trainer",
+    "trajectories": "types",
+    "voting": "algorithm.vote algorithm.filter",
+}
+
+
+class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the modules of MOVED after all other finders have failed."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The specification of a module that has moved."""
+        package, _, old = name.partition(".")
+        return importlib.machinery.ModuleSpec(name, self) if package == "mgrpo" and old in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fills a module with the names of its new places, each imported when it is asked for."""
+        places = [f"mgrpo.{place}" for place in MOVED[module.__name__.partition(".")[2]].split()]
+        warnings.warn(f"{module.__name__} has moved to {' and '.join(places)}.", DeprecationWarning, stacklevel=2)
+
+        def find(name: str) -> Any:
+            for place in () if name.startswith("__") else places:
+                if hasattr(found := importlib.import_module(place), name):
+                    return getattr(found, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__getattr__ = find  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def install() -> None:
+    """Lets old names be imported in this process."""
+    if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(MovedModules())

@@ -1,0 +1,29 @@
+"""Wall-clock seconds of a step, by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mgrpo.types import Metrics
+
+
+class Timer:
+    """Adds up wall-clock seconds by phase; `metrics()` gives `time_<phase>_s`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Times a block as part of `phase`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> Metrics:
+        """Seconds of each phase so far."""
+        return {f"time_{phase}_s": seconds for phase, seconds in self.seconds.items()}

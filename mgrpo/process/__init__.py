@@ -1,0 +1,1 @@
+"""This process: its threads, signals, output and files."""

@@ -1,0 +1,186 @@
+"""What every way to run vLLM shares: nothing that it is given or gives back is taken on trust.
+
+Letters: B prompts, n rollouts a prompt, L longest response in tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mgrpo.errors import EngineError
+from mgrpo.rollout.engine import Weights, check_loaded, check_weights
+from mgrpo.rollout.stop import StopTexts
+from mgrpo.types import Rollouts, Sampling, Source
+
+# Sequences that come back empty or with an impossible log-prob are drawn again so many times.
+REDRAWS = 2
+# Seeds of vLLM are signed 32-bit numbers in some of its kernels.
+SEEDS = 2**31
+PROGRESS_AFTER_S = 5.0
+
+
+class Response(NamedTuple):
+    """One rollout."""
+
+    tokens: list[int]
+    logprobs: list[float]  # after temperature and top-p
+    truncated: bool
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether it has tokens, each with a finite log-prob."""
+        return bool(self.tokens) and all(np.isfinite(self.logprobs))
+
+
+class CheckedEngine(ABC):
+    """Rollouts from vLLM under the weights loaded last."""
+
+    def __init__(self, model: torch.nn.Module, *, eos_ids: Sequence[int], pad_id: int, stop: StopTexts | None = None):
+        self.eos_ids, self.pad_id, self.stop = sorted({*eos_ids, *(stop.token_ids if stop else ())}), pad_id, stop
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+        self.loaded: tuple[Source, int] | None = None
+        self.redrawn = 0
+        self.kv_cache_usage: float | None = None  # most of the KV cache that a call took, a share
+
+    def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
+        """Hands over a full state dict: every name, tied ones twice, for vLLM takes a part without a word."""
+        self.loaded = None
+        check_weights(weights, self.shapes)
+        # What they write would stay in vLLM's KV cache, and spoil what later weights write.
+        if infinite := _not_finite(weights):
+            raise EngineError(f"load: weights must be finite, {infinite} is not.")
+        self._publish([(name, weights[name].detach()) for name in self.shapes], f"{source}@{version}")
+        self.loaded = (source, version)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
+    ) -> Rollouts:
+        """Samples n responses to each prompt; the same seed gives the same tokens, whatever else is in the batch."""
+        check_loaded(self.loaded, source, version)
+        for b, prompt in enumerate(prompts):
+            # After an unknown token vLLM hangs.
+            if not prompt or min(prompt) < 0 or max(prompt) >= self.vocabulary:
+                found = f"{min(prompt)} to {max(prompt)}" if prompt else "none"
+                raise EngineError(f"generate: prompt {b} must have token ids in [0, {self.vocabulary}), got {found}.")
+        self.kv_cache_usage = None
+        rows = self._sample(prompts, n, sampling, sampling.seed)
+        for attempt in range(REDRAWS):
+            bad = [row for row, response in enumerate(rows) if not response.is_possible]
+            if not bad:
+                break
+            self.redrawn += len(bad)
+            again = self._sample([prompts[row // n] for row in bad], 1, sampling, sampling.seed + (attempt + 1) * 7919)
+            for row, response in zip(bad, again, strict=True):
+                rows[row] = response
+        for row, response in enumerate(rows):
+            if not response.is_possible:
+                raise EngineError(
+                    f"generate: every rollout must have tokens with finite log-probs, prompt {row // n} got "
+                    f"{len(response.tokens)} tokens after {REDRAWS} more draws."
+                )
+        return self._pack(rows, n, source, version)
+
+    def sleep(self) -> None:  # noqa: B027
+        """Gives back what memory it can until the next load."""
+
+    def close(self) -> None:
+        """Frees the engine's memory and ends what it started."""
+        self.loaded = None
+
+    @property
+    def version(self) -> str:
+        """Of the weights that it was asked to hold, as it tells vLLM."""
+        assert self.loaded is not None
+        return "@".join(map(str, self.loaded))
+
+    @abstractmethod
+    def _publish(self, weights: Weights, version: str) -> None:
+        """Replaces the weights in vLLM and empties its prefix cache."""
+
+    @abstractmethod
+    def _sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int) -> list[Response]:
+        """B * n rollouts."""
+
+    def _parameters(self, b: int, n: int, sampling: Sampling, seed: int) -> dict[str, Any]:
+        """Of prompt b's request; vLLM seeds its rollout i with seed + i."""
+        return {
+            "n": 1 if sampling.temperature == 0 else n,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "stop_token_ids": self.eos_ids,
+            "seed": (seed + b * n) % SEEDS,
+            "logprobs": 0,
+            **({"stop": list(self.stop.texts), "include_stop_str_in_output": True} if self.stop else {}),
+        }
+
+    def _flatten(self, found: Sequence[list[Response]], n: int, sampling: Sampling) -> list[Response]:
+        """Rollouts by prompt to one list; a greedy one, decoded once, is repeated."""
+        rows = [row for responses in found for row in (responses * n if sampling.temperature == 0 else responses)]
+        if len(rows) != len(found) * n:
+            raise EngineError(f"generate: vLLM must return {len(found) * n} rollouts, got {len(rows)}.")
+        return rows if self.stop is None else [self._ended(row, self.stop) for row in rows]
+
+    def _ended(self, response: Response, stop: StopTexts) -> Response:
+        """The same up to the token that completes a stop text, whether or not vLLM saw it."""
+        end = stop.end(response.tokens)
+        return response if end is None else Response(response.tokens[:end], response.logprobs[:end], truncated=False)
+
+    def _observe_kv_cache(self, usage: float) -> None:
+        """Remembers the most of a call."""
+        self.kv_cache_usage = max(usage, self.kv_cache_usage or 0.0)
+
+    def _pack(self, rows: Sequence[Response], n: int, source: Source, version: int) -> Rollouts:
+        """Pads on the right."""
+        lengths = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64)
+        longest = int(lengths.max()) if rows else 0
+        tokens = torch.full((len(rows), longest), self.pad_id)
+        logprobs = torch.zeros(len(rows), longest)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
+            logprobs[i, : len(row.tokens)] = torch.tensor(row.logprobs)
+        return Rollouts(
+            tokens=tokens,
+            lengths=lengths,
+            logprobs=logprobs,
+            truncated=torch.tensor([row.truncated for row in rows], dtype=torch.bool),
+            num_per_prompt=n,
+            source=source,
+            version=version,
+        )
+
+
+@torch.no_grad()
+def _not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """The first tensor that holds an infinity or NaN; waits for a device once."""
+    names = [name for name, tensor in weights.items() if tensor.is_floating_point()]
+    device = weights[names[0]].device
+    largest = [torch.linalg.vector_norm(weights[name], torch.inf).float() for name in names]
+    finite = torch.stack([norm.to(device) for norm in largest]).isfinite().tolist()
+    return next((name for name, is_finite in zip(names, finite, strict=True) if not is_finite), None)
+
+
+class Progress(tqdm):
+    """Finished prompts, tokens a second and the KV cache of a call that takes long, on a terminal alone."""
+
+    def __init__(self, num_prompts: int, what: str):
+        self.num_tokens = 0
+        super().__init__(
+            total=num_prompts, desc=what, unit=" prompts", delay=PROGRESS_AFTER_S, leave=False, disable=None
+        )
+
+    def finished(self, responses: Sequence[Response], kv_cache_usage: float | None) -> None:
+        """One prompt is done."""
+        self.num_tokens += sum(len(response.tokens) for response in responses)
+        facts: MutableMapping[str, Any] = self.format_dict
+        rate = self.num_tokens / max(facts["elapsed"], 1e-9)
+        cache = "" if kv_cache_usage is None else f", KV cache {kv_cache_usage:.0%}"
+        self.set_postfix_str(f"{rate:,.0f} tok/s{cache}", refresh=False)
+        self.update()

@@ -1,0 +1,219 @@
+"""Rollouts from vLLM in this process: one engine whose weights change between momentum and policy.
+
+It gets token ids, gives log-probs after temperature and top-p, and starts from the model's configuration alone: no
+weight passes over a disk. Letters: B prompts, n rollouts a prompt, L longest response in tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import importlib.util
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from mgrpo.errors import EngineError, StaleWeightsError
+from mgrpo.rollout.engine import Weights
+from mgrpo.rollout.stop import StopTexts
+from mgrpo.rollout.vllm.base import CheckedEngine, Progress, Response
+from mgrpo.rollout.weights.in_process import make_publisher
+from mgrpo.types import Sampling
+
+# Seconds between looks at the KV cache, each of which takes about a millisecond.
+LOOK_S = 0.1
+
+
+class VllmEngine(CheckedEngine):
+    """vLLM in this process."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        dtype: torch.dtype,
+        max_length: int,
+        options: Mapping[str, Any],
+        timeout_s: float = 600.0,
+        stop: StopTexts | None = None,
+        make_llm: Any = None,
+    ):
+        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id, stop=stop)
+        self.timeout_s = timeout_s
+        self._folder = TemporaryDirectory(prefix="mgrpo-vllm-")
+        arguments = describe_model(model, self._folder.name, dtype, max_length, stop) | {"disable_log_stats": False}
+        self._sleeps = bool(options.get("enable_sleep_mode"))
+        self._asleep = False
+        with _keeping_process_state(), _engine_errors("start"):
+            self._llm = (make_llm or start)(**(arguments | dict(options)))
+        self._publisher = make_publisher(self._llm)
+
+    def _publish(self, weights: Weights, version: str) -> None:
+        with _keeping_process_state(), _engine_errors("load"):
+            if self._asleep:
+                self._llm.wake_up()
+                self._asleep = False
+            self._publisher.publish(weights, version)
+            # Its cache knows prompts under the weights before; vLLM does not look.
+            emptied = self._llm.reset_prefix_cache()
+        if emptied is False:
+            raise EngineError("load: vLLM must empty its prefix cache, it refused. Is another request running?")
+
+    def sleep(self) -> None:
+        """Moves weights to the host and drops the KV cache, where --rollout.sleep asks for it, until the next load."""
+        if self._sleeps and not self._asleep:
+            # Level 2 drops buffers too, which no load brings back.
+            with _keeping_process_state(), _engine_errors("sleep"):
+                self._llm.sleep(level=1)
+            self.loaded, self._asleep = None, True
+
+    def _sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int) -> list[Response]:
+        found: dict[str, list[Response]] = {}
+        names = [f"{seed}-{b}" for b in range(len(prompts))]
+        with _keeping_process_state(), _engine_errors("generate"), Progress(len(prompts), "rollouts") as progress:
+            engine = self._llm.llm_engine
+            try:
+                for b, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+                    engine.add_request(name, {"prompt_token_ids": list(prompt)}, self._request(b, n, sampling, seed))
+                for output in self._finished():
+                    found[output.request_id] = self._read(output)
+                    progress.finished(found[output.request_id], self.kv_cache_usage)
+            finally:
+                if waiting := [name for name in names if name not in found]:
+                    engine.abort_request(waiting)
+        return self._flatten([found.get(name, []) for name in names], n, sampling)
+
+    def _request(self, b: int, n: int, sampling: Sampling, seed: int) -> Any:
+        """Sampling parameters of one prompt, of which vLLM is to tell once, when all is done."""
+        params = importlib.import_module("vllm.sampling_params")
+        options = self._parameters(b, n, sampling, seed)
+        kind = params.RequestOutputKind.FINAL_ONLY
+        return params.SamplingParams(**options, detokenize=self.stop is not None, output_kind=kind)
+
+    def _finished(self) -> Iterator[Any]:
+        """Outputs as prompts finish; EngineError where none does for `timeout_s`."""
+        engine = self._llm.llm_engine
+        last = looked = time.monotonic()
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    last = time.monotonic()
+                    yield output
+            now = time.monotonic()
+            if now - last > self.timeout_s:
+                raise EngineError(
+                    f"generate: a prompt must finish every {self.timeout_s:g} s, none did. "
+                    "Raise --rollout.timeout-s if responses are that slow."
+                )
+            if now - looked > LOOK_S:
+                looked = now
+                self._look()
+
+    def _look(self) -> None:
+        """Notes how full the KV cache is, of versions that tell."""
+        for metric in getattr(self._llm, "get_metrics", list)():
+            if metric.name == "vllm:kv_cache_usage_perc":
+                self._observe_kv_cache(metric.value)
+
+    def _read(self, output: Any) -> list[Response]:
+        """Rollouts of one prompt."""
+        self._check_version(output)
+        return [
+            Response(
+                list(sample.token_ids),
+                [found[token].logprob for token, found in zip(sample.token_ids, sample.logprobs, strict=True)],
+                sample.finish_reason == "length",
+            )
+            for sample in output.outputs
+        ]
+
+    def _check_version(self, output: Any) -> None:
+        """Refuses what vLLM itself says was written by other weights."""
+        for sample in output.outputs:
+            for span in getattr(sample, "weight_versions", None) or []:
+                if span.version != self.version:
+                    message = f"generate: vLLM must write with {self.version}, it wrote with {span.version}."
+                    raise StaleWeightsError(message)
+
+    def close(self) -> None:
+        """Frees the engine's memory and removes its folder."""
+        super().close()
+        self._folder.cleanup()
+        core: Any = getattr(self._llm.llm_engine, "engine_core", None)
+        if hasattr(core, "shutdown"):
+            with _engine_errors("close"):
+                core.shutdown()
+
+
+def describe_model(
+    model: torch.nn.Module, folder: str, dtype: torch.dtype, max_length: int, stop: StopTexts | None = None
+) -> dict[str, Any]:
+    """Writes the configuration from which vLLM builds the model, without its weights; returns vLLM's arguments.
+
+    Only who looks for stop texts needs a tokenizer.
+    """
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]  # a model that was never saved does not say
+    config.save_pretrained(folder)
+    if stop is not None:
+        stop.tokenizer.save_pretrained(folder)
+    return {
+        "model": folder,
+        "skip_tokenizer_init": stop is None,
+        "load_format": "dummy",
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_length,
+        "logprobs_mode": "processed_logprobs",
+    }
+
+
+def start(**arguments: Any) -> Any:
+    """A vLLM engine in this process."""
+    require_vllm()
+    # In another process its weights could not be written from here.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    return importlib.import_module("vllm").LLM(**arguments)
+
+
+def require_vllm() -> None:
+    """EngineError where it is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError("rollout: vllm must be installed for --rollout.engine vllm. pip install vllm.")
+
+
+@contextlib.contextmanager
+def _keeping_process_state() -> Iterator[None]:
+    """The process's seeds, threads and default dtype, which vLLM changes, are as before in the end."""
+    python, arrays, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    threads, set_num_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.set_rng_state(torch_state)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def _engine_errors(what: str) -> Iterator[None]:
+    """Whatever vLLM raises is an EngineError here; it has no hierarchy of its own to tell apart."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise EngineError(f"{what}: vLLM failed with {type(error).__name__}: {lines[0] if lines else ''}") from error

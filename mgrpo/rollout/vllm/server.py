@@ -1,0 +1,207 @@
+"""Rollouts from vLLM servers: other processes, on other GPUs or hosts, which fetch their weights from this one.
+
+The trainer offers the weights as a safetensors file over HTTP, under a path that nobody can guess, and asks the
+server's worker (mgrpo.rollout.worker) to fetch them. B prompts, n rollouts a prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from mgrpo.errors import EngineError, StaleWeightsError
+from mgrpo.rollout.engine import Weights
+from mgrpo.rollout.stop import StopTexts
+from mgrpo.rollout.vllm.base import CheckedEngine, Progress, Response
+from mgrpo.rollout.vllm.client import HttpClient
+from mgrpo.rollout.vllm.process import ServerProcess
+from mgrpo.rollout.weights.http import offer
+from mgrpo.rollout.weights.nccl import NcclSender
+from mgrpo.types import Rollouts, Sampling, Source
+
+MAX_REQUESTS = 64  # of one server at a time; vLLM batches across them
+LOOK_S = 0.5
+# What vLLM's OpenAI server writes in place of minus infinity, which JSON has not.
+MINUS_INFINITY = -9999.0
+
+
+class ServerEngine(CheckedEngine):
+    """One vLLM server."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        dtype: torch.dtype,
+        max_length: int,
+        url: str,
+        weights_host: str = "127.0.0.1",
+        transfer: Literal["http", "nccl"] = "http",
+        timeout_s: float = 600.0,
+        process: ServerProcess | None = None,
+        stop: StopTexts | None = None,
+    ):
+        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id, stop=stop)
+        self.dtype, self.timeout_s, self.process = dtype, timeout_s, process
+        self._http = HttpClient(url, last_words=process.last_words) if process else HttpClient(url)
+        self._host, self._transfer = weights_host, transfer
+        self._nccl: NcclSender | None = None
+        card = self._http.call("/v1/models", what="start")["data"][0]
+        self._name = card["id"]
+        if card.get("max_model_len", max_length) < max_length:
+            raise EngineError(f"start: {url} must take {max_length} tokens, it takes {card['max_model_len']}.")
+        self._state("start")
+
+    def _publish(self, weights: Weights, version: str) -> None:
+        call = self._http.call
+        call("/pause?mode=abort", {}, what="load", timeout_s=self.timeout_s)
+        if self._transfer == "nccl":
+            self._broadcast(weights, version)
+        else:
+            with offer(weights, self.dtype, self._host) as (url, sha256):
+                body = {"method": "mgrpo_load", "args": [url, sha256, version]}
+                call("/collective_rpc", body, what="load", timeout_s=self.timeout_s)
+        emptied = call("/reset_prefix_cache", {}, what="load", timeout_s=self.timeout_s)
+        if isinstance(emptied, dict) and emptied.get("success") is False:
+            raise EngineError("load: vLLM must empty its prefix cache, it refused. Is another request running?")
+        call("/resume", {}, what="load", timeout_s=self.timeout_s)
+
+    def _broadcast(self, weights: Weights, version: str) -> None:
+        """From GPU to GPU; the group is made at the first load. In between, the server has no version."""
+        name = partial(self._http.call, "/collective_rpc", what="load", timeout_s=self.timeout_s)
+        name({"method": "mgrpo_name", "args": [""]})
+        if self._nccl is None:
+            num_workers = self._http.call("/get_world_size", what="start")["world_size"]
+            self._nccl = NcclSender(self._http.url, self._host, num_workers, self.dtype)
+        self._nccl.send(weights)
+        name({"method": "mgrpo_name", "args": [version]})
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
+    ) -> Rollouts:
+        """See CheckedEngine; a server that was started anew, or loaded by somebody else, is found out."""
+        rollouts = super().generate(prompts, n, sampling, source=source, version=version)
+        for state in self._state("generate"):
+            if state["version"] != self.version:
+                raise StaleWeightsError(
+                    f"generate: {self._http.url} must hold {self.version}, it holds {state['version']}. "
+                    "Does another run use it?"
+                )
+        return rollouts
+
+    def _sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int) -> list[Response]:
+        # One seed holds for a whole request, so that every prompt needs its own.
+        bodies = [
+            {
+                "model": self._name,
+                "prompt": list(prompt),
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,  # a server without a tokenizer has no texts
+                **self._parameters(b, n, sampling, seed),
+            }
+            for b, prompt in enumerate(prompts)
+        ]
+        found: list[list[Response]] = [[] for _ in bodies]
+        # The limit counts from the last prompt that finished, so that requests which queue are not late.
+        with ThreadPoolExecutor(MAX_REQUESTS) as pool, Progress(len(prompts), "rollouts") as progress:
+            ask = self._http.call
+            pending: dict[Future[Any], int] = {
+                pool.submit(ask, "/v1/completions", body, what="generate", timeout_s=None): b
+                for b, body in enumerate(bodies)
+            }
+            try:
+                last = looked = time.monotonic()
+                while pending:
+                    done, _ = wait(pending, timeout=LOOK_S, return_when=FIRST_COMPLETED)
+                    now = time.monotonic()
+                    last = now if done else last
+                    if now - last > self.timeout_s:
+                        raise EngineError(
+                            f"generate: {self._http.url} must finish a prompt every {self.timeout_s:g} s, it did "
+                            "not. Raise --rollout.timeout-s if responses are that slow."
+                        )
+                    if now - looked > LOOK_S:
+                        looked = now
+                        self._look()
+                    for future in done:
+                        b = pending.pop(future)
+                        found[b] = [_read(choice) for choice in future.result()["choices"]]
+                        progress.finished(found[b], self.kv_cache_usage)
+            finally:
+                for future in pending:
+                    future.cancel()
+                if pending:
+                    self._http.hang_up()
+        return self._flatten(found, n, sampling)
+
+    def _look(self) -> None:
+        """Notes how full the KV cache is."""
+        text = self._http.call("/metrics", what="generate", timeout_s=self.timeout_s)
+        for line in str(text).splitlines():
+            if line.startswith("vllm:kv_cache_usage_perc"):
+                self._observe_kv_cache(float(line.split()[-1]))
+
+    def _state(self, what: str) -> list[dict[str, Any]]:
+        """What each worker says of itself."""
+        reply = self._http.call("/collective_rpc", {"method": "mgrpo_state"}, what=what, timeout_s=self.timeout_s)
+        return [json.loads(state) if isinstance(state, str) else state for state in reply["results"]]
+
+    def close(self) -> None:
+        """Ends the server if it was started here."""
+        super().close()
+        if self.process is not None:
+            self.process.close()
+
+
+class EnginePair:
+    """Two servers, one for each source: momentum and policy are written at the same time."""
+
+    def __init__(self, policy: ServerEngine, momentum: ServerEngine):
+        self.engines: dict[Source, ServerEngine] = {"policy": policy, "momentum": momentum}
+
+    def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
+        """See Engine."""
+        self.engines[source].load(weights, source=source, version=version)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
+    ) -> Rollouts:
+        """See Engine."""
+        return self.engines[source].generate(prompts, n, sampling, source=source, version=version)
+
+    @property
+    def redrawn(self) -> int:
+        """Rollouts drawn again so far."""
+        return sum(engine.redrawn for engine in self.engines.values())
+
+    @property
+    def kv_cache_usage(self) -> float | None:
+        """Of the fuller one."""
+        return max((e.kv_cache_usage for e in self.engines.values() if e.kv_cache_usage is not None), default=None)
+
+    def sleep(self) -> None:
+        """Nothing: what they hold is not the trainer's memory."""
+
+    def close(self) -> None:
+        """Ends both."""
+        with contextlib.ExitStack() as stack:
+            for engine in self.engines.values():
+                stack.callback(engine.close)
+
+
+def _read(choice: Mapping[str, Any]) -> Response:
+    """One rollout of a reply."""
+    logprobs = [-float("inf") if x is None or x <= MINUS_INFINITY else x for x in choice["logprobs"]["token_logprobs"]]
+    tokens = choice["token_ids"]
+    if len(tokens) != len(logprobs):
+        raise EngineError(f"generate: every token must have a log-prob, {len(tokens)} have {len(logprobs)}.")
+    return Response(tokens, logprobs, choice["finish_reason"] == "length")

@@ -1,0 +1,1 @@
+"""A run on a disk: steps, checkpoints, resume, and the checks before the first step."""

@@ -1,0 +1,251 @@
+"""A run: its directory, and everything around the training loop: log, monitor, checkpoints, signals, report."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from mgrpo.config import Config, to_dict
+from mgrpo.data.load import describe_data
+from mgrpo.errors import EngineError, Exit, Interrupted, StaleWeightsError
+from mgrpo.observe.collapse import Monitor
+from mgrpo.observe.console import Progress
+from mgrpo.observe.report import write_report
+from mgrpo.observe.trackers import make_trackers, to_json
+from mgrpo.process.disk import storage_errors, write_aside
+from mgrpo.process.signals import Interrupt
+from mgrpo.process.threads import limit_threads
+from mgrpo.run import checkpoint
+from mgrpo.run.directory import directory_of, held
+from mgrpo.run.preflight import refuse_machine, rehearse
+from mgrpo.run.resume import check_resumable, resume, resumed_config
+from mgrpo.training.trainer import Trainer
+from mgrpo.types import Metrics
+
+MAX_FAULTS = 20
+
+
+def run(config: Config) -> Exit:
+    """Trains from start, or from the newest checkpoint, to the last step; returns why it ended."""
+    run_dir = directory_of(config)
+    refuse_machine(config, run_dir)
+    limit_threads(config.threads)
+    interrupt = Interrupt()
+    try:
+        with interrupt.handled(), storage_errors(), held(run_dir):
+            if config.resume and (before := resumed_config(run_dir)):
+                check_resumable(config, before)
+            trainer = Trainer(config)
+            try:
+                rehearse(trainer, run_dir)
+                return _train(trainer, run_dir, interrupt)
+            finally:
+                trainer.close()
+    except Interrupted:
+        print(f"interrupted before a step was taken; start with --resume --run-dir {run_dir}")
+        return Exit.INTERRUPTED
+
+
+def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
+    """The loop and what surrounds it."""
+    config = trainer.config
+    rows = resume(trainer, run_dir) if config.resume else []
+    write_aside(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
+    last_step = min(config.stop_after or config.steps, config.steps)
+    outcome = Exit.DONE
+    with (
+        Session(trainer, run_dir, rows) as session,
+        Progress(config, run_dir, trainer.step, last_step, trainer.stop.texts if trainer.stop else ()) as progress,
+    ):
+        for message in describe_data(trainer.data):
+            progress.note(message)
+        interrupt.defer()
+        trainer.checker.watch = progress.show_grouping
+        while outcome is Exit.DONE and trainer.step < last_step:
+            try:
+                row = session.take_step()
+            except EngineError as error:
+                # Who ends a job ends its vLLM servers too, some of them first. What there was to save is saved.
+                if not interrupt.asked or isinstance(error, StaleWeightsError):
+                    raise
+                outcome = Exit.INTERRUPTED
+                break
+            progress.show(row)
+            write_samples(trainer, run_dir, progress)
+            if row["alarm"] and config.monitor.on_collapse == "rollback" and (message := session.roll_back()):
+                progress.rewind(trainer.step, f"{message}: {'; '.join(row['alarm'])}")
+                continue
+            outcome = _outcome(trainer, row, interrupt.asked and trainer.step < last_step)
+            if outcome or trainer.step == last_step or _due(config.checkpoint.every, trainer.step):
+                session.save()
+        session.writer.wait()
+        report = write_report([run_dir]) if session.rows else None
+        progress.end(outcome, session.writer.saved or trainer.step, report)
+    return outcome
+
+
+def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:
+    """Whether the run has to end after this step."""
+    if trainer.learner.nonfinite_in_row >= trainer.config.optim.max_nonfinite:
+        return Exit.NON_FINITE
+    if row["alarm"] and trainer.config.monitor.on_collapse != "warn":
+        return Exit.COLLAPSE
+    return Exit.INTERRUPTED if interrupted else Exit.DONE
+
+
+class Session:
+    """What the steps of a run leave behind: rows of metrics, checkpoints, and the way back to a good one.
+
+    A context manager: leaving it waits for the checkpoint in progress and closes the trackers.
+    """
+
+    def __init__(self, trainer: Trainer, run_dir: Path, rows: list[Metrics]):
+        self.trainer, self.run_dir, self.rows = trainer, run_dir, rows
+        self.config = trainer.config
+        self.first_step = trainer.step  # of this process
+        self.monitor = make_monitor(self.config, rows)
+        self.trackers = make_trackers(self.config, run_dir, trainer.step)
+        self.writer = checkpoint.Writer(run_dir, background=self.config.checkpoint.background)
+        self.checkpoint_s: float | None = None  # what the last step's checkpoint held training up
+        if self.config.monitor.on_collapse == "rollback" and trainer.step == 0:
+            self.save()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with ExitStack() as stack:
+            for tracker in self.trackers:
+                stack.callback(tracker.close)
+            self.writer.__exit__(*error)
+
+    def take_step(self) -> Metrics:
+        """One step, its metrics logged and judged."""
+        self.writer.check()
+        before = self.trainer.step
+        try:
+            row = self.trainer.train_step()
+        except StaleWeightsError:
+            raise
+        except EngineError as error:
+            if before == self.first_step:
+                raise
+            raise self._saved(error) from error
+        row["alarm"], row["time_checkpoint_s"] = self.monitor.observe(row) or None, self.checkpoint_s
+        self.checkpoint_s = None
+        for tracker in self.trackers:
+            tracker.log(row)
+        self.rows.append(row)
+        if self.trainer.fault:
+            write_fault(self.run_dir, self.trainer.fault)
+        if error := self.trainer.lost_engine:
+            raise self._saved(error)
+        return row
+
+    def _saved(self, error: EngineError) -> EngineError:
+        """Saves the state, which is that after a whole step, and says so beside what the engine died of."""
+        self.save()
+        self.writer.wait()
+        return EngineError(f"{error} Step {self.trainer.step} is saved: go on with --resume.")
+
+    def save(self) -> None:
+        """Starts a checkpoint of this step."""
+        start, c, step = time.perf_counter(), self.config.checkpoint, self.trainer.step
+        write = self.trainer.snapshot() if c.background else self.trainer.save
+        # One that is still being written is in no list of the disk, and would be none of the best.
+        self.writer.wait()
+        steps = [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(self.run_dir)]
+        steps = sorted({*steps, step})
+        best = best_steps(self.rows, steps, self.monitor, c.keep_best)
+        if self.config.monitor.on_collapse == "rollback":
+            # The newest sound one, and those that will be, once the steps after them have raised no alarm.
+            sound = self.monitor.good_before()
+            best += [s for s in steps if s <= sound][-1:] + [s for s in steps if s > sound]
+        self.writer.save(step, write, keep_last=c.keep_last, best=best)
+        self.checkpoint_s = time.perf_counter() - start
+
+    def roll_back(self) -> str | None:
+        """Goes back to the last good checkpoint, on which other prompts follow, and says so; None where it can not.
+
+        Weights, momentum, optimiser and metrics are those of the checkpoint; the sampler stays where it is, so that
+        the prompts that led here are not met again before the next epoch.
+        """
+        trainer, monitor = self.trainer, self.config.monitor
+        self.writer.wait()
+        found, _ = checkpoint.newest_valid(self.run_dir, up_to=self.monitor.good_before())
+        if found is None or trainer.rollbacks >= monitor.max_rollbacks:
+            return None
+        alarm_step, rollbacks, place = trainer.step, trainer.rollbacks + 1, trainer.sampler.state_dict()
+        trainer.restore(found)
+        trainer.rollbacks = rollbacks
+        trainer.sampler.load_state_dict(place)
+        for folder in reversed(checkpoint.list_checkpoints(self.run_dir)):
+            if checkpoint.step_of(folder) > trainer.step:
+                shutil.rmtree(folder)
+        dropped = [row for row in self.rows if row["step"] > trainer.step]
+        self.rows[:] = [row for row in self.rows if row["step"] <= trainer.step]
+        with (self.run_dir / "rolled_back.jsonl").open("a") as file:
+            file.writelines(to_json(row) + "\n" for row in dropped)
+        for tracker in self.trackers:
+            tracker.rewind(self.rows)
+        self.monitor = make_monitor(self.config, self.rows)
+        self.save()  # so that a run that is killed now does not go the same way again
+        return f"rollback {rollbacks} of {monitor.max_rollbacks}, from step {alarm_step} to {trainer.step}"
+
+
+def make_monitor(config: Config, rows: list[Metrics]) -> Monitor:
+    """A monitor that has seen the rows."""
+    monitor = Monitor(config.monitor, num_prompts=config.rollout.prompts)
+    for row in rows:
+        monitor.observe(row)
+    return monitor
+
+
+def write_fault(run_dir: Path, fault: dict[str, Any]) -> None:
+    """Writes what is known of a step that was not finite to faults/step_N.json, of the first few such steps."""
+    folder = run_dir / "faults"
+    folder.mkdir(exist_ok=True)
+    if len(list(folder.iterdir())) < MAX_FAULTS:
+        write_aside(folder / f"step_{fault['step']}.json", json.dumps(_spelled(fault), indent=1))
+
+
+def _spelled(value: Any) -> Any:
+    """The same with NaN and infinity as text, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _spelled(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_spelled(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _due(every: int, step: int) -> bool:
+    """Whether `step` is one of every so many."""
+    return every > 0 and step % every == 0
+
+
+def best_steps(rows: list[Metrics], steps: list[int], monitor: Monitor, keep: int) -> list[int]:
+    """Steps of the best checkpoints: by probe accuracy, or without a probe the newest that is surely sound."""
+    probe = {row["step"]: row["probe_accuracy_policy"] for row in rows if row.get("probe_accuracy_policy") is not None}
+    if probe:
+        judged = [step for step in steps if step in probe]
+        return sorted(judged, key=lambda step: (probe[step], step))[-keep:] if keep else []
+    sound = monitor.good_before()
+    return [step for step in steps if step <= sound][-keep:] if keep else []
+
+
+def write_samples(trainer: Trainer, run_dir: Path, progress: Progress) -> None:
+    """Writes and shows the sampled rollouts of this step, where there are any."""
+    if not trainer.samples or trainer.samples[0]["step"] != trainer.step:
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(trainer.samples), folder / f"step_{trainer.step}.parquet")
+    progress.show_samples(trainer.samples)

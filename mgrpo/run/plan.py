@@ -1,0 +1,129 @@
+"""The plan of `--dry-run`: what a run would take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mgrpo.config import Config
+from mgrpo.data.load import describe_data, describe_labels, load_prompts
+from mgrpo.data.prompts import Dataset
+from mgrpo.models.device import pick_device
+from mgrpo.models.forward import MAX_LOGITS_BYTES
+from mgrpo.models.size import cache_numbers, count_parameters, positive
+from mgrpo.models.tokenizer import Tokenizer, load_tokenizer
+from mgrpo.rollout.stop import make_stop
+from mgrpo.training.trainer import needs_initial
+from mgrpo_kernels.backends import resolve
+
+# The operations that a training step calls.
+OPS = (
+    "token_logprob",
+    "linear_token_logprob",
+    "trajectory_entropy",
+    "iqr_filter",
+    "majority_vote",
+    "group_advantage",
+    "grpo_loss",
+    "ema_update_",
+)
+
+
+# Bytes a parameter; Kahan compensation is a second bf16 number.
+MOMENTUM_BYTES = {"fp32": 4, "bf16-stochastic": 2, "bf16-kahan": 4}
+
+
+def print_plan(config: Config) -> int | None:
+    """Prints data, batch arithmetic, memory by part and the kernel backend of every op; returns the model's size."""
+    console = Console()
+    tokenizer = load_tokenizer(config.model)
+    data = load_prompts(config, tokenizer, config.data.train)
+    probe = load_prompts(config, tokenizer, config.data.probe) if config.data.probe else None
+    device = pick_device(config.model.device)
+    num_parameters = count_parameters(tokenizer.model_config, trust_remote_code=config.model.trust_remote_code)
+    for title, rows in (
+        ("data", data_plan(data, probe)),
+        ("batch", [*batch_plan(config, data), *stop_plan(config, tokenizer)]),
+        ("memory", memory_plan(config, tokenizer, data, num_parameters)),
+        (
+            "kernels",
+            [(op, resolve(op, device, config.kernels.backend)) for op in OPS],
+        ),
+    ):
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in rows:
+            table.add_row(name, value)
+        console.print(table)
+    return num_parameters
+
+
+def fits_memory(num_parameters: int | None) -> bool:
+    """Whether the free memory holds a model in fp32, the engine's copy of it, its gradient and its momentum."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (free,) = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError):
+        return True
+    return 16 * (num_parameters or 0) <= free
+
+
+def data_plan(data: Dataset, probe: Dataset | None) -> list[tuple[str, str]]:
+    """Labels of the data as they will be compared, and what a person should know of them."""
+    rows = [("labels", describe_labels(data)), *(("", said) for said in describe_data(data))]
+    if probe:
+        rows += [("labels of the probe", describe_labels(probe)), *(("", said) for said in describe_data(probe))]
+    return [(name, escape(value)) for name, value in rows]
+
+
+def batch_plan(config: Config, data: Dataset) -> list[tuple[str, str]]:
+    """Counts of one step and of the run."""
+    r, group = config.rollout, config.rollout.policy + config.rollout.momentum
+    longest = max(len(prompt.ids) for prompt in data.prompts)
+    return [
+        ("prompts", f"{len(data):,} ({data.num_overlong} overlong dropped), longest {longest} tokens"),
+        ("rollouts a step", f"{r.prompts} prompts x ({r.policy} policy + {r.momentum} momentum) = {r.prompts * group}"),
+        ("in the loss", f"{r.prompts * (config.num_train + r.momentum * config.objective.momentum_in_loss)} at most"),
+        ("response tokens a step", f"{r.prompts * group * r.max_new_tokens:,} at most"),
+        ("steps", f"{config.steps:,} = {config.steps * r.prompts / len(data):.2f} epochs"),
+        ("optimiser steps", f"{config.num_optimizer_steps:,}"),
+    ]
+
+
+def stop_plan(config: Config, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Texts at which a response ends, and where they are from."""
+    stop = make_stop(config.rollout.stop, config.data.template, tokenizer.tokenizer)
+    if stop is None:
+        return []
+    texts = escape(", ".join(map(repr, stop.texts)))
+    origin = "; by --data.template, --rollout.stop '' turns it off" if config.rollout.stop is None else ""
+    return [("responses end at", f"EOS, {texts}{origin}")]
+
+
+def memory_plan(
+    config: Config, tokenizer: Tokenizer, data: Dataset, num_parameters: int | None
+) -> list[tuple[str, str]]:
+    """Bytes of each part that grows with the model or the batch; activations are not in it."""
+    if num_parameters is None:
+        return [("parameters", "not known before the model is loaded")]
+    text = tokenizer.model_config.get_text_config()
+    half = config.model.dtype == "bf16"
+    longest = max(len(prompt.ids) for prompt in data.prompts) + config.rollout.max_new_tokens
+    per_call = max(config.rollout.policy, config.rollout.momentum)
+    sequences = min(max(config.rollout.batch_size // per_call, 1), config.rollout.prompts) * per_call
+    logits = 4 * config.optim.micro_batch_tokens * (positive(text, "vocab_size") or 0)
+    parts = {
+        "weights (fp32)": 4 * num_parameters,
+        "gradient (fp32)": 4 * num_parameters,
+        "AdamW moments (fp32)": 8 * num_parameters,
+        f"momentum ({config.momentum.dtype})": MOMENTUM_BYTES[config.momentum.dtype] * num_parameters,
+        "rollout copy (bf16)": 2 * num_parameters if half else 0,
+        "initial weights": (2 if half else 4) * num_parameters if needs_initial(config) else 0,
+        "logits of a micro-batch": min(logits, MAX_LOGITS_BYTES),
+        f"KV cache of {sequences} x {longest} tokens": cache_numbers(text) * longest * sequences * (2 if half else 4),
+    }
+    rows = [("parameters", f"{num_parameters:,}")]
+    rows += [(name, f"{size / 2**20:,.1f} MiB") for name, size in parts.items() if size]
+    return [*rows, ("sum, without activations", f"{sum(parts.values()) / 2**20:,.1f} MiB")]

@@ -1,0 +1,154 @@
+"""What stands in the way of a run, found before its first step by reading what it reads and trying what it does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgrpo.config import Config
+from mgrpo.data.load import load_prompts, require_answers, require_prompts
+from mgrpo.errors import ConfigError
+from mgrpo.grading.extract import make_extractor
+from mgrpo.grading.labels import make_label_reader
+from mgrpo.models.device import pick_backend, pick_device
+from mgrpo.models.files import running
+from mgrpo.models.save import try_save
+from mgrpo.models.tokenizer import load_tokenizer
+from mgrpo.rollout.stop import make_stop
+from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.run.directory import directory_of, refuse_directory, require_room, trial_folder
+from mgrpo.training.trainer import Trainer
+from mgrpo.types import Rollouts, Sampling, join
+
+
+def find_problems(config: Config) -> list[str]:
+    """Reads everything that a run reads at its start, short of the weights, and lists all that fails."""
+    problems: list[str] = []
+
+    def attempt(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except ConfigError as error:
+            problems.extend(error.problems)
+        except ValueError as error:
+            problems.append(str(error))
+        return None
+
+    attempt(lambda: refuse_machine(config, directory_of(config)))
+    attempt(lambda: make_extractor(config.answer.extract))
+    attempt(lambda: make_label_reader(config.answer.label_extract))
+    tokenizer = attempt(lambda: load_tokenizer(config.model))
+    if tokenizer:
+        attempt(lambda: make_stop(config.rollout.stop, config.data.template, tokenizer.tokenizer))
+        data = attempt(lambda: load_prompts(config, tokenizer, config.data.train))
+        if data and config.objective.reward == "labels":
+            attempt(lambda: require_answers(data, "--objective.reward labels"))
+        if data:
+            attempt(lambda: require_prompts(data, config))
+        if config.data.probe:
+            probe = attempt(lambda: load_prompts(config, tokenizer, str(config.data.probe)))
+            if probe:
+                attempt(lambda: require_answers(probe, "--data.probe"))
+    return list(dict.fromkeys(problems))
+
+
+def refuse_machine(config: Config, run_dir: Path) -> None:
+    """Raises ConfigError with all that this machine lacks: one process, the directory, device, kernels, engine."""
+    problems: list[str] = []
+    for step in (
+        refuse_distributed,
+        lambda: refuse_directory(run_dir, config),
+        lambda: pick_backend(config.kernels.backend, pick_device(config.model.device)),
+        lambda: _refuse_engine(config),
+    ):
+        try:
+            step()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def refuse_distributed() -> None:
+    """Raises ConfigError where a launcher started several processes."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise ConfigError([f"run: WORLD_SIZE must be 1, got {world_size}. A run is one process, without torchrun."])
+
+
+def _refuse_engine(config: Config) -> None:
+    """Raises ConfigError where vLLM is to run here and is not installed."""
+    if config.rollout.engine == "vllm" and config.rollout.placement != "server" and find_spec("vllm") is None:
+        raise ConfigError(
+            ["config: --rollout.engine vllm needs the package vllm, it is not installed. pip install vllm."]
+        )
+
+
+def try_start(config: Config) -> None:
+    """Loads all that a run loads and rehearses it, then lets go of it; vLLM is not started."""
+    vllm = config.rollout.engine == "vllm"
+    make_engine: Any = (lambda loaded, config: None) if vllm else None
+    trainer = Trainer(config, make_engine=make_engine)
+    try:
+        rehearse(trainer, directory_of(config))
+    finally:
+        trainer.close()
+
+
+def rehearse(trainer: Trainer, run_dir: Path) -> None:
+    """Tries what the run will do later: room for checkpoints, a save, a token, a gradient. Nothing of it stays.
+
+    Raises:
+        ConfigError: the disk has no room.
+        InputError: the model can not be saved, run or trained; the message has the whole cause.
+        StorageError: the disk refuses what is written.
+    """
+    config, model = trainer.config, trainer.model
+    require_room(run_dir, config, checkpoint_bytes(trainer))
+    with trial_folder(run_dir) as folder:
+        weights = {"policy": model.state_dict(), "momentum": trainer.momentum.state_dict()}
+        try_save(folder, model, weights, trainer.loaded.tokenizer)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            with running(config.model.path, "generate a token and have a gradient"):
+                _try_gradient(trainer, _try_token(trainer))
+        finally:
+            model.zero_grad(set_to_none=True)
+
+
+def _try_token(trainer: Trainer) -> Rollouts:
+    """One token after the first prompt; of an engine that is not the embedded one, a made-up one."""
+    ids = trainer.data.prompts[0].ids
+    if isinstance(trainer.engine, TransformersEngine):
+        trainer.publish("policy")
+        sampling = Sampling(max_new_tokens=1)
+        return trainer.engine.generate([ids], 1, sampling, source="policy", version=trainer.version)
+    return Rollouts(
+        tokens=torch.tensor([[trainer.loaded.eos_ids[0]]]),
+        lengths=torch.ones(1, dtype=torch.int64),
+        logprobs=torch.zeros(1, 1),
+        truncated=torch.zeros(1, dtype=torch.bool),
+        num_per_prompt=1,
+        source="policy",
+        version=trainer.version,
+    )
+
+
+def _try_gradient(trainer: Trainer, rollouts: Rollouts) -> None:
+    """A backward pass through the log-prob of one token."""
+    trajectories = join([trainer.data.prompts[0].ids], rollouts, None)
+    scores = trainer.scorer(trainer.model, trajectories, torch.tensor([0]))
+    scores.logprob.sum().backward()
+
+
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """Bytes of a checkpoint: policy and AdamW's two moments in fp32, the momentum model as it is stored."""
+    trained = sum(p.numel() for p in trainer.model.parameters())
+    momentum = [*trainer.momentum.weights.values(), *(trainer.momentum.compensation or {}).values()]
+    return 12 * trained + sum(tensor.nbytes for tensor in momentum)

@@ -1,0 +1,99 @@
+"""Takes a run up again: which options may differ, and the state to go on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgrpo.config import Config, flag, from_dict, to_dict
+from mgrpo.errors import ConfigError
+from mgrpo.observe.trackers import read_metrics, to_json
+from mgrpo.process.disk import write_aside
+from mgrpo.run import checkpoint
+from mgrpo.run.directory import content_of
+from mgrpo.training.trainer import Trainer
+from mgrpo.types import Metrics
+
+# Options that may differ when a run is resumed: they change what is watched and kept, not what is computed.
+RESUMABLE = {"run_dir", "stop_after", "resume", "resume_extend", "dry_run", "checkpoint", "log", "monitor"}
+RESUMABLE |= {"answer.workers"}
+RESUMABLE |= {f"rollout.{name}" for name in ("placement", "servers", "devices", "weights_host", "timeout_s", "sleep")}
+RESUMABLE |= {f"rollout.{name}" for name in ("gpu_memory", "kv_cache_gib", "parity_every", "transfer")}
+
+
+def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
+    """Restores the newest valid checkpoint and cuts metrics.jsonl back to it; returns the rows before."""
+    checkpoint.sweep(run_dir)
+    folder, complaints = checkpoint.newest_valid(run_dir)
+    for complaint in complaints.values():
+        print(f"resume: skipped {complaint}")
+    if folder is None:
+        # A run that died before its first checkpoint has its configuration and perhaps some rows.
+        was_started = (run_dir / "config.json").is_file() and not any((run_dir / "checkpoints").glob("*step_*"))
+        if not was_started and content_of(run_dir):
+            raise checkpoint.CheckpointError(
+                f"resume: {run_dir} must hold a valid checkpoint or nothing, got neither. Start in another directory."
+            )
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+        print(f"resume: {run_dir} holds no checkpoint, starting from step 0")
+        return []
+    if not (run_dir / "config.json").is_file():
+        raise checkpoint.CheckpointError(
+            f"resume: {run_dir} must hold the config.json that it was started with, got none. Put it back."
+        )
+    trainer.restore(folder)
+    for damaged in complaints:  # out of the way, so that it never takes the place of a sound one
+        aside = damaged.with_name("damaged_" + damaged.name)
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        damaged.rename(aside)
+    rows = read_metrics(run_dir / "metrics.jsonl", up_to=trainer.step)
+    write_aside(run_dir / "metrics.jsonl", "".join(to_json(row) + "\n" for row in rows))
+    threads, before = torch.get_num_threads(), trainer.restored_threads
+    if before not in (None, threads):
+        print(
+            f"resume: {threads} CPU threads, {before} before: the next steps differ in their last bits. "
+            f"OMP_NUM_THREADS={before} repeats them."
+        )
+    print(f"resume: step {trainer.step} of {trainer.config.steps}, weights, optimiser and sampler from {folder}")
+    return rows
+
+
+def resumed_config(run_dir: Path) -> Config | None:
+    """The configuration that a run was started with; None where there is none."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text())
+        if isinstance(data, dict) and isinstance(rollout := data.get("rollout"), dict):
+            rollout.setdefault("stop", [])  # runs from before there were any go on without
+        return from_dict(data)
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"config: {path} must be JSON, got: {error}."]) from error
+
+
+def check_resumable(config: Config, before: Config) -> None:
+    """Raises ConfigError naming every option that would make the resumed run another run."""
+    problems = []
+    for name, old, new in differences(to_dict(before), to_dict(config)):
+        if {name, name.split(".")[0]} & RESUMABLE or (name == "steps" and config.resume_extend):
+            continue
+        remedy = " Add --resume-extend to change it." if name == "steps" else ""
+        problems.append(f"resume: {flag(name)} must be {old}, as the run was started, got {new}.{remedy}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, old and new value of every leaf that differs."""
+    for key, old in before.items():
+        new = after[key]
+        if isinstance(old, dict):
+            yield from differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield prefix + key, old, new

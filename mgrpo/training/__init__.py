@@ -1,0 +1,1 @@
+"""The training loop: one step of the algorithm, and the state that it carries."""

@@ -1,0 +1,148 @@
+"""The update: AdamW steps on the clipped objective, each followed by the EMA of the momentum model.
+
+Letters: B prompts, G rollouts a prompt, R = B * G trajectories.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mgrpo.algorithm.loss import Batch, has_gradient, kl_cov_tokens, micro_batch_loss, normalizer
+from mgrpo.config import Config
+from mgrpo.models.forward import Scorer
+from mgrpo.models.load import LoadedModel
+from mgrpo.models.momentum import Momentum
+from mgrpo.observe.timer import Timer
+from mgrpo.training.schedule import learning_rate
+from mgrpo.types import Metrics, Trajectories
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """An optimiser step that was not finite and moved nothing."""
+
+    optimizer_step: int
+    loss: float
+    grad_norm: float
+    rows: list[int]  # trajectories of its minibatch that train, and those that are not finite
+
+
+class Learner:
+    """Moves the policy and, behind it, the momentum model."""
+
+    def __init__(self, config: Config, loaded: LoadedModel, momentum: Momentum, scorer: Scorer):
+        self.config, self.model, self.momentum, self.scorer = config, loaded.model, momentum, scorer
+        named = list(self.model.named_parameters())
+        self.names = [name for name, _ in named]
+        # Weight decay is for matrices; norms and biases have one dimension.
+        groups = [{"params": [p], "weight_decay": config.optim.weight_decay if p.ndim > 1 else 0.0} for _, p in named]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2))
+        self.step = 0  # optimiser steps taken or skipped
+        self.nonfinite_steps = 0
+        self.nonfinite_in_row = 0
+        self.faults: list[Fault] = []  # of the last update
+
+    def update(
+        self,
+        trajectories: Trajectories,
+        batch: Batch,
+        trains: torch.Tensor,
+        timer: Timer,
+        *,
+        sound: torch.Tensor | None = None,
+    ) -> Metrics:
+        """Takes every optimiser step of one rollout batch.
+
+        Args:
+            trajectories, batch: what was rolled out, and what the loss needs of it.
+            trains: [B, G] bool, which trajectories enter the loss.
+            timer: clocks the EMA.
+            sound: [B, G] bool, which have finite scores and rewards; one that has not spoils the step of its prompt,
+                even where the filter has dropped it. All by default.
+        """
+        c = self.config.optim
+        spoilt = torch.zeros_like(trains) if sound is None else ~sound
+        rows = torch.arange(trains.numel()).view(trains.shape)
+        steps, self.faults = [], []
+        for _ in range(c.num_epochs):
+            for part in torch.arange(len(rows)).tensor_split(c.num_minibatches):
+                chosen, lost = rows[part][trains[part]], rows[part][spoilt[part]]
+                steps.append(self.optimizer_step(trajectories, batch, chosen, timer, spoilt=lost))
+        return _mean_of_known(steps) | {"nonfinite_steps": self.nonfinite_steps}
+
+    def optimizer_step(
+        self,
+        trajectories: Trajectories,
+        batch: Batch,
+        rows: torch.Tensor,
+        timer: Timer,
+        *,
+        spoilt: torch.Tensor | None = None,
+    ) -> Metrics:
+        """One optimiser step on trajectories `rows` [r], then the EMA. A non-finite one touches no weight, nor does one
+        with trajectories that are `spoilt` [s].
+        """
+        c = self.config
+        divisor = normalizer(batch.mask[rows], c.objective.reduce, c.rollout.max_new_tokens)
+        kl_cov = kl_cov_tokens(batch, rows, c.objective.kl_cov) if c.objective.kl_cov else None
+        lr = learning_rate(c, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        loss, metrics, weights = 0.0, [], []
+        for chosen in self.scorer.micro_batches(trajectories, rows[has_gradient(batch.advantage[rows], c.objective)]):
+            scores = self.scorer(self.model, trajectories, chosen)
+            result = micro_batch_loss(
+                scores.logprob,
+                scores.entropy,
+                batch,
+                chosen,
+                divisor,
+                c.objective,
+                kl_cov=kl_cov,
+                max_length=c.rollout.max_new_tokens,
+                backend=c.kernels.backend,
+            )
+            result.loss.backward()
+            loss += float(result.loss.detach())
+            metrics.append({key: float(value) for key, value in result.metrics.items()})
+            weights.append(len(scores.logprob))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.optim.grad_clip))
+        logprobs = (batch.old_logprob, batch.rollout_logprob)
+        lost = [] if spoilt is None else spoilt.tolist()
+        sound = not lost and all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
+        if sound and math.isfinite(loss) and math.isfinite(norm):
+            # A step on which nothing had a gradient says nothing about the weights.
+            self.nonfinite_in_row = 0 if weights else self.nonfinite_in_row
+            self.optimizer.step()
+            with timer("ema"):
+                self.momentum.update(self.step, c.num_optimizer_steps)
+        else:
+            self.nonfinite_in_row += 1
+            self.nonfinite_steps += 1
+            suspects = sorted({*rows.tolist(), *lost})
+            self.faults.append(Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=suspects))
+        self.step += 1
+        return {"loss": loss, "grad_norm": norm, "lr": lr, **_weighted_means(metrics, weights)}
+
+
+_LOSS_METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "tis_mean", "tis_clipped_share")
+
+
+def _weighted_means(rows: list[dict[str, float]], weights: list[int]) -> Metrics:
+    """Token-weighted means over micro-batches; None where nothing had a gradient."""
+    total = sum(weights)
+    return {
+        key: sum(row[key] * w for row, w in zip(rows, weights, strict=True)) / total if total else None
+        for key in _LOSS_METRICS
+    }
+
+
+def _mean_of_known(rows: list[Metrics]) -> Metrics:
+    """Mean of each number over the rows that have it."""
+    known = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
+    return {key: sum(values) / len(values) if values else None for key, values in known.items()}

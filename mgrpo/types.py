@@ -1,0 +1,106 @@
+"""Data that the stages of a step hand to one another.
+
+Letters: B prompts, M policy and N momentum rollouts a prompt, G = M + N, n rollouts of one source a prompt,
+R = B * G trajectories, L longest response in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import pad
+
+Source = Literal["policy", "momentum"]
+Label = str | tuple[str, ...]
+"""A true answer, or several of which any is right."""
+Metrics = dict[str, Any]
+"""Numbers of a step by name; None where one does not apply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample. `temperature` 0 is greedy; `seed` fixes every draw of one call."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """n rollouts of each of B prompts from one source; row b * n + i is rollout i of prompt b."""
+
+    tokens: torch.Tensor  # [B * n, L] int64, padded on the right
+    lengths: torch.Tensor  # [B * n] int64, EOS or the token that completes a stop text included
+    logprobs: torch.Tensor  # [B * n, L] fp32 behaviour log-probs after temperature, 0 at padding
+    truncated: torch.Tensor  # [B * n] bool, cut at max_new_tokens without either
+    num_per_prompt: int  # n
+    source: Source
+    version: int  # of the weights that wrote them
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[B * n, L] bool, True at response tokens."""
+        return torch.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
+
+    def response(self, row: int) -> list[int]:
+        """Token ids of one rollout, without padding."""
+        return self.tokens[row, : int(self.lengths[row])].tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectories:
+    """Trajectory b * G + i is rollout i of prompt b; the policy's rollouts come first."""
+
+    prompts: list[Sequence[int]]  # B prompts as token ids
+    tokens: torch.Tensor  # [R, L] int64
+    mask: torch.Tensor  # [R, L] bool, response tokens
+    rollout_logprob: torch.Tensor  # [R, L] fp32, reported by the engine
+    truncated: torch.Tensor  # [B, G] bool
+    num_policy: int  # M
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[B, G] int64, response tokens."""
+        return self.mask.sum(1).view(self.truncated.shape)
+
+    @property
+    def is_momentum(self) -> torch.Tensor:
+        """[B, G] bool, written by the momentum model."""
+        return (torch.arange(self.truncated.shape[1]) >= self.num_policy).expand(self.truncated.shape)
+
+    def prompt(self, row: int) -> Sequence[int]:
+        """Prompt of trajectory `row`."""
+        return self.prompts[row // self.truncated.shape[1]]
+
+    def response(self, row: int) -> list[int]:
+        """Response of trajectory `row`, without padding."""
+        return self.tokens[row, self.mask[row]].tolist()
+
+
+def join(prompts: Sequence[Sequence[int]], policy: Rollouts, momentum: Rollouts | None) -> Trajectories:
+    """Interleaves the two sources prompt by prompt; tensors are padded to the longer one."""
+    parts = [policy] if momentum is None else [policy, momentum]
+    width = max(part.tokens.shape[1] for part in parts)
+
+    def grouped(values: list[torch.Tensor]) -> torch.Tensor:
+        """[B * n, ...] of each part to [B, G, ...]."""
+        views = [v.view(len(prompts), part.num_per_prompt, *v.shape[1:]) for v, part in zip(values, parts, strict=True)]
+        return torch.cat(views, 1)
+
+    def wide(values: list[torch.Tensor]) -> torch.Tensor:
+        """[B * n, L] of each part to [R, L]."""
+        return grouped([pad(v, (0, width - v.shape[1])) for v in values]).flatten(0, 1)
+
+    return Trajectories(
+        prompts=list(prompts),
+        tokens=wide([part.tokens for part in parts]),
+        mask=wide([part.mask for part in parts]),
+        rollout_logprob=wide([part.logprobs for part in parts]),
+        truncated=grouped([part.truncated for part in parts]),
+        num_policy=policy.num_per_prompt,
+    )
