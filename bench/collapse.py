@@ -81,7 +81,7 @@ def train(args: CollapseArgs, kind: str, arm: str, seed: int) -> None:
     trainer = Trainer(make_config(args, kind, arm, seed))
     rows: list[Metrics] = []
     while trainer.step < args.steps and not fell(rows, 0.06):
-        row = trainer.train_step()
+        row = trainer.train_step().metrics
         if trainer.step % EVERY == 0:
             row["probe"] = greedy_accuracy(trainer)
         rows.append(row)
@@ -93,18 +93,16 @@ def train(args: CollapseArgs, kind: str, arm: str, seed: int) -> None:
 def greedy_accuracy(trainer: Trainer) -> float:
     """Share of the probe that the policy answers right without chance."""
     assert trainer.probe is not None
-    trainer.publish("policy")
     sampling = Sampling(temperature=0.0, max_new_tokens=trainer.config.rollout.max_new_tokens)
     return evaluate(
         trainer.engine,
         trainer.loaded,
         trainer.probe,
-        trainer.extract,
-        trainer.checker,
+        trainer.grader.extract,
+        trainer.grader.checker,
         sampling,
         samples=1,
-        source="policy",
-        version=trainer.version,
+        tag=trainer.generator.update_weights("policy"),
         greedy=False,
     ).avg_at_k
 

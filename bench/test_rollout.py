@@ -8,7 +8,7 @@ from mgrpo.config import ModelConfig
 from mgrpo.models.load import load_model
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_problems
-from mgrpo.types import Sampling
+from mgrpo.types import Sampling, WeightTag
 
 NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS = 16, 16, 64
 
@@ -26,7 +26,7 @@ def test_rollout(benchmark, loaded):
     engine = TransformersEngine(
         model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, dtype=torch.float32, batch_size=NUM_PROMPTS * SAMPLES
     )
-    engine.load(model.state_dict(), source="policy", version=0)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
     options = {
         "do_sample": True,
         "temperature": 1.0,
@@ -38,7 +38,7 @@ def test_rollout(benchmark, loaded):
 
     def ours() -> None:
         sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, seed=0)
-        tokens["ours"] = int(engine.generate(prompts, SAMPLES, sampling, source="policy", version=0).lengths.sum())
+        tokens["ours"] = int(engine.generate(prompts, SAMPLES, sampling, WeightTag("policy", 0)).lengths.sum())
 
     def count(output: torch.Tensor, width: int) -> int:
         """Generated tokens up to the first EOS, which is counted."""

@@ -20,7 +20,7 @@ def test_step(benchmark, preset):
     )
     trainer = Trainer(config)
     rows = []
-    benchmark.pedantic(lambda: rows.append(trainer.train_step()), rounds=15, warmup_rounds=3)
+    benchmark.pedantic(lambda: rows.append(trainer.train_step().metrics), rounds=15, warmup_rounds=3)
     trainer.close()
     timed = rows[3:]
     seconds = median(row["step_s"] for row in timed)

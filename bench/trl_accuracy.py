@@ -48,7 +48,7 @@ def evaluate(model_path: Path) -> dict[str, float]:
         log=replace(base.log, kl_initial_every=0, backends=()),
     )
     trainer = Trainer(config)
-    result = trainer.evaluate_probe("policy")
+    result = trainer.evaluator.evaluate("policy", trainer.step)
     trainer.close()
     return {"greedy": result.greedy or 0.0, "sampled": result.avg_at_k}
 

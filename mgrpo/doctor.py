@@ -38,7 +38,7 @@ from mgrpo.process.threads import available_cpus, limit_threads
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.run.preflight import find_problems, try_start
 from mgrpo.tasks.arithmetic import make_model
-from mgrpo.types import Sampling
+from mgrpo.types import Sampling, WeightTag
 from mgrpo_kernels.backends import resolve
 from mgrpo_kernels.operations import OPERATIONS, Inputs, Samples, Sizes
 
@@ -165,9 +165,9 @@ def check_needed() -> list[Check]:
     def generate() -> str:
         model = make_model()
         engine = TransformersEngine(model, eos_ids=(1,), pad_id=0, dtype=torch.float32, batch_size=4)
-        engine.load(model.state_dict(), source="policy", version=0)
+        engine.update_weights(model.state_dict(), WeightTag("policy", 0))
         sampling = Sampling(max_new_tokens=4)
-        rollouts = engine.generate([[2, 3], [4]], 2, sampling, source="policy", version=0)
+        rollouts = engine.generate([[2, 3], [4]], 2, sampling, WeightTag("policy", 0))
         return f"{int(rollouts.lengths.sum())} tokens generated"
 
     def compare() -> str:

@@ -36,7 +36,7 @@ from mgrpo.process.threads import limit_threads
 from mgrpo.rollout.samples import check_samples
 from mgrpo.rollout.stop import make_stop
 from mgrpo.rollout.transformers import TransformersEngine
-from mgrpo.types import Sampling
+from mgrpo.types import Sampling, WeightTag
 
 MAX_DEFAULT_NEW_TOKENS = 2048
 # Groups of flags of mgrpo.train whose names this command has alone.
@@ -153,15 +153,16 @@ def run(args: EvaluateArgs) -> Evaluation:
         batch_size=args.batch_size,
         stop=stop,
     )
-    engine.load(loaded.model.state_dict(), source="policy", version=0)
+    tag = WeightTag("policy", 0)
+    engine.update_weights(loaded.model.state_dict(), tag)
     with running(args.model.path, "generate a token"):
         first = [dataset.prompts[0].ids]
-        engine.generate(first, 1, Sampling(max_new_tokens=1), source="policy", version=0)
+        engine.generate(first, 1, Sampling(max_new_tokens=1), tag)
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, max_new_tokens=max_new_tokens, seed=args.seed)
     with AnswerChecker(mode=answer.equivalence, num_workers=args.workers) as checker:
         checker.watch = GroupingLine(Console(stderr=True))
         check = partial(check_samples, engine, loaded, [prompt.ids for prompt in dataset.prompts], sampling)
-        about = {"samples": args.samples, "source": "policy", "version": 0, "stop": stop, "check": check}
+        about = {"samples": args.samples, "tag": tag, "stop": stop, "check": check}
         return evaluate(engine, loaded, dataset, extract, checker, sampling, **about)
 
 

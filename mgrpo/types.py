@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -18,6 +18,16 @@ Label = str | tuple[str, ...]
 """A true answer, or several of which any is right."""
 Metrics = dict[str, Any]
 """Numbers of a step by name; None where one does not apply."""
+
+
+class WeightTag(NamedTuple):
+    """Whose weights, and which version of them: optimiser steps so far."""
+
+    source: Source
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.version}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +49,7 @@ class Rollouts:
     logprobs: torch.Tensor  # [B * n, L] fp32 behaviour log-probs after temperature, 0 at padding
     truncated: torch.Tensor  # [B * n] bool, cut at max_new_tokens without either
     num_per_prompt: int  # n
-    source: Source
-    version: int  # of the weights that wrote them
+    tag: WeightTag  # of the weights that wrote them
 
     @property
     def mask(self) -> torch.Tensor:
@@ -62,6 +71,7 @@ class Trajectories:
     rollout_logprob: torch.Tensor  # [R, L] fp32, reported by the engine
     truncated: torch.Tensor  # [B, G] bool
     num_policy: int  # M
+    version: int = 0  # of the weights that wrote them
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -72,6 +82,11 @@ class Trajectories:
     def is_momentum(self) -> torch.Tensor:
         """[B, G] bool, written by the momentum model."""
         return (torch.arange(self.truncated.shape[1]) >= self.num_policy).expand(self.truncated.shape)
+
+    @property
+    def by_policy(self) -> torch.Tensor:
+        """[R, L] bool, response tokens that the policy wrote."""
+        return self.mask & ~self.is_momentum.flatten()[:, None]
 
     def prompt(self, row: int) -> Sequence[int]:
         """Prompt of trajectory `row`."""
@@ -103,4 +118,5 @@ def join(prompts: Sequence[Sequence[int]], policy: Rollouts, momentum: Rollouts 
         rollout_logprob=wide([part.logprobs for part in parts]),
         truncated=grouped([part.truncated for part in parts]),
         num_policy=policy.num_per_prompt,
+        version=policy.tag.version,
     )

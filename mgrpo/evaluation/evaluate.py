@@ -20,7 +20,7 @@ from mgrpo.grading.checker import AnswerChecker
 from mgrpo.models.load import LoadedModel
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.stop import StopTexts, read_texts
-from mgrpo.types import Label, Rollouts, Sampling, Source
+from mgrpo.types import Label, Rollouts, Sampling, WeightTag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,7 @@ def evaluate(
     sampling: Sampling,
     *,
     samples: int,
-    source: Source,
-    version: int,
+    tag: WeightTag,
     greedy: bool = True,
     stop: StopTexts | None = None,
     check: Callable[[Rollouts], None] | None = None,
@@ -120,15 +119,14 @@ def evaluate(
     """Samples `samples` responses a prompt, decodes one greedily, and compares their answers with the true ones.
 
     Args:
-        engine: holds the weights `source` of `version`.
+        engine: generates.
         loaded: whose tokenizer decodes.
         dataset: prompts, each with its true answer.
         extract: reads an answer from a response, None where there is none.
         checker: groups answers into classes and compares them with the truth.
         sampling: how samples are drawn; greedy decoding shares its length limit.
         samples: k, at least 1.
-        source: whose weights.
-        version: of the weights.
+        tag: of the weights that the engine holds.
         greedy: also decode greedily.
         stop: texts at which the engine ends a response, which are no part of an answer.
         check: looks at the samples before anything is read from them.
@@ -147,7 +145,7 @@ def evaluate(
         texts = read_texts(loaded.tokenizer, rows, stop, prompts=[prompts[row // n] for row in range(len(rows))])
         return [[extract(text) for text in texts[b * n : (b + 1) * n]] for b in range(len(prompts))]
 
-    rollouts = engine.generate(prompts, samples, sampling, source=source, version=version)
+    rollouts = engine.generate(prompts, samples, sampling, tag)
     if check:
         check(rollouts)
     sampled = answers(rollouts)
@@ -156,7 +154,7 @@ def evaluate(
     greedy_correct = None
     if greedy:
         coldest = dataclasses.replace(sampling, temperature=0.0, top_p=1.0)
-        decoded = answers(engine.generate(prompts, 1, coldest, source=source, version=version))
+        decoded = answers(engine.generate(prompts, 1, coldest, tag))
         greedy_correct = torch.tensor(_grade(decoded, truths, checker))[:, 0]
     return summarize(
         torch.tensor(_grade(sampled, truths, checker)),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,16 +164,3 @@ def _check_finite(model: PreTrainedModel, path: str) -> None:
 def load_weights(folder: Path, *, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
     """Reads the parameters of a saved model in fp32, under the names of `named_parameters`."""
     return dict(_read_model(folder, str(folder), trust_remote_code=trust_remote_code).named_parameters())
-
-
-@contextmanager
-def borrowed_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Lets `model` compute with other weights for a while; nothing is copied where dtype and device agree."""
-    own = {name: parameter.data for name, parameter in model.named_parameters()}
-    try:
-        for name, parameter in model.named_parameters():
-            parameter.data = weights[name].to(device=parameter.device, dtype=parameter.dtype)
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data = own[name]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -89,6 +90,10 @@ class Momentum:
         full: dict[str, torch.Tensor] = self.policy.state_dict(keep_vars=True)
         return {name: averaged.get(id(tensor), tensor.detach()) for name, tensor in full.items()}
 
+    def swapped(self) -> AbstractContextManager[None]:
+        """Lets the policy compute with these weights for a while; nothing is copied where dtype and device agree."""
+        return borrowed_weights(self.policy, self.state_dict())
+
     def load(self, weights: Mapping[str, torch.Tensor], compensation: Mapping[str, torch.Tensor] | None = None) -> None:
         """Restores saved weights and Kahan terms, bit for bit."""
         for name, weight in self.weights.items():
@@ -102,3 +107,16 @@ class Momentum:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that lies here: of a DTensor its shard, for it is averaged where it lives."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def borrowed_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Lets `model` compute with other weights for a while; nothing is copied where dtype and device agree."""
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data = weights[name].to(device=parameter.device, dtype=parameter.dtype)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mgrpo.algorithm.credit import Judgement
+from mgrpo.observe.catalogue import KEYS
 from mgrpo.types import Metrics
 
 
@@ -23,6 +24,11 @@ class Outcome(Judgement):
     truncated: torch.Tensor  # [B, G] bool
     entropy: torch.Tensor  # [B, G] fp32, mean token entropy under the policy
     label_correct: list[bool]  # pseudo-label equals the true answer, for prompts that have one
+
+
+def step_metrics(step: int, outcome: Outcome) -> Metrics:
+    """A row with every key of the catalogue, of which those of the rollout batch are known."""
+    return dict.fromkeys(KEYS) | {"step": step} | outcome_metrics(outcome)
 
 
 def outcome_metrics(outcome: Outcome) -> Metrics:

@@ -10,10 +10,15 @@ from mgrpo.types import Metrics
 
 
 class Timer:
-    """Adds up wall-clock seconds by phase; `metrics()` gives `time_<phase>_s`."""
+    """Adds up wall-clock seconds by phase; `metrics()` gives `step_s` and `time_<phase>_s`."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a step."""
         self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -25,5 +30,7 @@ class Timer:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> Metrics:
-        """Seconds of each phase so far."""
-        return {f"time_{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        """Seconds of the step and of each phase so far."""
+        return {"step_s": time.perf_counter() - self._start} | {
+            f"time_{phase}_s": seconds for phase, seconds in self.seconds.items()
+        }

@@ -1,4 +1,4 @@
-"""The protocol of rollout engines: load weights under a version, generate with exactly that version.
+"""The protocol of rollout engines: take weights under a tag, generate with exactly those.
 
 Letters: B prompts, n rollouts a prompt, L longest response in tokens.
 """
@@ -11,9 +11,39 @@ from typing import Protocol
 import torch
 
 from mgrpo.errors import EngineError, StaleWeightsError
-from mgrpo.types import Rollouts, Sampling, Source
+from mgrpo.types import Rollouts, Sampling, WeightTag
 
 Shapes = Mapping[str, tuple[int, ...]]
+Weights = Sequence[tuple[str, torch.Tensor]]
+
+
+class Engine(Protocol):
+    """Generates rollouts under the weights that it was handed, which a tag names."""
+
+    num_weight_slots: int = 1
+    """Sets of weights that it holds at once: 1, or 2 for policy and momentum, which then generate together."""
+    weights_are_shared: bool = False
+    """Whether it generates with the caller's own tensors, so that there is nothing to send."""
+    has_model_logprobs: bool = True
+    """Whether its log-probs are the model's, so that they can be held against the trainer's."""
+
+    def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
+        """Takes over a full state dict. Shared tensors must not change until the next update."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
+        """Samples n responses to each of B prompts; raises StaleWeightsError unless it holds the weights of `tag`."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives back what memory it can until the next update."""
+
+    def close(self) -> None:
+        """Frees its memory and ends what it started."""
+
+    def stats(self) -> Mapping[str, float | None]:
+        """Metrics of its own, by key."""
+        return {}
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
@@ -25,24 +55,10 @@ def check_weights(weights: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
             raise EngineError(f"load: {name} must have shape {shape}, got {found}.")
 
 
-def check_loaded(loaded: tuple[Source, int] | None, source: Source, version: int) -> None:
-    """StaleWeightsError unless an engine holds the weights that are asked for."""
-    if loaded != (source, version):
-        raise StaleWeightsError(f"generate: weights must be {source} version {version}, got {loaded}. Load them first.")
-
-
-class Engine(Protocol):
-    """Generates rollouts. One set of weights at a time; loading says whose and which version they are."""
-
-    def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
-        """Takes over a full state dict. The tensors must not change until the next load."""
-        ...
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
-    ) -> Rollouts:
-        """Samples n responses a prompt; raises StaleWeightsError unless source and version are the loaded ones."""
-        ...
-
-
-Weights = Sequence[tuple[str, torch.Tensor]]
+def check_tag(held: WeightTag | None, tag: WeightTag) -> None:
+    """StaleWeightsError unless the weights that an engine holds are those that are asked for."""
+    if held != tag:
+        raise StaleWeightsError(
+            f"generate: weights must be {tag.source} version {tag.version}, got {held and tuple(held)}. "
+            "Load them first."
+        )

@@ -10,8 +10,7 @@ from mgrpo.config import KernelsConfig
 from mgrpo.models.forward import Scorer
 from mgrpo.models.load import LoadedModel
 from mgrpo.rollout.engine import Engine
-from mgrpo.rollout.parity import check_embedded
-from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.rollout.parity import check_parity
 from mgrpo.types import Rollouts, Sampling, join
 
 # Samples that are scored, and the padded tokens of one forward pass.
@@ -22,18 +21,18 @@ def check_samples(
     engine: Engine, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, rollouts: Rollouts
 ) -> None:
     """ParityError where the first log-probs of the embedded engine are not those of the model's plain forward pass."""
-    if not isinstance(engine, TransformersEngine):
+    if not (engine.weights_are_shared and engine.has_model_logprobs):
         return
     rows = torch.arange(min(NUM_ROWS, len(rollouts.lengths)))
     kernels, budget = KernelsConfig(), MICRO_BATCH_TOKENS
     scorer = Scorer(loaded, temperature=sampling.temperature, kernels=kernels, micro_batch_tokens=budget)
     expected = scorer.score(loaded.model, join(prompts, rollouts, None), rows=rows).logprob
-    check_embedded(
+    check_parity(
         rollouts.logprobs[rows],
         expected[rows],
         rollouts.mask[rows],
         dtype=loaded.dtype,
-        source=rollouts.source,
-        version=rollouts.version,
+        tag=rollouts.tag,
+        shared=True,
         top_p=sampling.top_p,
     )

@@ -17,16 +17,18 @@ import torch
 from transformers import PreTrainedModel
 
 from mgrpo.rollout.choice import bears_cast, choose_way, trial_logprobs
-from mgrpo.rollout.engine import check_loaded, check_weights
+from mgrpo.rollout.engine import Engine, check_tag, check_weights
 from mgrpo.rollout.stop import StopTexts
-from mgrpo.types import Rollouts, Sampling, Source
+from mgrpo.types import Rollouts, Sampling, WeightTag
 
 # A batch is compacted once this share of its sequences has finished: copying the cache costs about one step.
 COMPACT_SHARE = 0.25
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Rollouts from a copy of `model`'s structure, on its device."""
+
+    weights_are_shared = True
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class TransformersEngine:
         self.eos_ids = torch.tensor(sorted(ends), device=self.device)
         self.pad_id = pad_id
         self.batch_size = batch_size
-        self.loaded: tuple[Source, int] | None = None
+        self.held: WeightTag | None = None
 
     def _cast(self, model: PreTrainedModel, pad_id: int, dtype: torch.dtype) -> torch.dtype | None:
         """Casts the weights; where the model does not bear that, takes them back and returns what to cast within it."""
@@ -60,20 +62,18 @@ class TransformersEngine:
             parameter.data = own.data
         return dtype
 
-    def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
+    def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
         """Shares the given tensors where dtype and device agree, copies them elsewhere."""
         own = self.model.state_dict(keep_vars=True)
         check_weights(weights, {name: tuple(target.shape) for name, target in own.items()})
         for name, target in own.items():
             target.data = weights[name].detach().to(device=target.device, dtype=target.dtype)
-        self.loaded = (source, version)
+        self.held = tag
 
     @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
-    ) -> Rollouts:
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
         """Samples n responses to each prompt; prompts of similar length are decoded together."""
-        check_loaded(self.loaded, source, version)
+        check_tag(self.held, tag)
         generator = torch.Generator(self.device).manual_seed(sampling.seed)
         num_rows = len(prompts) * n
         tokens = torch.full((num_rows, sampling.max_new_tokens), self.pad_id)
@@ -93,8 +93,7 @@ class TransformersEngine:
             logprobs=logprobs[:, :longest].clone(),
             truncated=truncated,
             num_per_prompt=n,
-            source=source,
-            version=version,
+            tag=tag,
         )
 
     def _decode(

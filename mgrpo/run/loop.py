@@ -24,6 +24,7 @@ from mgrpo.run import checkpoint
 from mgrpo.run.directory import directory_of, held
 from mgrpo.run.preflight import refuse_machine, rehearse
 from mgrpo.run.resume import check_resumable, resume, resumed_config
+from mgrpo.training.observers import StepResult
 from mgrpo.training.trainer import Trainer
 from mgrpo.types import Metrics
 
@@ -57,26 +58,29 @@ def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
     rows = resume(trainer, run_dir) if config.resume else []
     write_aside(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
     last_step = min(config.stop_after or config.steps, config.steps)
-    outcome = Exit.DONE
+    outcome, stop, checker = Exit.DONE, trainer.grader.stop, trainer.grader.checker
     with (
         Session(trainer, run_dir, rows) as session,
-        Progress(config, run_dir, trainer.step, last_step, trainer.stop.texts if trainer.stop else ()) as progress,
+        Progress(config, run_dir, trainer.step, last_step, stop.texts if stop else ()) as progress,
     ):
         for message in describe_data(trainer.data):
             progress.note(message)
         interrupt.defer()
-        trainer.checker.watch = progress.show_grouping
+        checker.watch = progress.show_grouping
         while outcome is Exit.DONE and trainer.step < last_step:
             try:
-                row = session.take_step()
+                result = session.take_step()
             except EngineError as error:
                 # Who ends a job ends its vLLM servers too, some of them first. What there was to save is saved.
                 if not interrupt.asked or isinstance(error, StaleWeightsError):
                     raise
                 outcome = Exit.INTERRUPTED
                 break
+            row = result.metrics
             progress.show(row)
-            write_samples(trainer, run_dir, progress)
+            if result.samples:
+                write_samples(result.samples, run_dir, trainer.step)
+                progress.show_samples(result.samples)
             if row["alarm"] and config.monitor.on_collapse == "rollback" and (message := session.roll_back()):
                 progress.rewind(trainer.step, f"{message}: {'; '.join(row['alarm'])}")
                 continue
@@ -124,28 +128,29 @@ class Session:
                 stack.callback(tracker.close)
             self.writer.__exit__(*error)
 
-    def take_step(self) -> Metrics:
-        """One step, its metrics logged and judged."""
+    def take_step(self) -> StepResult:
+        """One step; its metrics are logged, and the monitor has seen them."""
         self.writer.check()
         before = self.trainer.step
         try:
-            row = self.trainer.train_step()
+            result = self.trainer.train_step()
         except StaleWeightsError:
             raise
         except EngineError as error:
             if before == self.first_step:
                 raise
             raise self._saved(error) from error
+        row = result.metrics
         row["alarm"], row["time_checkpoint_s"] = self.monitor.observe(row) or None, self.checkpoint_s
         self.checkpoint_s = None
         for tracker in self.trackers:
             tracker.log(row)
         self.rows.append(row)
-        if self.trainer.fault:
-            write_fault(self.run_dir, self.trainer.fault)
-        if error := self.trainer.lost_engine:
-            raise self._saved(error)
-        return row
+        if result.fault:
+            write_fault(self.run_dir, result.fault)
+        if result.lost_engine:
+            raise self._saved(result.lost_engine)
+        return result
 
     def _saved(self, error: EngineError) -> EngineError:
         """Saves the state, which is that after a whole step, and says so beside what the engine died of."""
@@ -178,11 +183,11 @@ class Session:
         trainer, monitor = self.trainer, self.config.monitor
         self.writer.wait()
         found, _ = checkpoint.newest_valid(self.run_dir, up_to=self.monitor.good_before())
-        if found is None or trainer.rollbacks >= monitor.max_rollbacks:
+        if found is None or trainer.state.rollbacks >= monitor.max_rollbacks:
             return None
-        alarm_step, rollbacks, place = trainer.step, trainer.rollbacks + 1, trainer.sampler.state_dict()
+        alarm_step, rollbacks, place = trainer.step, trainer.state.rollbacks + 1, trainer.sampler.state_dict()
         trainer.restore(found)
-        trainer.rollbacks = rollbacks
+        trainer.state.rollbacks = rollbacks
         trainer.sampler.load_state_dict(place)
         for folder in reversed(checkpoint.list_checkpoints(self.run_dir)):
             if checkpoint.step_of(folder) > trainer.step:
@@ -238,14 +243,11 @@ def best_steps(rows: list[Metrics], steps: list[int], monitor: Monitor, keep: in
     return [step for step in steps if step <= sound][-keep:] if keep else []
 
 
-def write_samples(trainer: Trainer, run_dir: Path, progress: Progress) -> None:
-    """Writes and shows the sampled rollouts of this step, where there are any."""
-    if not trainer.samples or trainer.samples[0]["step"] != trainer.step:
-        return
+def write_samples(samples: list[dict[str, Any]], run_dir: Path, step: int) -> None:
+    """Writes sampled rollouts of a step to samples/step_N.parquet."""
     import pyarrow
     import pyarrow.parquet
 
     folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(trainer.samples), folder / f"step_{trainer.step}.parquet")
-    progress.show_samples(trainer.samples)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(samples), folder / f"step_{step}.parquet")

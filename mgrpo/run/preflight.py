@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.labels import make_label_reader
 from mgrpo.models.device import pick_backend, pick_device
 from mgrpo.models.files import running
+from mgrpo.models.load import LoadedModel
 from mgrpo.models.save import try_save
 from mgrpo.models.tokenizer import load_tokenizer
+from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.stop import make_stop
-from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.run.directory import directory_of, refuse_directory, require_room, trial_folder
 from mgrpo.training.trainer import Trainer
-from mgrpo.types import Rollouts, Sampling, join
+from mgrpo.types import Rollouts, Sampling, WeightTag, join
 
 
 def find_problems(config: Config) -> list[str]:
@@ -92,8 +93,7 @@ def _refuse_engine(config: Config) -> None:
 def try_start(config: Config) -> None:
     """Loads all that a run loads and rehearses it, then lets go of it; vLLM is not started."""
     vllm = config.rollout.engine == "vllm"
-    make_engine: Any = (lambda loaded, config: None) if vllm else None
-    trainer = Trainer(config, make_engine=make_engine)
+    trainer = Trainer(config, make_engine=NoEngine if vllm else None)
     try:
         rehearse(trainer, directory_of(config))
     finally:
@@ -123,21 +123,36 @@ def rehearse(trainer: Trainer, run_dir: Path) -> None:
 
 
 def _try_token(trainer: Trainer) -> Rollouts:
-    """One token after the first prompt; of an engine that is not the embedded one, a made-up one."""
-    ids = trainer.data.prompts[0].ids
-    if isinstance(trainer.engine, TransformersEngine):
-        trainer.publish("policy")
-        sampling = Sampling(max_new_tokens=1)
-        return trainer.engine.generate([ids], 1, sampling, source="policy", version=trainer.version)
-    return Rollouts(
-        tokens=torch.tensor([[trainer.loaded.eos_ids[0]]]),
-        lengths=torch.ones(1, dtype=torch.int64),
-        logprobs=torch.zeros(1, 1),
-        truncated=torch.zeros(1, dtype=torch.bool),
-        num_per_prompt=1,
-        source="policy",
-        version=trainer.version,
-    )
+    """One token after the first prompt, of the embedded engine; vLLM is asked later."""
+    if trainer.engine.weights_are_shared:
+        engine, tag = trainer.engine, trainer.generator.update_weights("policy")
+    else:
+        engine, tag = NoEngine(trainer.loaded, trainer.config), WeightTag("policy", 0)
+    return engine.generate([trainer.data.prompts[0].ids], 1, Sampling(max_new_tokens=1), tag)
+
+
+class NoEngine(Engine):
+    """In place of an engine that is not started: its only response is an end of text."""
+
+    has_model_logprobs = False
+
+    def __init__(self, loaded: LoadedModel, config: Config):
+        self.eos_id = loaded.eos_ids[0]
+
+    def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
+        """Needs none."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
+        """See Engine."""
+        rows = len(prompts) * n
+        return Rollouts(
+            tokens=torch.full((rows, 1), self.eos_id),
+            lengths=torch.ones(rows, dtype=torch.int64),
+            logprobs=torch.zeros(rows, 1),
+            truncated=torch.zeros(rows, dtype=torch.bool),
+            num_per_prompt=n,
+            tag=tag,
+        )
 
 
 def _try_gradient(trainer: Trainer, rollouts: Rollouts) -> None:

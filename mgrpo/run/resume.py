@@ -53,7 +53,7 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
         damaged.rename(aside)
     rows = read_metrics(run_dir / "metrics.jsonl", up_to=trainer.step)
     write_aside(run_dir / "metrics.jsonl", "".join(to_json(row) + "\n" for row in rows))
-    threads, before = torch.get_num_threads(), trainer.restored_threads
+    threads, before = torch.get_num_threads(), trainer.checkpointer.threads
     if before not in (None, threads):
         print(
             f"resume: {threads} CPU threads, {before} before: the next steps differ in their last bits. "

@@ -15,7 +15,9 @@ from mgrpo.config import Config
 from mgrpo.models.forward import Scorer
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
+from mgrpo.observe.step import Outcome
 from mgrpo.observe.timer import Timer
+from mgrpo.training.passes import LogProbs
 from mgrpo.training.schedule import learning_rate
 from mgrpo.types import Metrics, Trajectories
 
@@ -30,11 +32,21 @@ class Fault:
     rows: list[int]  # trajectories of its minibatch that train, and those that are not finite
 
 
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What the optimiser steps of one rollout batch came to."""
+
+    metrics: Metrics
+    faults: list[Fault]
+    not_finite: torch.Tensor  # [B, G] bool, trajectories with a number that is not finite
+
+
 class Learner:
     """Moves the policy and, behind it, the momentum model."""
 
-    def __init__(self, config: Config, loaded: LoadedModel, momentum: Momentum, scorer: Scorer):
+    def __init__(self, config: Config, loaded: LoadedModel, momentum: Momentum, scorer: Scorer, timer: Timer):
         self.config, self.model, self.momentum, self.scorer = config, loaded.model, momentum, scorer
+        self.timer = timer  # adds up `update`, and `ema` within
         named = list(self.model.named_parameters())
         self.names = [name for name, _ in named]
         # Weight decay is for matrices; norms and biases have one dimension.
@@ -45,32 +57,46 @@ class Learner:
         self.nonfinite_in_row = 0
         self.faults: list[Fault] = []  # of the last update
 
+    def learn(self, trajectories: Trajectories, logprobs: LogProbs, credit: Outcome) -> Update:
+        """Takes every optimiser step of one rollout batch."""
+        with self.timer("update"):
+            batch = Batch(
+                mask=trajectories.mask,
+                advantage=credit.advantage.flatten(),
+                old_logprob=logprobs.old,
+                rollout_logprob=trajectories.rollout_logprob,
+                ref_logprob=logprobs.reference,
+            )
+            finite = credit.rewards.isfinite() & credit.advantage.isfinite()
+            not_finite = logprobs.not_finite(trajectories) | ~finite
+            metrics = self.update(trajectories, batch, credit.trains, not_finite=not_finite)
+        return Update(metrics=metrics, faults=self.faults, not_finite=not_finite)
+
     def update(
         self,
         trajectories: Trajectories,
         batch: Batch,
         trains: torch.Tensor,
-        timer: Timer,
         *,
-        sound: torch.Tensor | None = None,
+        not_finite: torch.Tensor | None = None,
     ) -> Metrics:
-        """Takes every optimiser step of one rollout batch.
+        """Takes every optimiser step on given advantages.
 
         Args:
-            trajectories, batch: what was rolled out, and what the loss needs of it.
-            trains: [B, G] bool, which trajectories enter the loss.
-            timer: clocks the EMA.
-            sound: [B, G] bool, which have finite scores and rewards; one that has not spoils the step of its prompt,
-                even where the filter has dropped it. All by default.
+            trajectories: rollouts.
+            batch: values of them that the loss needs.
+            trains: [B, G] bool, trajectories that enter the loss.
+            not_finite: [B, G] bool, trajectories with log-probs or rewards that are not finite; the optimiser step of
+                their prompt moves nothing, even where the filter has dropped them. None by default.
         """
         c = self.config.optim
-        spoilt = torch.zeros_like(trains) if sound is None else ~sound
+        not_finite = torch.zeros_like(trains) if not_finite is None else not_finite
         rows = torch.arange(trains.numel()).view(trains.shape)
         steps, self.faults = [], []
         for _ in range(c.num_epochs):
             for part in torch.arange(len(rows)).tensor_split(c.num_minibatches):
-                chosen, lost = rows[part][trains[part]], rows[part][spoilt[part]]
-                steps.append(self.optimizer_step(trajectories, batch, chosen, timer, spoilt=lost))
+                chosen, lost = rows[part][trains[part]], rows[part][not_finite[part]]
+                steps.append(self.optimizer_step(trajectories, batch, chosen, not_finite=lost))
         return _mean_of_known(steps) | {"nonfinite_steps": self.nonfinite_steps}
 
     def optimizer_step(
@@ -78,12 +104,11 @@ class Learner:
         trajectories: Trajectories,
         batch: Batch,
         rows: torch.Tensor,
-        timer: Timer,
         *,
-        spoilt: torch.Tensor | None = None,
+        not_finite: torch.Tensor | None = None,
     ) -> Metrics:
         """One optimiser step on trajectories `rows` [r], then the EMA. A non-finite one touches no weight, nor does one
-        with trajectories that are `spoilt` [s].
+        with trajectories `not_finite` [s].
         """
         c = self.config
         divisor = normalizer(batch.mask[rows], c.objective.reduce, c.rollout.max_new_tokens)
@@ -113,13 +138,13 @@ class Learner:
             weights.append(len(scores.logprob))
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.optim.grad_clip))
         logprobs = (batch.old_logprob, batch.rollout_logprob)
-        lost = [] if spoilt is None else spoilt.tolist()
-        sound = not lost and all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
-        if sound and math.isfinite(loss) and math.isfinite(norm):
+        lost = [] if not_finite is None else not_finite.tolist()
+        finite = not lost and all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
+        if finite and math.isfinite(loss) and math.isfinite(norm):
             # A step on which nothing had a gradient says nothing about the weights.
             self.nonfinite_in_row = 0 if weights else self.nonfinite_in_row
             self.optimizer.step()
-            with timer("ema"):
+            with self.timer("ema"):
                 self.momentum.update(self.step, c.num_optimizer_steps)
         else:
             self.nonfinite_in_row += 1
@@ -128,6 +153,19 @@ class Learner:
             self.faults.append(Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=suspects))
         self.step += 1
         return {"loss": loss, "grad_norm": norm, "lr": lr, **_weighted_means(metrics, weights)}
+
+    def state_dict(self) -> dict[str, int]:
+        """The counters; weights and moments are written beside them."""
+        return {
+            "step": self.step,
+            "nonfinite_steps": self.nonfinite_steps,
+            "nonfinite_in_row": self.nonfinite_in_row,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restores the counters."""
+        self.step = state["step"]
+        self.nonfinite_steps, self.nonfinite_in_row = state["nonfinite_steps"], state["nonfinite_in_row"]
 
 
 _LOSS_METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "tis_mean", "tis_clipped_share")

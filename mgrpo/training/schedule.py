@@ -1,4 +1,4 @@
-"""The learning rate of each optimiser step."""
+"""Schedules over the steps of a run."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def learning_rate(config: Config, step: int) -> float:
     if c.schedule == "constant":
         return c.lr
     return c.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1)))
+
+
+def is_due(every: int, step: int, last_step: int) -> bool:
+    """Whether `step` is one of every so many, or the last; 0 is never."""
+    return every > 0 and (step % every == 0 or step == last_step)

@@ -1,16 +1,160 @@
-"""Tensors and generators of a training state, copied, digested and restored."""
+"""The state that a run carries from step to step, and how it is written and restored.
+
+A counter is saved by living in one of the parts: whatever has `state_dict` and `load_state_dict`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from mgrpo.data.sampler import Sampler
+from mgrpo.errors import CheckpointError, EngineError
+from mgrpo.models.load import LoadedModel, load_weights
+from mgrpo.models.momentum import Momentum
+from mgrpo.models.save import save_model
+from mgrpo.training.learner import Learner
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Stateful(Protocol):
+    """A part of the run whose state is JSON."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` restores."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        ...
+
+
+class TrainState:
+    """Steps taken and rollbacks made."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.rollbacks = 0
+
+    @contextmanager
+    def next_step(self, sampler: Sampler) -> Iterator[int]:
+        """Number of a step that is being taken; where an engine dies, this and the sampler are as they were before."""
+        place = sampler.state_dict()
+        self.step += 1
+        try:
+            yield self.step
+        except EngineError:
+            self.step -= 1
+            sampler.load_state_dict(place)
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Stateful."""
+        return {"step": self.step, "rollbacks": self.rollbacks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Stateful."""
+        self.step, self.rollbacks = state["step"], state["rollbacks"]
+
+
+class Checkpointer:
+    """Writes policy, momentum model, optimiser and parts into a folder, and restores them.
+
+    Args:
+        loaded, momentum, learner: what holds tensors.
+        parts: what else has a state, by name.
+        fingerprints: digests of what a resumed run reads anew and must find as it was, by option and content; None of
+            what it does not use.
+        trusted: whether a model folder may run code of its own.
+
+    Attributes:
+        threads: CPU threads of the process that wrote what was restored; None before.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        momentum: Momentum,
+        learner: Learner,
+        *,
+        parts: Mapping[str, Stateful],
+        fingerprints: Mapping[str, str | None],
+        trusted: bool,
+    ):
+        self.loaded, self.momentum, self.learner, self.parts = loaded, momentum, learner, parts
+        self.fingerprints, self.trusted = fingerprints, trusted
+        self.threads: int | None = None
+
+    def snapshot(self, take: Callable[[Tensors], Tensors]) -> Callable[[Path], None]:
+        """The state of this moment; the result writes it into a folder.
+
+        Args:
+            take: makes of named tensors those that are written: copies, or the same.
+        """
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        weights = {"policy": take(model.state_dict()), "momentum": take(self.momentum.state_dict())}
+        tensors = {"optimizer": take(optimizer_tensors(self.learner.optimizer, self.learner.names))}
+        if self.momentum.compensation:
+            tensors["momentum_compensation"] = take(self.momentum.compensation)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"threads": torch.get_num_threads(), "fingerprints": dict(self.fingerprints), "rng": rng_state()}
+        text = json.dumps(state)
+
+        def write(folder: Path) -> None:
+            for source, values in weights.items():
+                save_model(folder / source, model, values, tokenizer)
+            for name, values in tensors.items():
+                contiguous = {key: value.cpu().contiguous() for key, value in values.items()}
+                save_file(contiguous, folder / f"{name}.safetensors")
+            (folder / "state.json").write_text(text)
+
+        return write
+
+    def restore(self, folder: Path) -> None:
+        """Restores what `snapshot` wrote; CheckpointError where data or base model are others."""
+        state = _as_parts(json.loads((folder / "state.json").read_text()))
+        for name, current in self.fingerprints.items():
+            if None not in (current, saved := state["fingerprints"][name]) and saved != current:
+                option, content = name.split("/")
+                raise CheckpointError(
+                    f"resume: --{option} must hold the {content} that {folder} was trained with, got others."
+                )
+        policy = load_weights(folder / "policy", trust_remote_code=self.trusted)
+        with torch.no_grad():
+            for name, parameter in self.loaded.model.named_parameters():
+                parameter.copy_(policy[name])
+        compensation = folder / "momentum_compensation.safetensors"
+        self.momentum.load(
+            load_weights(folder / "momentum", trust_remote_code=self.trusted),
+            load_file(compensation) if self.momentum.compensation else None,
+        )
+        load_optimizer(folder / "optimizer.safetensors", self.learner.optimizer, self.learner.names)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.threads = state.get("threads")
+        set_rng_state(state["rng"])
+
+
+def _as_parts(state: dict[str, Any]) -> dict[str, Any]:
+    """The state by parts, of checkpoints too in which all counters were side by side."""
+    if "train" in state:
+        return state
+    counters = {
+        "train": {key: state[key] for key in ("step", "rollbacks")},
+        "learner": {"step": state["optimizer_step"]}
+        | {key: state[key] for key in ("nonfinite_steps", "nonfinite_in_row")},
+    }
+    return state | counters
 
 
 def copy_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from mgrpo.errors import EngineError, Exit, StaleWeightsError
 from mgrpo.models.load import load_model
 from mgrpo.presets import make_preset
 from mgrpo.rollout.build import start_engine
+from mgrpo.rollout.generator import Generator
 from mgrpo.rollout.parity import BOUNDS, check_parity
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm.local import VllmEngine
@@ -28,7 +29,7 @@ from mgrpo.rollout.weights.nccl import NcclSender
 from mgrpo.run.loop import run
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer
 from mgrpo.training.trainer import Trainer
-from mgrpo.types import Rollouts, Sampling
+from mgrpo.types import Rollouts, Sampling, WeightTag
 
 pytestmark = [
     pytest.mark.vllm,
@@ -82,12 +83,12 @@ def trainer_logprobs(model: torch.nn.Module, rollouts: Rollouts) -> torch.Tensor
 def compare(models, rollouts: Rollouts) -> float:
     """The guard that a run has."""
     pair = (rollouts.logprobs, trainer_logprobs(models[rollouts.source], rollouts), rollouts.mask)
-    return check_parity(*pair, dtype=torch.float32, source=rollouts.source, version=rollouts.version)
+    return check_parity(*pair, dtype=torch.float32, tag=rollouts.tag)
 
 
 def roll_out(engine, models, source, version: int) -> Rollouts:
-    engine.load(models[source].state_dict(), source=source, version=version)
-    return engine.generate(PROMPTS, 4, SAMPLING, source=source, version=version)
+    engine.update_weights(models[source].state_dict(), WeightTag(source, version))
+    return engine.generate(PROMPTS, 4, SAMPLING, WeightTag(source, version))
 
 
 def test_logprobs_agree_after_every_publish(engine, models):
@@ -100,9 +101,9 @@ def test_logprobs_agree_after_every_publish(engine, models):
 def test_the_same_seed_gives_the_same_tokens_in_any_batch(engine, models):
     first, again = (roll_out(engine, models, "policy", version) for version in (0, 1))
     assert torch.equal(first.tokens, again.tokens) and torch.equal(first.lengths, again.lengths)
-    alone = engine.generate(PROMPTS[:1], 4, SAMPLING, source="policy", version=1)
+    alone = engine.generate(PROMPTS[:1], 4, SAMPLING, WeightTag("policy", 1))
     assert [alone.response(row) for row in range(4)] == [first.response(row) for row in range(4)]
-    other = engine.generate(PROMPTS, 4, replace(SAMPLING, seed=4), source="policy", version=1)
+    other = engine.generate(PROMPTS, 4, replace(SAMPLING, seed=4), WeightTag("policy", 1))
     assert not torch.equal(other.tokens[:, :4], first.tokens[:, :4])
     assert len({tuple(first.response(row)) for row in range(4)}) > 1
 
@@ -134,8 +135,8 @@ def test_a_stop_text_ends_a_response_with_the_token_that_completes_it(models):
 
 
 def test_temperature_is_in_the_logprobs(engine, models):
-    engine.load(models["policy"].state_dict(), source="policy", version=0)
-    cold = engine.generate(PROMPTS, 4, replace(SAMPLING, temperature=0.5), source="policy", version=0)
+    engine.update_weights(models["policy"].state_dict(), WeightTag("policy", 0))
+    cold = engine.generate(PROMPTS, 4, replace(SAMPLING, temperature=0.5), WeightTag("policy", 0))
     model = copy.deepcopy(models["policy"])
     with torch.no_grad():  # the norm ahead of the head scales the logits as a temperature does
         model.model.norm.weight.mul_(2)
@@ -143,8 +144,8 @@ def test_temperature_is_in_the_logprobs(engine, models):
 
 
 def test_greedy_is_the_argmax(engine, models):
-    engine.load(models["policy"].state_dict(), source="policy", version=0)
-    found = engine.generate(PROMPTS[:2], 2, Sampling(temperature=0.0, max_new_tokens=1), source="policy", version=0)
+    engine.update_weights(models["policy"].state_dict(), WeightTag("policy", 0))
+    found = engine.generate(PROMPTS[:2], 2, Sampling(temperature=0.0, max_new_tokens=1), WeightTag("policy", 0))
     with torch.no_grad():
         expected = [int(models["policy"](input_ids=torch.tensor([p])).logits[0, -1].argmax()) for p in PROMPTS[:2]]
     assert found.tokens[:, 0].tolist() == [expected[0]] * 2 + [expected[1]] * 2
@@ -164,9 +165,9 @@ def test_parity_catches_every_planted_fault(engine, models, monkeypatch, fault):
         monkeypatch.setattr(engine._publisher, "publish", lambda weights, version: publish(partial, version))
     else:
         monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
-    engine.load(weights, source="momentum", version=0)
+    engine.update_weights(weights, WeightTag("momentum", 0))
     monkeypatch.setattr(engine, "_check_version", lambda output: None)
-    rollouts = engine.generate(PROMPTS, 4, SAMPLING, source="momentum", version=0)
+    rollouts = engine.generate(PROMPTS, 4, SAMPLING, WeightTag("momentum", 0))
     with pytest.raises(StaleWeightsError, match="did not write with the weights of momentum version 0"):
         compare(models, rollouts)
     monkeypatch.undo()
@@ -191,7 +192,7 @@ def test_weights_that_are_not_finite_are_refused(engine, models):
     broken = {name: tensor.clone() for name, tensor in models["policy"].state_dict().items()}
     broken["model.norm.weight"][5] = torch.nan
     with pytest.raises(EngineError, match=r"weights must be finite, model\.norm\.weight is not"):
-        engine.load(broken, source="policy", version=0)
+        engine.update_weights(broken, WeightTag("policy", 0))
     compare(models, roll_out(engine, models, "policy", 1))
 
 
@@ -199,14 +200,14 @@ def test_a_refused_shape_does_not_spoil_the_next_load(engine, models):
     """In vLLM itself the load after a wrong shape fails too."""
     wrong = models["policy"].state_dict() | {"model.norm.weight": torch.zeros(3)}
     with pytest.raises(EngineError, match=r"model.norm.weight must have shape \(96,\), got \(3,\)"):
-        engine.load(wrong, source="policy", version=0)
+        engine.update_weights(wrong, WeightTag("policy", 0))
     compare(models, roll_out(engine, models, "policy", 1))
 
 
 def test_a_bad_request_is_an_engine_error_and_the_next_works(engine, models):
     roll_out(engine, models, "policy", 0)
     with pytest.raises(EngineError, match="generate: vLLM failed with"):
-        engine.generate([[2] * 200], 1, SAMPLING, source="policy", version=0)
+        engine.generate([[2] * 200], 1, SAMPLING, WeightTag("policy", 0))
     compare(models, roll_out(engine, models, "policy", 1))
 
 
@@ -276,17 +277,17 @@ def test_two_engines_agree_and_a_killed_one_ends_the_run_which_resumes(tmp_path,
     # Stop texts that cost no accuracy: the servers need a tokenizer for them.
     rollout = replace(config.rollout, placement="two-engines", timeout_s=60, stop=("##", "<eos>"))
     config = replace(config, rollout=rollout, run_dir=str(tmp_path / "run"))
-    before, real, pids = children(), Trainer.roll_out, []
+    before, real, pids = children(), Generator.roll_out, []
 
-    def roll_out(trainer, prompts, timer):
-        assert isinstance(trainer.engine, EnginePair)
-        if trainer.step == 1:
+    def roll_out(self, prompts, step):
+        assert isinstance(self.engine, EnginePair)
+        if step == 1:
             pids.extend(children() - before)
-        if trainer.step == 4:
-            os.kill(trainer.engine.engines["policy"].process._process.pid, signal.SIGKILL)
-        return real(trainer, prompts, timer)
+        if step == 4:
+            os.kill(self.engine.engines["policy"].process._process.pid, signal.SIGKILL)
+        return real(self, prompts, step)
 
-    monkeypatch.setattr(Trainer, "roll_out", roll_out)
+    monkeypatch.setattr(Generator, "roll_out", roll_out)
     with pytest.raises(EngineError, match=r"server at http://.* Step 3 is saved: go on with --resume"):
         run(config)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

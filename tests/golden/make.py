@@ -65,11 +65,11 @@ class Recorder:
     def __init__(self, engine: Engine):
         self.engine, self.tensors = engine, {}
 
-    def load(self, weights, *, source, version):
-        self.engine.load(weights, source=source, version=version)
+    def update_weights(self, weights, tag):
+        self.engine.update_weights(weights, tag)
 
-    def generate(self, prompts, n, sampling, *, source, version):
-        rollouts = self.engine.generate(prompts, n, sampling, source=source, version=version)
+    def generate(self, prompts, n, sampling, tag):
+        rollouts = self.engine.generate(prompts, n, sampling, tag)
         call = len(self.tensors) // 5
         self.tensors |= {
             f"{call}/prompts": pack(prompts),
@@ -81,22 +81,22 @@ class Recorder:
         return rollouts
 
 
-class Player:
+class Player(Engine):
     """An engine that returns what was recorded, to the same questions only."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
         self.tensors, self.call = tensors, 0
 
-    def load(self, weights, *, source, version):
+    def update_weights(self, weights, tag):
         """Recorded rollouts need no weights."""
 
-    def generate(self, prompts, n, sampling, *, source, version):
+    def generate(self, prompts, n, sampling, tag):
         part = {name: self.tensors[f"{self.call}/{name}"] for name in ("tokens", "lengths", "logprobs", "truncated")}
         assert torch.equal(pack(prompts), self.tensors[f"{self.call}/prompts"]), "other prompts than recorded"
         assert len(part["tokens"]) == len(prompts) * n, "other rollouts than recorded"
         self.call += 1
         part["tokens"], part["lengths"] = part["tokens"].long(), part["lengths"].long()
-        return Rollouts(**part, num_per_prompt=n, source=source, version=version)
+        return Rollouts(**part, num_per_prompt=n, tag=tag)
 
 
 def pack(prompts) -> torch.Tensor:

@@ -25,7 +25,7 @@ from mgrpo.tasks.arithmetic import (
     make_problems,
     make_tokenizer,
 )
-from mgrpo.types import Sampling
+from mgrpo.types import Sampling, WeightTag
 
 BASE = Path(resolve_path("builtin:arithmetic"))
 
@@ -94,12 +94,12 @@ def test_the_base_is_graded():
     engine = TransformersEngine(
         loaded.model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, dtype=torch.float32, batch_size=512
     )
-    engine.load(loaded.model.state_dict(), source="policy", version=0)
+    engine.update_weights(loaded.model.state_dict(), WeightTag("policy", 0))
     sampled, elected = {}, {}
     for operands in (3, 4, 5, 6, 7):
         problems = make_problems(80, operands=(operands,), seed=11)
         prompts = [loaded.tokenizer.encode(p.prompt) for p in problems]
-        rollouts = engine.generate(prompts, 16, Sampling(max_new_tokens=64), source="policy", version=0)
+        rollouts = engine.generate(prompts, 16, Sampling(max_new_tokens=64), WeightTag("policy", 0))
         texts = loaded.tokenizer.batch_decode([rollouts.response(row) for row in range(80 * 16)])
         answers = [text.removesuffix("<eos>")[-2:] for text in texts]
         groups = [answers[i : i + 16] for i in range(0, len(answers), 16)]

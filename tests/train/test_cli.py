@@ -23,7 +23,9 @@ from mgrpo.process.disk import list_checkpoints, step_of
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.run.checkpoint import verify_checkpoint
 from mgrpo.train import main
+from mgrpo.training.grader import Grader
 from mgrpo.training.trainer import Trainer
+from mgrpo.types import WeightTag
 
 TRAIN = '{"prompt": "12+34=", "answer": "46"}\n'
 
@@ -163,14 +165,14 @@ def test_launchers_of_many_processes_are_refused(launch, monkeypatch, capsys):
 
 
 def test_a_run_directory_in_use_is_refused(launch, resume, tmp_path, rows_of, monkeypatch, capsys):
-    judge, codes = Trainer.judge, []
+    judge, codes = Grader.assign_credit, []
 
-    def meanwhile(trainer, *args):
-        if trainer.step == 2:
+    def meanwhile(self, batch, logprobs):
+        if batch.step == 2:
             codes.append(resume())
-        return judge(trainer, *args)
+        return judge(self, batch, logprobs)
 
-    monkeypatch.setattr(Trainer, "judge", meanwhile)
+    monkeypatch.setattr(Grader, "assign_credit", meanwhile)
     assert launch() == 0 and codes == [2]
     assert f"--run-dir must be free, another process trains in {tmp_path}/run." in said(capsys)
     assert len(rows_of(tmp_path / "run")) == 3
@@ -256,12 +258,12 @@ def test_dead_engine_exits_with_5(launch, monkeypatch, capsys):
 
 
 def test_stale_weights_exit_with_5(launch, monkeypatch, capsys):
-    load = TransformersEngine.load
+    update = TransformersEngine.update_weights
 
-    def forget(engine, weights, *, source, version):
-        load(engine, weights, source=source, version=0)
+    def forget(engine, weights, tag):
+        update(engine, weights, WeightTag(tag.source, 0))
 
-    monkeypatch.setattr(TransformersEngine, "load", forget)
+    monkeypatch.setattr(TransformersEngine, "update_weights", forget)
     assert launch() == 5
     assert "weights must be momentum version 1, got ('momentum', 0)" in said(capsys)
 
@@ -311,21 +313,21 @@ def test_full_disk_under_a_checkpoint_keeps_the_earlier_ones(launch, resume, mon
 
 
 def test_unexpected_errors_are_not_hidden(launch, monkeypatch):
-    monkeypatch.setattr(Trainer, "judge", lambda *args: 1 / 0)
+    monkeypatch.setattr(Grader, "assign_credit", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         launch()
 
 
 @pytest.mark.fault("SIGINT")
 def test_sigint_ends_after_the_step(launch, tmp_path, rows_of, monkeypatch):
-    judge = Trainer.judge
+    judge = Grader.assign_credit
 
-    def interrupted(self, *args):
-        if self.step == 2:
+    def interrupted(self, batch, logprobs):
+        if batch.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return judge(self, *args)
+        return judge(self, batch, logprobs)
 
-    monkeypatch.setattr(Trainer, "judge", interrupted)
+    monkeypatch.setattr(Grader, "assign_credit", interrupted)
     before = signal.getsignal(signal.SIGINT)
     assert launch({"steps": 5}) == 75
     assert len(rows_of(tmp_path / "run")) == 2 and steps_saved(tmp_path / "run") == [2]
@@ -333,14 +335,14 @@ def test_sigint_ends_after_the_step(launch, tmp_path, rows_of, monkeypatch):
 
 
 def test_sigint_on_the_last_step_is_no_interruption(launch, monkeypatch):
-    judge = Trainer.judge
+    judge = Grader.assign_credit
 
-    def interrupted(self, *args):
-        if self.step == 2:
+    def interrupted(self, batch, logprobs):
+        if batch.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return judge(self, *args)
+        return judge(self, batch, logprobs)
 
-    monkeypatch.setattr(Trainer, "judge", interrupted)
+    monkeypatch.setattr(Grader, "assign_credit", interrupted)
     assert launch({"steps": 2}) == 0
 
 
@@ -359,7 +361,7 @@ def test_a_second_signal_ends_at_once_and_saves_nothing(launch, tmp_path, monkey
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(Trainer, "judge", interrupted)
+    monkeypatch.setattr(Grader, "assign_credit", interrupted)
     with pytest.raises(Ended, match=r"^130$"):
         launch({"steps": 5})
     assert steps_saved(tmp_path / "run") == []

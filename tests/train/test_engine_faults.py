@@ -11,7 +11,7 @@ from mgrpo.errors import EngineError, Exit, StaleWeightsError
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.worker import StartError
 from mgrpo.rollout.transformers import TransformersEngine
-from mgrpo.training.trainer import Trainer
+from mgrpo.training.observers import Evaluator
 
 
 @pytest.mark.parametrize("error", [EngineError, StaleWeightsError])
@@ -62,14 +62,14 @@ def test_an_engine_that_dies_in_an_evaluation_costs_its_numbers(launch, resume, 
     """By then the step is taken: it is logged and saved, without the probe."""
     options = {"steps": 4, "data.probe": "arithmetic:4:2:9", "eval.every": 3}
     assert launch(options, run_dir=tmp_path / "whole") == Exit.DONE
-    evaluate = Trainer.evaluate_probe
+    evaluate = Evaluator.evaluate
 
-    def die(trainer, source):
-        if trainer.step == 3:
+    def die(self, source, step):
+        if step == 3:
             raise EngineError("generate: it is gone.")
-        return evaluate(trainer, source)
+        return evaluate(self, source, step)
 
-    monkeypatch.setattr(Trainer, "evaluate_probe", die)
+    monkeypatch.setattr(Evaluator, "evaluate", die)
     assert launch(options, run_dir=tmp_path / "cut") == Exit.ENGINE
     assert "it is gone. Step 3 is saved: go on with --resume." in " ".join(capsys.readouterr().err.split())
     assert resume(run_dir=tmp_path / "cut") == Exit.DONE
@@ -81,14 +81,17 @@ def test_an_engine_that_dies_in_an_evaluation_costs_its_numbers(launch, resume, 
 
 @pytest.mark.parametrize("liar", ["policy", "momentum"])
 def test_an_engine_that_writes_with_other_weights_stops_the_run(small, trained, liar):
-    class Lying(TransformersEngine):
-        def generate(self, *args, **options):
-            rollouts = super().generate(*args, **options)
-            return replace(rollouts, logprobs=rollouts.logprobs - 0.01) if options["source"] == liar else rollouts
+    class Apart(TransformersEngine):
+        weights_are_shared = False
+
+    class Lying(Apart):
+        def generate(self, prompts, n, sampling, tag):
+            rollouts = super().generate(prompts, n, sampling, tag)
+            return replace(rollouts, logprobs=rollouts.logprobs - 0.01) if tag.source == liar else rollouts
 
     config = small({"rollout.engine": "vllm"})
     options = {"batch_size": 64, "eos_ids": (1,), "pad_id": 0, "dtype": torch.float32}
-    _, (row,) = trained(config, 1, make_engine=lambda loaded, _: TransformersEngine(loaded.model, **options))
+    _, (row,) = trained(config, 1, make_engine=lambda loaded, _: Apart(loaded.model, **options))
     assert row["parity_policy"] < 1e-6 and row["parity_momentum"] < 1e-6
     with pytest.raises(StaleWeightsError, match=f"did not write with the weights of {liar} version 0"):
         trained(config, 1, make_engine=lambda loaded, _: Lying(loaded.model, **options))

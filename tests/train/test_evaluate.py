@@ -19,7 +19,7 @@ from mgrpo.grading.extract import make_extractor
 from mgrpo.models.load import load_model
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_model, make_problems, make_tokenizer
-from mgrpo.types import Rollouts, Sampling
+from mgrpo.types import Rollouts, Sampling, WeightTag
 
 TOKENIZER = make_tokenizer()
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=12, seed=5)
@@ -32,8 +32,8 @@ class ScriptedEngine:
     def __init__(self, sampled: list[list[str]], greedy: list[str]):
         self.sampled, self.greedy, self.calls = sampled, greedy, []
 
-    def generate(self, prompts, n, sampling, *, source, version):
-        self.calls.append((list(prompts), n, sampling, source, version))
+    def generate(self, prompts, n, sampling, tag):
+        self.calls.append((list(prompts), n, sampling, *tag))
         texts = [[text] for text in self.greedy] if sampling.temperature == 0 else self.sampled
         rows = [[*TOKENIZER.encode(text), TOKENIZER.eos_token_id] for group in texts for text in group[:n]]
         lengths = torch.tensor([len(row) for row in rows])
@@ -44,8 +44,7 @@ class ScriptedEngine:
             logprobs=torch.zeros(len(rows), width),
             truncated=lengths > 6,
             num_per_prompt=n,
-            source=source,
-            version=version,
+            tag=tag,
         )
 
 
@@ -179,11 +178,11 @@ def test_command_line_writes_what_the_engine_gives(folder, tmp_path, capsys):
     engine = TransformersEngine(
         loaded.model, eos_ids=loaded.eos_ids, pad_id=loaded.pad_id, dtype=torch.float32, batch_size=256
     )
-    engine.load(loaded.model.state_dict(), source="policy", version=0)
+    engine.update_weights(loaded.model.state_dict(), WeightTag("policy", 0))
     problems = make_problems(6, operands=(2, 3), seed=0)[:4]
     prompts = [TOKENIZER.encode(problem.prompt) for problem in problems]
     sampling = Sampling(temperature=0.8, max_new_tokens=8, seed=3)
-    rollouts = engine.generate(prompts, 3, sampling, source="policy", version=0)
+    rollouts = engine.generate(prompts, 3, sampling, WeightTag("policy", 0))
     texts = TOKENIZER.batch_decode([rollouts.response(i) for i in range(12)], skip_special_tokens=True)
     digits = [next((c for c in reversed(text) if c.isdigit()), None) for text in texts]
     right = [d is not None and int(d) == int(problems[i // 3].answer) for i, d in enumerate(digits)]
@@ -206,7 +205,7 @@ def test_command_line_reads_true_answers_out_of_worked_solutions(folder, tmp_pat
         def __init__(self, *_args, **_options):
             super().__init__([["####3"], ["####5"]], ["####3", "####5"])
 
-        def load(self, *_args, **_options):
+        def update_weights(self, *_args):
             pass
 
     monkeypatch.setattr("mgrpo.evaluate.TransformersEngine", Engine)

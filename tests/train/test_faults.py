@@ -29,6 +29,8 @@ from mgrpo.process.disk import list_checkpoints, step_of
 from mgrpo.run.checkpoint import Writer, newest_valid, save_checkpoint, sweep
 from mgrpo.run.loop import write_fault
 from mgrpo.training import learner
+from mgrpo.training.grader import Grader
+from mgrpo.training.passes import Passes
 from mgrpo.training.state import copy_tensors, optimizer_tensors
 from mgrpo.training.trainer import Trainer
 
@@ -58,7 +60,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import safetensors.torch, transformers.modeling_utils
-import mgrpo.trainer
+import mgrpo.training.trainer
 from conftest import small_config
 from mgrpo.run.checkpoint import newest_valid, save_checkpoint, sweep
 from mgrpo.process.disk import step_of
@@ -137,12 +139,12 @@ def test_a_run_killed_within_a_step_resumes_to_the_same_bits(launch, resume, com
     options = {"steps": 5, "checkpoint.every": 2}
     assert launch(options, run_dir=tmp_path / "straight") == 0
     code = (
-        "import os, signal, sys; from mgrpo.training.trainer import Trainer; from mgrpo.train import main\n"
-        "score = Trainer.score\n"
-        "def die(self, *a):\n"
-        "    if self.step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return score(self, *a)\n"
-        "Trainer.score = die; main(sys.argv[1:])"
+        "import os, signal, sys; from mgrpo.training.passes import Passes; from mgrpo.train import main\n"
+        "run = Passes.run\n"
+        "def die(self, batch):\n"
+        "    if batch.step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return run(self, batch)\n"
+        "Passes.run = die; main(sys.argv[1:])"
     )
     flags = [*command_line(tmp_path / "run", options), "--threads", "1"]
     done = subprocess.run([sys.executable, "-c", code, *flags], env=ENVIRONMENT, capture_output=True, timeout=300)
@@ -420,14 +422,14 @@ def test_a_data_file_that_changes_is_read_once(launch, resume, tmp_path, rows_of
     data.write_text("".join(lines))
     options = {"steps": 3, "data.train": str(data), "checkpoint.every": 2}
     assert launch(options, run_dir=tmp_path / "straight") == 0
-    judge = Trainer.judge
+    judge = Grader.assign_credit
 
-    def change(self, *args):
-        if self.step == 2:
+    def change(self, batch, logprobs):
+        if batch.step == 2:
             data.write_text("".join(reversed(lines)))
-        return judge(self, *args)
+        return judge(self, batch, logprobs)
 
-    monkeypatch.setattr(Trainer, "judge", change)
+    monkeypatch.setattr(Grader, "assign_credit", change)
     assert launch(options | {"steps": 4}, "--stop-after", "3") == 0
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
     capsys.readouterr()
@@ -459,12 +461,12 @@ def test_a_number_that_is_not_finite_moves_nothing_and_is_written_down(
     trainer, _ = trained(config, 1)
     before, moments = weights_of(trainer), copy_tensors(trainer_moments(trainer))
     plant(where, trainer, monkeypatch)
-    row = trainer.train_step()
+    result = trainer.train_step()
     monkeypatch.undo()
-    assert row["nonfinite_steps"] == trainer.learner.nonfinite_in_row == 1
+    assert result.metrics["nonfinite_steps"] == trainer.learner.nonfinite_in_row == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
     assert all(torch.equal(tensor, moments[name]) for name, tensor in trainer_moments(trainer).items())
-    fault = trainer.fault
+    fault = result.fault
     assert fault is not None and fault["step"] == 2
     write_fault(tmp_path, fault)
     written = json.loads((tmp_path / "faults" / "step_2.json").read_text(), parse_constant=pytest.fail)
@@ -473,8 +475,8 @@ def test_a_number_that_is_not_finite_moves_nothing_and_is_written_down(
     assert suspects == fault["trajectories"][: len(suspects)]
     assert bool(suspects) == (where not in ("loss", "gradient"))
     assert all(entry["prompt"] and entry["response"] and entry["tokens"] for entry in fault["trajectories"])
-    row = trainer.train_step()
-    assert row["nonfinite_steps"] == 1 and trainer.learner.nonfinite_in_row == 0 and trainer.fault is None
+    result = trainer.train_step()
+    assert result.metrics["nonfinite_steps"] == 1 and trainer.learner.nonfinite_in_row == 0 and result.fault is None
     assert not all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
     assert all(tensor.isfinite().all() for tensor in weights_of(trainer).values())
 
@@ -499,33 +501,33 @@ def plant(where, trainer, monkeypatch):
         step = trainer.train_step
         monkeypatch.setattr(trainer, "train_step", lambda: (step(), hook.remove())[0])
     elif where == "old log-prob":
-        score = trainer.score
+        run = trainer.passes.run
 
-        def bad_score(trajectories):
-            scores = score(trajectories)
-            scores.old_logprob[by_policy(trajectories), 0] = math.nan
-            return scores
+        def bad_run(batch):
+            logprobs = run(batch)
+            logprobs.old[by_policy(batch.trajectories), 0] = math.nan
+            return logprobs
 
-        monkeypatch.setattr(trainer, "score", bad_score)
+        monkeypatch.setattr(trainer.passes, "run", bad_run)
     elif where == "rollout log-prob":
-        roll_out = trainer.roll_out
+        roll_out = trainer.generator.roll_out
 
         def bad_roll_out(*args):
             trajectories = roll_out(*args)
             trajectories.rollout_logprob[by_policy(trajectories), 0] = -math.inf
             return trajectories
 
-        monkeypatch.setattr(trainer, "roll_out", bad_roll_out)
+        monkeypatch.setattr(trainer.generator, "roll_out", bad_roll_out)
     else:
-        judge = trainer.judge
+        assign = trainer.grader.assign_credit
 
-        def bad_judge(*args):
-            outcome = judge(*args)
+        def bad_credit(*args):
+            outcome = assign(*args)
             outcome.advantage[0, 0] = outcome.rewards[0, 0] = math.nan
             outcome.trains[0, 0] = True
             return outcome
 
-        monkeypatch.setattr(trainer, "judge", bad_judge)
+        monkeypatch.setattr(trainer.grader, "assign_credit", bad_credit)
 
 
 def by_policy(trajectories):
@@ -546,24 +548,23 @@ def test_a_model_whose_logits_are_not_finite_moves_nothing(small, trained, weigh
         return output
 
     hook = decoder.register_forward_hook(spoil, with_kwargs=True)
-    step = trainer.train_step()
+    result = trainer.train_step()
     hook.remove()
-    assert step["nonfinite_steps"] == trainer.learner.nonfinite_in_row == 1
+    assert result.metrics["nonfinite_steps"] == trainer.learner.nonfinite_in_row == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
     assert all(torch.equal(tensor, moments[name]) for name, tensor in trainer_moments(trainer).items())
-    suspects = [entry["finite"] for entry in trainer.fault["trajectories"]].count(False)
+    suspects = [entry["finite"] for entry in result.fault["trajectories"]].count(False)
     assert suspects == (1 if row == "one" else 24)
-    assert trainer.train_step()["nonfinite_steps"] == 1 and trainer.learner.nonfinite_in_row == 0
+    assert trainer.train_step().metrics["nonfinite_steps"] == 1 and trainer.learner.nonfinite_in_row == 0
 
 
 @pytest.mark.fault("weights that are not finite")
 def test_a_model_that_is_lost_stops_the_run(launch, tmp_path, rows_of, monkeypatch):
-    def spoil(trainer, prompts, timer, roll_out=Trainer.roll_out):
-        found = roll_out(trainer, prompts, timer)
-        trainer.model.model.norm.weight.data.fill_(math.nan)
-        return found
+    def spoil(self, batch, run=Passes.run):
+        self.loaded.model.model.norm.weight.data.fill_(math.nan)
+        return run(self, batch)
 
-    monkeypatch.setattr(Trainer, "roll_out", spoil)
+    monkeypatch.setattr(Passes, "run", spoil)
     assert launch({"steps": 9, "optim.max_nonfinite": 3}) == Exit.NON_FINITE
     assert [row["nonfinite_steps"] for row in rows_of(tmp_path / "run")] == [1, 2, 3]
     saved = load_file(tmp_path / "run" / "checkpoints" / "step_3" / WEIGHTS[1])
@@ -572,12 +573,12 @@ def test_a_model_that_is_lost_stops_the_run(launch, tmp_path, rows_of, monkeypat
 
 @pytest.mark.fault("numbers that stay not finite")
 def test_steps_that_are_not_finite_in_a_row_stop_the_run(launch, tmp_path, rows_of, monkeypatch):
-    def bad_score(trainer, trajectories, score=Trainer.score):
-        scores = score(trainer, trajectories)
-        scores.old_logprob.fill_(math.nan)
-        return scores
+    def bad_run(self, batch, run=Passes.run):
+        logprobs = run(self, batch)
+        logprobs.old.fill_(math.nan)
+        return logprobs
 
-    monkeypatch.setattr(Trainer, "score", bad_score)
+    monkeypatch.setattr(Passes, "run", bad_run)
     assert launch({"steps": 9, "optim.max_nonfinite": 3}) == Exit.NON_FINITE
     rows = rows_of(tmp_path / "run")
     assert [row["nonfinite_steps"] for row in rows] == [1, 2, 3]

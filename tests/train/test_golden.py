@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import mgrpo.learner
-import mgrpo.objective
+import mgrpo.algorithm.advantage
+import mgrpo.algorithm.loss
+import mgrpo.training.schedule
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 specification = importlib.util.spec_from_file_location("golden", GOLDEN / "make.py")

@@ -457,7 +457,7 @@ def bomb(path: Path, kind: str, name: str = "prompt", **others: list) -> None:
 
 
 WATCHED = """
-import sys, pyarrow.parquet, mgrpo.tables
+import sys, pyarrow.parquet, mgrpo.data.tables
 from mgrpo.data.records import InputError, load_records
 def mebibytes(key):
     return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith(key))

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mgrpo.rollout.engine import Engine
 from mgrpo.tasks.arithmetic import make_problems
 from mgrpo.types import Rollouts
 
@@ -97,18 +98,20 @@ def test_overlong_prompts_are_dropped_and_counted(small, trained, launch, tmp_pa
     assert "prompts must have at most 232 tokens, got 2 of 10 longer ones, the first train.jsonl:1 with 240." in text
 
 
-class Scripted:
+class Scripted(Engine):
     """An engine that writes given texts, and keeps the prompts that it was asked."""
+
+    has_model_logprobs = False
 
     def __init__(self, loaded, policy, momentum):
         self.tokenizer, self.texts, self.prompts = loaded.tokenizer, {"policy": policy, "momentum": momentum}, []
 
-    def load(self, weights, *, source, version):
+    def update_weights(self, weights, tag):
         pass
 
-    def generate(self, prompts, n, sampling, *, source, version):
+    def generate(self, prompts, n, sampling, tag):
         self.prompts.append([self.tokenizer.decode(ids) for ids in prompts])
-        rows = [[*self.tokenizer.encode(t), self.tokenizer.eos_token_id] for t in self.texts[source]] * len(prompts)
+        rows = [[*self.tokenizer.encode(t), self.tokenizer.eos_token_id] for t in self.texts[tag.source]] * len(prompts)
         lengths = torch.tensor([len(row) for row in rows])
         width = int(lengths.max())
         tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -118,8 +121,7 @@ class Scripted:
             logprobs=torch.zeros(tokens.shape),
             truncated=torch.zeros(len(rows), dtype=torch.bool),
             num_per_prompt=n,
-            source=source,
-            version=version,
+            tag=tag,
         )
 
 
@@ -169,11 +171,14 @@ def test_extraction_and_equivalence_through_the_whole_step(small, trained, tmp_p
         "log.samples": 1,
         "eval.every": 1,
     }
-    trainer, (row,) = trained(small(options), 1, make_engine=lambda loaded, _: Scripted(loaded, texts[:4], texts[4:]))
+    trainer, _ = trained(small(options), 0, make_engine=lambda loaded, _: Scripted(loaded, texts[:4], texts[4:]))
+    result = trainer.train_step()
+    row, samples = result.metrics, result.samples
+    trainer.close()
     assert_sound(trainer, [row])
-    assert [s["reward"] for s in trainer.samples] == [1, 1, 0, 0, 1]
-    assert [s["answer"] is None for s in trainer.samples] == [False, False, False, True, False]
-    signs = [math.copysign(1, s["advantage"]) if s["advantage"] else 0 for s in trainer.samples]
+    assert [s["reward"] for s in samples] == [1, 1, 0, 0, 1]
+    assert [s["answer"] is None for s in samples] == [False, False, False, True, False]
+    signs = [math.copysign(1, s["advantage"]) if s["advantage"] else 0 for s in samples]
     assert signs == [1, 1, -1, -1, 0]
     assert row["reward_mean"] == 0.5 and row["vote_accuracy"] == 1 and row["unparseable_share"] == 0.2
     assert row["majority_share"] == pytest.approx(0.6) and row["distinct_answers"] == 2

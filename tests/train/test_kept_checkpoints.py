@@ -33,12 +33,12 @@ def slow_disk(monkeypatch):
 def kept(small, run_dir: Path, rows: list[dict], changes: dict) -> list[int]:
     """Steps whose checkpoints are left of a run with such rows, one saved at every step."""
     coming = iter(rows)
-    trainer = SimpleNamespace(config=small(changes), step=0, fault=None, lost_engine=None, save=write)
+    trainer = SimpleNamespace(config=small(changes), step=0, save=write)
     trainer.snapshot = lambda: write
 
-    def train_step() -> dict:
+    def train_step() -> SimpleNamespace:
         trainer.step += 1
-        return next(coming)
+        return SimpleNamespace(metrics=next(coming), fault=None, lost_engine=None)
 
     trainer.train_step = train_step
     run_dir.mkdir(exist_ok=True)

@@ -82,19 +82,19 @@ def test_nothing_grows_over_two_hundred_steps(launch, tmp_path, monkeypatch):
         number = trainer.step + 1
         answers[0] = HANGING if number == 113 else (f"{number}x+1", f"1+{number}*x")
         row = step(trainer)
-        (worker,) = trainer.checker.worker_pids or [None]
+        (worker,) = trainer.grader.checker.worker_pids or [None]
         if worker not in workers:
             workers.append(worker)
         if number in (73, 143):
             os.kill(worker, signal.SIGKILL)
         if number % 10 == 0:
             seen[number] = resident_mib(), held(tmp_path / "run")
-        checkers[:] = [trainer.checker]
+        checkers[:] = [trainer.grader.checker]
         assert row["distinct_answers"] == (2 if number == 113 else 1)
         return row
 
     monkeypatch.setattr(Trainer, "train_step", watch)
-    monkeypatch.setattr("mgrpo.training.trainer.make_extractor", plant)
+    monkeypatch.setattr("mgrpo.training.grader.make_extractor", plant)
     options = {"steps": 200, "data.train": str(data), "checkpoint.every": 25, "log.backends": ("tensorboard",)}
     options |= {"monitor.retention_every": 10, "rollout.prompts": 8, "rollout.max_new_tokens": 8}
     options |= {"answer.equivalence": "math", "answer.timeout_s": 1, "answer.workers": 1, "monitor.on_collapse": "warn"}

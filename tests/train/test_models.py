@@ -21,11 +21,11 @@ from mgrpo.models.load import load_model
 from mgrpo.models.save import save_model
 from mgrpo.rollout.choice import choose_way
 from mgrpo.rollout.decoding import Padded, Recomputed, Unpadded
-from mgrpo.rollout.parity import BOUNDS, check_embedded
+from mgrpo.rollout.parity import BOUNDS, check_parity
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_tokenizer
 from mgrpo.training.trainer import Trainer
-from mgrpo.types import Sampling, join
+from mgrpo.types import Sampling, WeightTag, join
 
 PROMPTS = [[7, 9, 4, 11], [5, 3], [6, 12, 8, 20, 13, 15, 9], [8, 8, 3, 4]]
 SHAPE = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, pad_token_id=PAD, eos_token_id=EOS)
@@ -65,8 +65,8 @@ def test_samples_are_the_models_own(family, dtype):
     make_deterministic(model, gradient_checkpointing=False)
     engine = TransformersEngine(model, eos_ids=range(60), pad_id=PAD, dtype=dtype, batch_size=7)
     assert engine.way is WAYS[family]
-    engine.load(model.state_dict(), source="policy", version=0)
-    rollouts = engine.generate(PROMPTS, 3, Sampling(max_new_tokens=12, seed=1), source="policy", version=0)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
+    rollouts = engine.generate(PROMPTS, 3, Sampling(max_new_tokens=12, seed=1), WeightTag("policy", 0))
     assert len(rollouts.lengths.unique()) > 3
     scorer = Scorer(loaded(model, dtype=dtype), temperature=1.0, kernels=KernelsConfig(), micro_batch_tokens=64)
     difference = (scorer.score(model, join(PROMPTS, rollouts, None)).logprob - rollouts.logprobs)[rollouts.mask]
@@ -122,8 +122,8 @@ def test_rwkv_leaves_its_weights_alone(checkpointing):
     make_deterministic(model, gradient_checkpointing=checkpointing)
     before = snapshot(model.state_dict())
     engine = TransformersEngine(model, eos_ids=[EOS], pad_id=PAD, dtype=torch.float32, batch_size=8)
-    engine.load(model.state_dict(), source="policy", version=0)
-    engine.generate(PROMPTS, 2, Sampling(max_new_tokens=3), source="policy", version=0)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
+    engine.generate(PROMPTS, 2, Sampling(max_new_tokens=3), WeightTag("policy", 0))
     model(input_ids=torch.tensor(PROMPTS[:1]), use_cache=False)
     assert same_bits(model.state_dict(), before)
     assert model.config.rescale_every == 2
@@ -232,13 +232,13 @@ def test_nucleus_sampling_adds_no_more_than_its_mass(top_p, above, passes):
     options = {"dtype": torch.float32, "source": "policy", "version": 3, "top_p": top_p}
     for difference in (above, *([] if passes else [-0.01])):
         if passes:
-            assert check_embedded(engine + difference, engine, mask, **options) == 0.0
+            assert check_parity(engine + difference, engine, mask, **options) == 0.0
         else:
             with pytest.raises(ParityError, match="policy version 3"):
-                check_embedded(engine + difference, engine, mask, **options)
+                check_parity(engine + difference, engine, mask, **options)
 
 
 def test_what_is_not_finite_is_left_to_other_checks():
     engine, mask = torch.full((1, 3), -1.0), torch.ones(1, 3, dtype=torch.bool)
     trainer = torch.tensor([[-1.0, torch.nan, -torch.inf]])
-    assert check_embedded(engine, trainer, mask, dtype=torch.float32, source="policy", version=0) == 0.0
+    assert check_parity(engine, trainer, mask, dtype=torch.float32, tag=WeightTag("policy", 0), shared=True) == 0.0

@@ -13,8 +13,8 @@ from mgrpo.config import KernelsConfig, ModelConfig, MomentumConfig
 from mgrpo.data.prompts import InputError
 from mgrpo.errors import ConfigError
 from mgrpo.models.device import pick_device
-from mgrpo.models.load import borrowed_weights, load_model, load_weights
-from mgrpo.models.momentum import Momentum
+from mgrpo.models.load import load_model, load_weights
+from mgrpo.models.momentum import Momentum, borrowed_weights
 from mgrpo.models.save import save_model
 from mgrpo.models.tokenizer import context_length, load_tokenizer, resolve_path
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer

@@ -12,6 +12,7 @@ from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.thoughts import decode_responses, drop_thought, opened_thought
 from mgrpo.tasks.arithmetic import make_tokenizer
+from mgrpo.types import WeightTag
 
 PLACEHOLDERS = [
     *[
@@ -245,7 +246,7 @@ def test_an_evaluation_knows_which_prompts_open_a_thought():
     with AnswerChecker(mode="exact") as checker:
         found = evaluate(
             Engine(), Loaded(), Data(), make_extractor("last-number"), checker, None,
-            samples=1, source="policy", version=0, greedy=False,
+            samples=1, tag=WeightTag("policy", 0), greedy=False,
         )  # fmt: skip
     assert (found.avg_at_k, found.unparseable_share) == (0.5, 0.5)
 

@@ -19,6 +19,8 @@ from mgrpo.models.tokenizer import resolve_path
 from mgrpo.process.disk import list_checkpoints, step_of
 from mgrpo.run.checkpoint import verify_checkpoint
 from mgrpo.run.loop import run
+from mgrpo.training.grader import Grader
+from mgrpo.training.passes import Passes
 from mgrpo.training.trainer import Trainer
 
 # Everything that is carried from step to step: a schedule, moments, a momentum of its own, a filter, an epoch's end.
@@ -263,17 +265,17 @@ def test_a_manifest_of_another_step_is_damaged(run_of_two):
 
 @pytest.mark.fault("kill -9 before the first checkpoint")
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(launch, resume, tmp_path, rows_of, monkeypatch):
-    judge = Trainer.judge
+    judge = Grader.assign_credit
 
-    def die(self, *args):
-        if self.step == 3:
+    def die(self, batch, logprobs):
+        if batch.step == 3:
             raise KeyboardInterrupt  # ends it at once, with nothing saved
-        return judge(self, *args)
+        return judge(self, batch, logprobs)
 
-    monkeypatch.setattr(Trainer, "judge", die)
+    monkeypatch.setattr(Grader, "assign_credit", die)
     with pytest.raises(KeyboardInterrupt):
         launch({"steps": 4})
-    monkeypatch.setattr(Trainer, "judge", judge)
+    monkeypatch.setattr(Grader, "assign_credit", judge)
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
     assert resume() == 0
     assert launch({"steps": 4}, run_dir=tmp_path / "straight") == 0
@@ -327,12 +329,12 @@ def test_other_content_under_the_same_name_is_refused(launch, resume, tmp_path, 
 def test_what_counts_in_a_row_is_restored(launch, resume, tmp_path, rows_of, monkeypatch):
     """Four steps that are not finite are too many, however many processes they took."""
 
-    def bad_score(trainer, trajectories, score=Trainer.score):
-        scores = score(trainer, trajectories)
-        scores.old_logprob.fill_(float("nan"))
-        return scores
+    def bad_run(self, batch, run=Passes.run):
+        logprobs = run(self, batch)
+        logprobs.old.fill_(float("nan"))
+        return logprobs
 
-    monkeypatch.setattr(Trainer, "score", bad_score)
+    monkeypatch.setattr(Passes, "run", bad_run)
     options = {"steps": 9, "optim.max_nonfinite": 4}
     assert launch(options, "--stop-after", "2") == 0
     assert resume("--stop-after", "9") == Exit.NON_FINITE

@@ -11,6 +11,7 @@ import pytest
 from mgrpo.errors import Exit
 from mgrpo.observe.collapse import Monitor
 from mgrpo.process.disk import list_checkpoints, step_of
+from mgrpo.training.grader import Grader
 from mgrpo.training.trainer import Trainer
 
 # Windows of 2 steps: an alarm at step 9 makes step 5 the newest that is surely sound, and 4 its checkpoint.
@@ -50,13 +51,13 @@ def alarm_at(monkeypatch):
 def prompts_of(monkeypatch):
     """Notes which prompts every step has seen, in order."""
     seen: list[tuple[int, tuple[int, ...]]] = []
-    judge = Trainer.judge
+    judge = Grader.assign_credit
 
-    def note(self, prompts, *rest):
-        seen.append((self.step, tuple(prompt.index for prompt in prompts)))
-        return judge(self, prompts, *rest)
+    def note(self, batch, logprobs):
+        seen.append((batch.step, tuple(prompt.index for prompt in batch.prompts)))
+        return judge(self, batch, logprobs)
 
-    monkeypatch.setattr(Trainer, "judge", note)
+    monkeypatch.setattr(Grader, "assign_credit", note)
     return seen
 
 
@@ -80,7 +81,7 @@ def test_back_to_the_sound_checkpoint_and_on_with_other_prompts(
     assert [row["step"] for row in dropped] == [5, 6, 7, 8, 9] and dropped[-1]["alarm"] == ["planted"]
     assert "rollback 1 of 1, from step 9 to 4: planted" in " ".join(capsys.readouterr().out.split())
     state = states(tmp_path / "run")[14]
-    assert (state["rollbacks"], state["sampler"]["num_batches"]) == (1, 19)
+    assert (state["train"]["rollbacks"], state["sampler"]["num_batches"]) == (1, 19)
 
 
 def test_the_steps_after_it_start_from_the_weights_of_the_checkpoint(small, trained, launch, tmp_path, alarm_at):
@@ -131,14 +132,16 @@ def test_tensorboard_forgets_the_steps_that_were_taken_back(launch, tmp_path, al
 
 def test_a_damaged_checkpoint_is_passed_over(launch, tmp_path, rows_of, alarm_at, monkeypatch):
     alarm_at(9, times=1)
-    judge = Trainer.judge
+    judge = Grader.assign_credit
+    damaged = []
 
-    def damage(self, *args):
-        if self.step == 9 and not self.rollbacks:
+    def damage(self, batch, logprobs):
+        if batch.step == 9 and not damaged:
+            damaged.append(batch)
             (tmp_path / "run" / "checkpoints" / "step_4" / "state.json").write_text("{}")
-        return judge(self, *args)
+        return judge(self, batch, logprobs)
 
-    monkeypatch.setattr(Trainer, "judge", damage)
+    monkeypatch.setattr(Grader, "assign_credit", damage)
     assert launch(ROLLING | {"checkpoint.keep_best": 2}) == Exit.DONE
     assert [row["rollbacks"] for row in rows_of(tmp_path / "run")].count(0) == 2
 
@@ -174,17 +177,17 @@ def test_a_run_that_dies_after_a_rollback_does_not_go_the_same_way_again(
     launch, resume, tmp_path, rows_of, alarm_at, monkeypatch
 ):
     alarm_at(9, times=1)
-    judge = Trainer.judge
+    take = Trainer.train_step
 
-    def die(self, *args):
-        if self.rollbacks:
+    def die(self):
+        if self.state.rollbacks:
             raise KeyboardInterrupt  # ends it at once, with nothing saved
-        return judge(self, *args)
+        return take(self)
 
-    monkeypatch.setattr(Trainer, "judge", die)
+    monkeypatch.setattr(Trainer, "train_step", die)
     with pytest.raises(KeyboardInterrupt):
         launch(ROLLING)
-    assert {step: state["rollbacks"] for step, state in states(tmp_path / "run").items()}[4] == 1
-    monkeypatch.setattr(Trainer, "judge", judge)
+    assert {step: state["train"]["rollbacks"] for step, state in states(tmp_path / "run").items()}[4] == 1
+    monkeypatch.setattr(Trainer, "train_step", take)
     assert resume() == Exit.DONE
     assert [row["rollbacks"] for row in rows_of(tmp_path / "run")] == [0] * 4 + [1] * 10

@@ -23,7 +23,7 @@ from mgrpo.errors import EngineError, StaleWeightsError
 from mgrpo.models.forward import Scorer
 from mgrpo.rollout.transformers import TransformersEngine, sample
 from mgrpo.tasks.arithmetic import make_model
-from mgrpo.types import Sampling, join
+from mgrpo.types import Sampling, WeightTag, join
 from mgrpo_kernels.testing import assert_within_budget
 
 PROMPTS = [[2, 9, 4], [5], [7, 7, 3, 12, 20, 8, 15, 2, 11], [6, 2, 4], [3, 19, 23, 10, 4, 13]]
@@ -31,12 +31,12 @@ PROMPTS = [[2, 9, 4], [5], [7, 7, 3, 12, 20, 8, 15, 2, 11], [6, 2, 4], [3, 19, 2
 
 def engine_of(model, *, batch_size: int = 100, dtype: torch.dtype = torch.float32, eos_ids=(EOS,)):
     engine = TransformersEngine(model, eos_ids=eos_ids, pad_id=PAD, dtype=dtype, batch_size=batch_size)
-    engine.load(model.state_dict(), source="policy", version=1)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 1))
     return engine
 
 
 def generate(engine, prompts=PROMPTS, n: int = 1, **sampling):
-    return engine.generate(prompts, n, Sampling(**sampling), source="policy", version=1)
+    return engine.generate(prompts, n, Sampling(**sampling), WeightTag("policy", 1))
 
 
 def same_rollouts(one, other) -> bool:
@@ -217,7 +217,7 @@ def test_greedy_takes_the_likeliest_token_at_temperature_zero():
 def test_stale_weights_are_refused(source, version):
     engine = engine_of(tiny_model("llama"))
     with pytest.raises(StaleWeightsError, match=f"must be {source} version {version}, got .'policy', 1."):
-        engine.generate(PROMPTS, 1, Sampling(), source=source, version=version)
+        engine.generate(PROMPTS, 1, Sampling(), WeightTag(source, version))
 
 
 def test_an_engine_without_weights_refuses():
@@ -231,14 +231,14 @@ def test_load_names_a_missing_tensor():
     weights = model.state_dict()
     del weights["model.norm.weight"]
     with pytest.raises(EngineError, match=r"model\.norm\.weight is missing"):
-        engine_of(model).load(weights, source="policy", version=2)
+        engine_of(model).update_weights(weights, WeightTag("policy", 2))
 
 
 def test_load_names_a_wrong_shape():
     model = tiny_model("llama")
     weights = model.state_dict() | {"model.norm.weight": torch.zeros(3)}
     with pytest.raises(EngineError, match=r"model\.norm\.weight must have shape \(16,\), got \(3,\)"):
-        engine_of(model).load(weights, source="policy", version=2)
+        engine_of(model).update_weights(weights, WeightTag("policy", 2))
 
 
 def test_a_failed_load_leaves_no_mixture():
@@ -247,7 +247,7 @@ def test_a_failed_load_leaves_no_mixture():
     before = generate(engine, temperature=0, max_new_tokens=4)
     weights = tiny_model("llama", seed=1).state_dict() | {"lm_head.weight": torch.zeros(3)}
     with pytest.raises(EngineError):
-        engine.load(weights, source="policy", version=2)
+        engine.update_weights(weights, WeightTag("policy", 2))
     try:
         after = generate(engine, temperature=0, max_new_tokens=4)
     except StaleWeightsError:
@@ -258,11 +258,11 @@ def test_a_failed_load_leaves_no_mixture():
 def test_load_changes_what_is_generated():
     model, other = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
     engine = engine_of(model)
-    engine.load(other.state_dict(), source="momentum", version=7)
-    got = engine.generate(PROMPTS, 1, Sampling(temperature=0, max_new_tokens=6), source="momentum", version=7)
+    engine.update_weights(other.state_dict(), WeightTag("momentum", 7))
+    got = engine.generate(PROMPTS, 1, Sampling(temperature=0, max_new_tokens=6), WeightTag("momentum", 7))
     assert same_rollouts(got, generate(engine_of(other), temperature=0, max_new_tokens=6))
     assert not torch.equal(got.tokens, generate(engine_of(model), temperature=0, max_new_tokens=6).tokens)
-    assert (got.source, got.version) == ("momentum", 7)
+    assert got.tag == ("momentum", 7)
 
 
 def test_fp32_weights_share_storage_and_bf16_ones_do_not():

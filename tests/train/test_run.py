@@ -9,12 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mgrpo.config import from_dict, to_dict
-from mgrpo.models.load import borrowed_weights
-from mgrpo.observe.timer import Timer
 from mgrpo.process.disk import list_checkpoints, step_of
 from mgrpo.tasks.arithmetic import make_tokenizer
 from mgrpo.train import main
-from mgrpo.training.trainer import Trainer
+from mgrpo.training.observers import Evaluator
 
 # Keys of the run directory's contract.
 KEYS = """
@@ -95,7 +93,7 @@ def test_a_run_ends_with_its_report(command_line, tmp_path):
 
 def test_checkpoints_are_pruned_to_the_last_and_the_best(launch, tmp_path, rows_of, monkeypatch):
     accuracy = iter([0.1, 0.9, 0.3, 0.2, 0.1])
-    monkeypatch.setattr(Trainer, "probe_metrics", lambda self: {"probe_accuracy_policy": next(accuracy)})
+    monkeypatch.setattr(Evaluator, "metrics", lambda self: {"probe_accuracy_policy": next(accuracy)})
     options = {"steps": 5, "checkpoint.every": 1, "eval.every": 1, "checkpoint.keep_last": 1, "checkpoint.keep_best": 2}
     assert launch(options) == 0
     assert steps_saved(tmp_path / "run") == [2, 3, 5]
@@ -192,10 +190,10 @@ def test_rollouts_come_from_the_weights_they_are_named_for(small, trained):
     """After training, log-probs of the engine agree with a forward pass under the same weights, and only those."""
     trainer, _ = trained(small({"optim.lr": 3e-3, "momentum.decay": 1.0}), 3)
     trainer.train_step()
-    trajectories = trainer.roll_out([trainer.data.prompts[i] for i in range(4)], Timer())
-    under_policy = trainer._score(trajectories).logprob
-    with borrowed_weights(trainer.model, trainer.momentum.state_dict()):
-        under_momentum = trainer._score(trajectories).logprob
+    trajectories = trainer.generator.roll_out([prompt.ids for prompt in trainer.data.prompts[:4]], 5)
+    under_policy = trainer.passes.score(trajectories).logprob
+    with trainer.momentum.swapped():
+        under_momentum = trainer.passes.score(trajectories).logprob
     of_momentum = trajectories.is_momentum.flatten()
     for rows, own, other in (
         (~of_momentum, under_policy, under_momentum),

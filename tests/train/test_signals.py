@@ -24,6 +24,8 @@ from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.rollout.vllm.process import _before_start
 from mgrpo.run import checkpoint
 from mgrpo.run.checkpoint import newest_valid
+from mgrpo.training.grader import Grader
+from mgrpo.training.observers import Evaluator
 from mgrpo.training.trainer import Trainer
 
 ALL = [*interrupt.WISHES, *interrupt.WARNINGS]
@@ -48,7 +50,7 @@ def sending(monkeypatch):
         real, sent = getattr(owner, name), []
 
         def method(self, *args, **options):
-            if not sent and step in (None, getattr(self, "step", None)):
+            if not sent and step in (None, getattr(args[0], "step", None) if args else None):
                 sent.append(numbers)
                 send(*numbers)
             return real(self, *args, **options)
@@ -62,13 +64,13 @@ def sending(monkeypatch):
 @pytest.mark.parametrize("number", ALL)
 def test_each_signal_saves_the_step(launch, sending, tmp_path, number):
     before = [signal.getsignal(one) for one in ALL]
-    sending(Trainer, "judge", number, step=2)
+    sending(Grader, "assign_credit", number, step=2)
     assert launch({"steps": 4}) == Exit.INTERRUPTED and steps_saved(tmp_path / "run") == [2]
     assert [signal.getsignal(one) for one in ALL] == before
 
 
 def test_a_run_that_was_hung_up_goes_on_to_the_same_rows(launch, resume, sending, tmp_path, rows_of):
-    sending(Trainer, "judge", HUP, step=2)
+    sending(Grader, "assign_credit", HUP, step=2)
     assert launch({"steps": 4}) == Exit.INTERRUPTED
     assert resume() == Exit.DONE
     assert launch({"steps": 4}, run_dir=tmp_path / "straight") == Exit.DONE
@@ -79,7 +81,7 @@ def test_a_run_that_was_hung_up_goes_on_to_the_same_rows(launch, resume, sending
 @pytest.mark.parametrize("numbers", [[HUP] * 3, [HUP, TERM], [USR1, TERM, HUP, USR1], [TERM, TERM], [INT, USR1]])
 def test_warnings_and_one_wish_save(launch, sending, tmp_path, numbers):
     """A dying terminal hangs up more than once, a scheduler warns and then ends, timeout(1) sends SIGTERM twice."""
-    sending(Trainer, "judge", *numbers)
+    sending(Grader, "assign_credit", *numbers)
     assert launch({"steps": 5}) == Exit.INTERRUPTED and steps_saved(tmp_path / "run") == [1]
 
 
@@ -94,7 +96,7 @@ def test_a_second_wish_ends_at_once(launch, sending, tmp_path, numbers, monkeypa
 
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(interrupt, "SAME_WISH_S", 0.0)
-    sending(Trainer, "judge", *numbers)
+    sending(Grader, "assign_credit", *numbers)
     with pytest.raises(Ended, match=r"^130$"):
         launch({"steps": 5})
     assert steps_saved(tmp_path / "run") == []
@@ -107,10 +109,10 @@ def test_a_signal_during_other_work_saves_too(launch, sending, tmp_path, backgro
     sending(checkpoint, "save_checkpoint", HUP)
     assert launch(options, flag) == Exit.INTERRUPTED
     assert newest_valid(tmp_path / "run")[1] == {} and steps_saved(tmp_path / "run")[-1] in (2, 3)
-    sending(Trainer, "evaluate_probe", USR1)
+    sending(Evaluator, "evaluate", USR1)
     run_dir, probe = tmp_path / "probe", {"data.probe": "arithmetic:4:2-2:1", "eval.every": 3}
     assert launch(options | probe, flag, run_dir=run_dir) == Exit.INTERRUPTED and steps_saved(run_dir)[-1] == 3
-    sending(Trainer, "judge", HUP, step=2)
+    sending(Grader, "assign_credit", HUP, step=2)
     assert launch({"steps": 2}, run_dir=tmp_path / "last") == Exit.DONE
 
 
@@ -151,7 +153,7 @@ def test_a_signal_whose_exception_is_lost_is_not(launch, monkeypatch, tmp_path):
 def test_a_warning_that_is_ignored_at_the_start_stays_ignored(launch, sending, number):
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        sending(Trainer, "judge", number)
+        sending(Grader, "assign_credit", number)
         assert launch({"steps": 2}) == Exit.DONE
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
@@ -163,12 +165,12 @@ def test_a_warning_that_is_ignored_at_the_start_stays_ignored(launch, sending, n
 def test_an_engine_that_dies_of_the_same_signal_is_no_other_fault(launch, resume, tmp_path, step, monkeypatch):
     real, calls = TransformersEngine.generate, []
 
-    def generate(self, *args, **options):
-        calls.append(options["source"])
+    def generate(self, *args):
+        calls.append(args)
         if len(calls) == 2 * step:
             send(TERM)
             raise EngineError("generate: the server must answer, it is gone.")
-        return real(self, *args, **options)
+        return real(self, *args)
 
     monkeypatch.setattr(TransformersEngine, "generate", generate)
     assert launch({"steps": 5}) == Exit.INTERRUPTED and steps_saved(tmp_path / "run") == [2] * (step > 1)
@@ -178,9 +180,9 @@ def test_an_engine_that_dies_of_the_same_signal_is_no_other_fault(launch, resume
 def test_other_weights_are_that_fault_whatever_was_sent(launch, monkeypatch):
     real = TransformersEngine.generate
 
-    def generate(self, prompts, n, sampling, **options):
+    def generate(self, prompts, n, sampling, tag):
         if sampling.max_new_tokens == 1:  # the trial before the first step
-            return real(self, prompts, n, sampling, **options)
+            return real(self, prompts, n, sampling, tag)
         send(TERM)
         raise StaleWeightsError("generate: weights must be others.")
 

@@ -18,7 +18,7 @@ from mgrpo.grading.extract import make_extractor
 from mgrpo.rollout.stop import StopTexts, find_label, make_stop, read_texts
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.training.trainer import Trainer
-from mgrpo.types import Sampling, join
+from mgrpo.types import Sampling, WeightTag, join
 
 CORPUS = [
     "Question: What is 3+4?\nAnswer: 7\n\nQuestion: né 中文 🙂 x?\nAnswer: #### 5.\n\n",
@@ -244,9 +244,9 @@ def test_texts_that_no_response_can_hold_are_refused(small, texts, message):
 def run_engine(loaded, prompts, stop, *, n=1, batch_size=64, max_new_tokens=36, temperature=0.0):
     arguments = {"eos_ids": loaded.eos_ids, "pad_id": loaded.pad_id, "dtype": torch.float32}
     engine = TransformersEngine(loaded.model, **arguments, batch_size=batch_size, stop=stop)
-    engine.load(loaded.model.state_dict(), source="policy", version=0)
+    engine.update_weights(loaded.model.state_dict(), WeightTag("policy", 0))
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=3)
-    return engine.generate(prompts, n, sampling, source="policy", version=0)
+    return engine.generate(prompts, n, sampling, WeightTag("policy", 0))
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_a_run_trains_up_to_the_text_and_reads_before_it(small, trained):
     trainer, (row,) = trained(config, 1)
     assert row["truncated_share"] == 0 and row["unparseable_share"] < 0.2
     rollouts = trainer.engine.generate(
-        [prompt.ids for prompt in trainer.data.prompts[:4]], 4, Sampling(seed=1), source="policy", version=0
+        [prompt.ids for prompt in trainer.data.prompts[:4]], 4, Sampling(seed=1), WeightTag("policy", 0)
     )
     texts = trainer.loaded.tokenizer.batch_decode([rollouts.response(i) for i in range(16)])
     assert all(text.index("#") == len(text) - 1 for text in texts)
@@ -317,8 +317,10 @@ def test_a_run_trains_up_to_the_text_and_reads_before_it(small, trained):
 def test_the_probe_and_greedy_answers_stop_too(small, trained, stop):
     options = {"rollout.stop": stop, "answer.extract": r"regex:#(\d\d)", "data.probe": "arithmetic:6:2-2:1"}
     trainer, _ = trained(small(options), 0)
-    evaluation = trainer.evaluate_probe("policy")
-    assert [answer is None for answer in trainer.answer_greedily(range(6))] == [stop is not None] * 6
+    evaluation = trainer.evaluator.evaluate("policy", 0)
+    prompts = [prompt.ids for prompt in trainer.data.prompts[:6]]
+    answers = trainer.grader.read(prompts, trainer.generator.answer(prompts))
+    assert [answer is None for answer in answers] == [stop is not None] * 6
     assert evaluation.unparseable_share == (1 if stop else 0) and evaluation.truncated_share == 0
 
 
@@ -376,5 +378,5 @@ def test_evaluation_stops_by_its_own_option(tmp_path, capsys):
 
 def test_trainer_without_texts_has_none(small):
     trainer = Trainer(small())
-    assert trainer.stop is None and trainer.engine.stop is None
+    assert trainer.grader.stop is None and trainer.engine.stop is None
     trainer.close()

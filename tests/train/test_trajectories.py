@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from helpers import padded
 
-from mgrpo.types import Rollouts, join
+from mgrpo.types import Rollouts, WeightTag, join
 
 PROMPTS = [[2, 3], [4, 5, 6]]
 
@@ -18,8 +18,7 @@ def rollouts(source: str, responses: list[list[int]], n: int) -> Rollouts:
         logprobs=padded([[-0.5 * token for token in r] for r in responses]),
         truncated=torch.tensor([len(r) == 2 for r in responses]),
         num_per_prompt=n,
-        source=source,
-        version=1,
+        tag=WeightTag(source, 1),
     )
 
 

@@ -18,7 +18,7 @@ from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm.local import VllmEngine, start
 from mgrpo.rollout.weights.in_process import LoadPublisher, ReloadPublisher, make_publisher
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer
-from mgrpo.types import Sampling
+from mgrpo.types import Sampling, WeightTag
 
 PROMPTS = [[2, 3, 4], [5, 6]]
 
@@ -128,15 +128,15 @@ def make_engine(model, stop=None, **options) -> VllmEngine:
 
 def test_a_step_loads_resets_and_generates_in_this_order(engine, model):
     for source in ("momentum", "policy"):
-        engine.load(model.state_dict(), source=source, version=3)
-        engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4), source=source, version=3)
+        engine.update_weights(model.state_dict(), WeightTag(source, 3))
+        engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4), WeightTag(source, 3))
     names = [call[0] if call[0] != "version" else call[1] for call in engine._llm.calls]
     once = ["reload_weights", "momentum@3", "reset", "generate"]
     assert names == once + [name.replace("momentum", "policy") for name in once]
 
 
 def test_every_name_is_published_tied_ones_twice(engine, model):
-    engine.load(model.state_dict(), source="policy", version=0)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
     _, published = engine._llm.calls[0]
     assert published.keys() == model.state_dict().keys()
     assert "lm_head.weight" in published and "model.embed_tokens.weight" in published
@@ -151,9 +151,9 @@ def test_starts_from_the_configuration_without_weights_or_tokenizer(engine):
 
 
 def test_sampling_parameters(engine, model):
-    engine.load(model.state_dict(), source="policy", version=0)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
     sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=4, seed=2**31 - 3)
-    engine.generate(PROMPTS, 2, sampling, source="policy", version=0)
+    engine.generate(PROMPTS, 2, sampling, WeightTag("policy", 0))
     first, second = engine._llm.params
     assert (first.n, first.temperature, first.top_p, first.max_tokens) == (2, 0.7, 0.9, 4)
     assert first.stop_token_ids == [1] and first.logprobs == 0
@@ -169,28 +169,28 @@ STOP = StopTexts(["12", "<eos>"], make_tokenizer())
 def test_a_response_ends_with_the_token_that_completes_a_stop_text(engine, model, past, reason):
     """Whether vLLM stops there, later or not at all; what it wrote afterwards is not looked at."""
     stopping = make_engine(model, stop=STOP)
-    stopping.load(model.state_dict(), source="policy", version=0)
+    stopping.update_weights(model.state_dict(), WeightTag("policy", 0))
     first = STOP.tokenizer.convert_tokens_to_ids(["4", "1", "2"])
     stopping._llm.writes, stopping._llm.reason = first + past, reason
     stopping._llm.logprobs = iter([-1.0, -2.0, -3.0, *[-float("inf")] * len(past)] * 2)
-    found = stopping.generate(PROMPTS, 1, Sampling(max_new_tokens=9), source="policy", version=0)
+    found = stopping.generate(PROMPTS, 1, Sampling(max_new_tokens=9), WeightTag("policy", 0))
     assert found.tokens.tolist() == [first] * 2 and found.logprobs.tolist() == [[-1, -2, -3]] * 2
     assert found.lengths.tolist() == [3, 3] and not found.truncated.any() and stopping.redrawn == 0
 
 
 def test_a_response_without_a_stop_text_stays_as_it_is(engine, model):
     stopping = make_engine(model, stop=STOP)
-    stopping.load(model.state_dict(), source="policy", version=0)
+    stopping.update_weights(model.state_dict(), WeightTag("policy", 0))
     stopping._llm.writes = STOP.tokenizer.convert_tokens_to_ids(["1", "1", "="])
-    found = stopping.generate(PROMPTS, 1, Sampling(max_new_tokens=3), source="policy", version=0)
+    found = stopping.generate(PROMPTS, 1, Sampling(max_new_tokens=3), WeightTag("policy", 0))
     assert found.tokens.tolist() == [stopping._llm.writes] * 2 and found.truncated.all()
 
 
 def test_vllm_is_asked_to_stop_and_given_what_it_needs_for_that(engine, model):
     stopping = make_engine(model, stop=STOP)
     for one, expected in ((stopping, ["12", "<eos>"]), (engine, None)):
-        one.load(model.state_dict(), source="policy", version=0)
-        one.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+        one.update_weights(model.state_dict(), WeightTag("policy", 0))
+        one.generate(PROMPTS, 1, Sampling(), WeightTag("policy", 0))
         params = vars(one._llm.params[0])
         assert params.get("stop") == expected and params.get("include_stop_str_in_output", False) == bool(expected)
         assert params["detokenize"] == bool(expected)
@@ -203,40 +203,40 @@ def test_vllm_is_asked_to_stop_and_given_what_it_needs_for_that(engine, model):
 
 
 def test_rollouts_are_padded_and_tell_their_source(engine, model):
-    engine.load(model.state_dict(), source="momentum", version=5)
-    found = engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4), source="momentum", version=5)
+    engine.update_weights(model.state_dict(), WeightTag("momentum", 5))
+    found = engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4), WeightTag("momentum", 5))
     assert found.tokens.tolist() == [[7, 7, 7], [7, 7, 7], [7, 7, 0], [7, 7, 0]]
     assert found.logprobs.tolist() == [[-0.5] * 3] * 2 + [[-0.5, -0.5, 0]] * 2
     assert found.lengths.tolist() == [3, 3, 2, 2] and found.truncated.all()
-    assert (found.source, found.version, found.num_per_prompt) == ("momentum", 5, 2)
+    assert (found.tag, found.num_per_prompt) == (("momentum", 5), 2)
 
 
 def test_greedy_decodes_once_and_repeats(engine, model):
-    engine.load(model.state_dict(), source="policy", version=0)
-    found = engine.generate(PROMPTS, 3, Sampling(temperature=0.0), source="policy", version=0)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
+    found = engine.generate(PROMPTS, 3, Sampling(temperature=0.0), WeightTag("policy", 0))
     assert [p.n for p in engine._llm.params] == [1, 1] and found.tokens.shape[0] == 6
 
 
 @pytest.mark.parametrize(("source", "version"), [("momentum", 1), ("policy", 2)])
 def test_other_weights_than_the_loaded_are_refused(engine, model, source, version):
     with pytest.raises(StaleWeightsError, match=r"got None\. Load them first"):
-        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=1)
-    engine.load(model.state_dict(), source="policy", version=1)
+        engine.generate(PROMPTS, 1, Sampling(), WeightTag("policy", 1))
+    engine.update_weights(model.state_dict(), WeightTag("policy", 1))
     with pytest.raises(StaleWeightsError, match=rf"weights must be {source} version {version}, got \('policy', 1\)"):
-        engine.generate(PROMPTS, 1, Sampling(), source=source, version=version)
+        engine.generate(PROMPTS, 1, Sampling(), WeightTag(source, version))
 
 
 def test_a_version_that_vllm_contradicts_is_refused(engine, model):
-    engine.load(model.state_dict(), source="policy", version=1)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 1))
     engine._llm.weight_version = "policy@0"
     with pytest.raises(StaleWeightsError, match="must write with policy@1, it wrote with policy@0"):
-        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=1)
+        engine.generate(PROMPTS, 1, Sampling(), WeightTag("policy", 1))
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "infinite", "cache", "raise"])
 def test_a_load_that_fails_leaves_nothing_loaded(engine, model, fault):
     weights = dict(model.state_dict())
-    engine.load(weights, source="policy", version=0)
+    engine.update_weights(weights, WeightTag("policy", 0))
     if fault == "missing":
         del weights["lm_head.weight"]
     elif fault == "shape":
@@ -255,38 +255,38 @@ def test_a_load_that_fails_leaves_nothing_loaded(engine, model, fault):
         "raise": "load: vLLM failed with ZeroDivisionError: division by zero",
     }[fault]
     with pytest.raises(EngineError, match=message):
-        engine.load(weights, source="policy", version=1)
+        engine.update_weights(weights, WeightTag("policy", 1))
     with pytest.raises(StaleWeightsError):
-        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+        engine.generate(PROMPTS, 1, Sampling(), WeightTag("policy", 0))
 
 
 def test_an_impossible_rollout_is_drawn_again_then_refused(engine, model):
-    engine.load(model.state_dict(), source="policy", version=0)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
     engine._llm.logprobs = iter([-float("inf")])
-    found = engine.generate(PROMPTS, 2, Sampling(), source="policy", version=0)
+    found = engine.generate(PROMPTS, 2, Sampling(), WeightTag("policy", 0))
     assert engine.redrawn == 1 and torch.isfinite(found.logprobs).all()
     assert [call for call in engine._llm.calls if call[0] == "generate"] == [("generate", 2), ("generate", 1)]
     engine._llm.logprobs = iter([float("nan")] * 1000)
     with pytest.raises(EngineError, match="prompt 0 got 3 tokens after 2 more draws"):
-        engine.generate(PROMPTS, 2, Sampling(), source="policy", version=0)
+        engine.generate(PROMPTS, 2, Sampling(), WeightTag("policy", 0))
 
 
 def test_what_vllm_raises_is_an_engine_error(engine, model):
-    engine.load(model.state_dict(), source="policy", version=0)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
     engine._llm.llm_engine.step = lambda: {}["dead"]
     with pytest.raises(EngineError, match="generate: vLLM failed with KeyError: 'dead'"):
-        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+        engine.generate(PROMPTS, 1, Sampling(), WeightTag("policy", 0))
     assert engine._llm.calls[-1] == ("abort", 2) and not engine._llm.llm_engine.queue
     engine._llm.llm_engine.has_unfinished_requests = lambda: False
     with pytest.raises(EngineError, match="must return 2 rollouts, got 0"):
-        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+        engine.generate(PROMPTS, 1, Sampling(), WeightTag("policy", 0))
 
 
 def test_an_engine_that_hangs_is_given_up_and_its_requests_withdrawn(engine, model):
-    engine.load(model.state_dict(), source="policy", version=0)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
     engine._llm.llm_engine.hangs, engine.timeout_s = True, 0.3
     with pytest.raises(EngineError, match=r"a prompt must finish every 0\.3 s, none did"):
-        engine.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
+        engine.generate(PROMPTS, 1, Sampling(), WeightTag("policy", 0))
     assert engine._llm.calls[-1] == ("abort", 2) and engine.kv_cache_usage == 0.25
 
 
@@ -294,12 +294,12 @@ def test_sleeps_between_rollouts_where_asked_and_wakes_for_the_load(engine, mode
     engine.sleep()
     assert engine._llm.calls == []
     sleeper = make_engine(model, enable_sleep_mode=True)
-    sleeper.load(model.state_dict(), source="policy", version=0)
+    sleeper.update_weights(model.state_dict(), WeightTag("policy", 0))
     sleeper.sleep()
     sleeper.sleep()
     with pytest.raises(StaleWeightsError):
-        sleeper.generate(PROMPTS, 1, Sampling(), source="policy", version=0)
-    sleeper.load(model.state_dict(), source="momentum", version=1)
+        sleeper.generate(PROMPTS, 1, Sampling(), WeightTag("policy", 0))
+    sleeper.update_weights(model.state_dict(), WeightTag("momentum", 1))
     names = [call[0] for call in sleeper._llm.calls]
     once = ["reload_weights", "version", "reset"]
     assert names == [*once, "sleep", "wake", *once] and ("sleep", 1) in sleeper._llm.calls
@@ -307,9 +307,9 @@ def test_sleeps_between_rollouts_where_asked_and_wakes_for_the_load(engine, mode
 
 @pytest.mark.parametrize("prompt", [[], [2, 17], [-1]])
 def test_a_token_that_the_model_has_not_is_refused(engine, model, prompt):
-    engine.load(model.state_dict(), source="policy", version=0)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
     with pytest.raises(EngineError, match=r"prompt 1 must have token ids in \[0, 17\), got"):
-        engine.generate([[2], prompt], 1, Sampling(), source="policy", version=0)
+        engine.generate([[2], prompt], 1, Sampling(), WeightTag("policy", 0))
 
 
 def test_older_ways_to_publish_are_found_by_looking():
@@ -356,12 +356,12 @@ def test_parity_stops_at_the_bound_and_names_the_weights(dtype):
     engine = trainer.clone()
     engine[1, 1] = torch.nan  # padding
     engine[0, 0] += 2 * BOUNDS[dtype]
-    gap = check_parity(engine, trainer, mask, dtype=dtype, source="momentum", version=7)
+    gap = check_parity(engine, trainer, mask, dtype=dtype, tag=WeightTag("momentum", 7))
     assert gap == pytest.approx(2 / 3 * BOUNDS[dtype], rel=1e-2)
     for broken in (2 * BOUNDS[dtype], torch.nan):
         engine[0, 1] = -1 - broken
         with pytest.raises(StaleWeightsError, match="weights of momentum version 7"):
-            check_parity(engine, trainer, mask, dtype=dtype, source="momentum", version=7)
+            check_parity(engine, trainer, mask, dtype=dtype, tag=WeightTag("momentum", 7))
 
 
 def test_dry_run_misses_vllm(monkeypatch):

@@ -30,7 +30,7 @@ from mgrpo.rollout.weights.http import offer
 from mgrpo.rollout.weights.nccl import NcclSender
 from mgrpo.rollout.worker import WeightReceiver
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer
-from mgrpo.types import Sampling
+from mgrpo.types import Sampling, WeightTag
 
 PROMPTS = [[2, 3, 4], [5, 6]]
 POLICY_0 = {"source": "policy", "version": 0}
@@ -121,7 +121,7 @@ def connect(model, url, **options) -> ServerEngine:
 
 def test_weights_arrive_bit_for_bit_in_the_engines_dtype_and_in_order(model, fake):
     engine = connect(model, fake.url)
-    engine.load(model.state_dict(), source="policy", version=3)
+    engine.update_weights(model.state_dict(), WeightTag("policy", 3))
     assert fake.calls[-5:] == ["mgrpo_state", "/pause", "mgrpo_load", "/reset_prefix_cache", "/resume"]
     assert fake.weights.keys() == model.state_dict().keys() and fake.mgrpo_version == "policy@3"
     for name, tensor in model.state_dict().items():
@@ -130,21 +130,21 @@ def test_weights_arrive_bit_for_bit_in_the_engines_dtype_and_in_order(model, fak
 
 def test_rollouts(model, fake):
     engine = connect(model, fake.url)
-    engine.load(model.state_dict(), **POLICY_0)
-    found = engine.generate(PROMPTS, 2, Sampling(temperature=0.7, max_new_tokens=4, seed=5), **POLICY_0)
+    engine.update_weights(model.state_dict(), POLICY_0)
+    found = engine.generate(PROMPTS, 2, Sampling(temperature=0.7, max_new_tokens=4, seed=5), POLICY_0)
     assert found.tokens.tolist() == [[7, 7, 7], [7, 7, 7], [7, 7, 0], [7, 7, 0]]
     assert found.logprobs.tolist() == [[-0.5] * 3] * 2 + [[-0.5, -0.5, 0]] * 2 and not found.truncated.any()
     assert fake.last["stop_token_ids"] == [1] and fake.last["temperature"] == 0.7 and fake.last["seed"] in (5, 7)
-    greedy = engine.generate(PROMPTS, 3, Sampling(temperature=0.0), **POLICY_0)
+    greedy = engine.generate(PROMPTS, 3, Sampling(temperature=0.0), POLICY_0)
     assert fake.last["n"] == 1 and len(greedy.tokens) == 6
 
 
 def test_a_server_is_asked_to_stop_and_cut_where_it_does_not(model, fake):
     stop = StopTexts(["12"], make_tokenizer())
     engine = connect(model, fake.url, stop=stop)
-    engine.load(model.state_dict(), **POLICY_0)
+    engine.update_weights(model.state_dict(), POLICY_0)
     fake.writes = stop.tokenizer.convert_tokens_to_ids(list("4124"))
-    found = engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4), **POLICY_0)
+    found = engine.generate(PROMPTS, 2, Sampling(max_new_tokens=4), POLICY_0)
     assert found.tokens.tolist() == [fake.writes[:3]] * 4 and not found.truncated.any()
     assert fake.last["stop"] == ["12"] and fake.last["include_stop_str_in_output"]
 
@@ -161,23 +161,23 @@ def test_weights_are_offered_under_a_secret_path_while_they_load(model):
 
 def test_damaged_weights_are_refused(model, fake, monkeypatch):
     engine = connect(model, fake.url)
-    engine.load(model.state_dict(), **POLICY_0)
+    engine.update_weights(model.state_dict(), POLICY_0)
     real = hashlib.sha256
     monkeypatch.setattr("mgrpo.rollout.weights.http.hashlib", SimpleNamespace(sha256=lambda data: real(data + b"x")))
     with pytest.raises(EngineError, match="weights must have SHA-256"):
-        engine.load(model.state_dict(), source="policy", version=1)
+        engine.update_weights(model.state_dict(), WeightTag("policy", 1))
     assert fake.mgrpo_version is None
     with pytest.raises(StaleWeightsError):
-        engine.generate(PROMPTS, 1, Sampling(), **POLICY_0)
+        engine.generate(PROMPTS, 1, Sampling(), POLICY_0)
 
 
 @pytest.mark.parametrize("holds", [None, "momentum@0"])
 def test_a_server_that_restarted_or_was_loaded_by_another_run_is_found_out(model, fake, holds):
     engine = connect(model, fake.url)
-    engine.load(model.state_dict(), **POLICY_0)
+    engine.update_weights(model.state_dict(), POLICY_0)
     fake.mgrpo_version = holds
     with pytest.raises(StaleWeightsError, match=f"must hold policy@0, it holds {holds}"):
-        engine.generate(PROMPTS, 1, Sampling(), **POLICY_0)
+        engine.generate(PROMPTS, 1, Sampling(), POLICY_0)
 
 
 def test_over_nccl_the_version_is_named_after_the_weights(model, fake, monkeypatch):
@@ -194,7 +194,7 @@ def test_over_nccl_the_version_is_named_after_the_weights(model, fake, monkeypat
     monkeypatch.setattr(server, "NcclSender", Sender)
     engine = connect(model, fake.url, transfer="nccl")
     for version in (0, 1):
-        engine.load(model.state_dict(), source="policy", version=version)
+        engine.update_weights(model.state_dict(), WeightTag("policy", version))
         assert fake.mgrpo_version == f"policy@{version}"
     assert made == [(fake.url, "127.0.0.1", 2, torch.bfloat16)] and sent == [(None, len(model.state_dict()))] * 2
     assert "mgrpo_load" not in fake.calls
@@ -208,21 +208,21 @@ def test_nccl_without_vllm_says_what_to_take():
 
 def test_a_server_that_hangs_is_given_up(model, fake):
     engine = connect(model, fake.url, timeout_s=0.7)
-    engine.load(model.state_dict(), **POLICY_0)
+    engine.update_weights(model.state_dict(), POLICY_0)
     fake.hangs = True
     before = time.monotonic()
     with pytest.raises(EngineError, match=r"must finish a prompt every 0\.7 s, it did not"):
-        engine.generate(PROMPTS * 50, 1, Sampling(), **POLICY_0)
+        engine.generate(PROMPTS * 50, 1, Sampling(), POLICY_0)
     assert time.monotonic() - before < 10 and engine.kv_cache_usage == 0.5
 
 
 def test_a_server_that_is_gone(model, fake):
     engine = connect(model, fake.url)
-    engine.load(model.state_dict(), **POLICY_0)
+    engine.update_weights(model.state_dict(), POLICY_0)
     fake.http.shutdown()
     fake.http.server_close()
     with pytest.raises(EngineError, match=r"server at http://127.* must answer /v1/completions, got Conn"):
-        engine.generate(PROMPTS, 1, Sampling(), **POLICY_0)
+        engine.generate(PROMPTS, 1, Sampling(), POLICY_0)
     fake.http = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     threading.Thread(target=fake.http.serve_forever, daemon=True).start()
 
@@ -248,32 +248,32 @@ def test_a_server_for_shorter_texts_is_refused(model, fake):
 
 def test_minus_infinity_is_drawn_again_and_a_full_cache_refused(model, fake):
     engine = connect(model, fake.url)
-    engine.load(model.state_dict(), **POLICY_0)
+    engine.update_weights(model.state_dict(), POLICY_0)
     fake.logprob = server.MINUS_INFINITY
     with pytest.raises(EngineError, match="prompt 0 got 3 tokens after 2 more draws"):
-        engine.generate(PROMPTS, 1, Sampling(), **POLICY_0)
+        engine.generate(PROMPTS, 1, Sampling(), POLICY_0)
     assert engine.redrawn == 4
     fake.answers["/reset_prefix_cache"] = {"success": False}
     with pytest.raises(EngineError, match="must empty its prefix cache, it refused"):
-        engine.load(model.state_dict(), **POLICY_0)
+        engine.update_weights(model.state_dict(), POLICY_0)
 
 
 def test_tokens_without_log_probs_are_refused(model, fake):
     engine = connect(model, fake.url)
-    engine.load(model.state_dict(), **POLICY_0)
+    engine.update_weights(model.state_dict(), POLICY_0)
     fake.lost = 1
     with pytest.raises(EngineError, match=r"every token must have a log-prob, [32] have [21]\."):
-        engine.generate(PROMPTS, 1, Sampling(), **POLICY_0)
+        engine.generate(PROMPTS, 1, Sampling(), POLICY_0)
 
 
 def test_a_pair_keeps_each_source_on_its_own_server(model, fake):
     second = FakeServer()
     try:
         pair = EnginePair(connect(model, fake.url), connect(model, second.url))
-        pair.load(model.state_dict(), source="momentum", version=1)
-        pair.load(model.state_dict(), source="policy", version=1)
+        pair.update_weights(model.state_dict(), WeightTag("momentum", 1))
+        pair.update_weights(model.state_dict(), WeightTag("policy", 1))
         assert (fake.mgrpo_version, second.mgrpo_version) == ("policy@1", "momentum@1")
-        assert pair.generate(PROMPTS, 1, Sampling(), source="momentum", version=1).source == "momentum"
+        assert pair.generate(PROMPTS, 1, Sampling(), WeightTag("momentum", 1)).tag.source == "momentum"
         assert "/v1/completions" in second.calls and "/v1/completions" not in fake.calls
         pair.close()
     finally:

@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from mgrpo.errors import EngineError
-from mgrpo.rollout.engine import Weights, check_loaded, check_weights
+from mgrpo.rollout.engine import Engine, Weights, check_tag, check_weights
 from mgrpo.rollout.stop import StopTexts
-from mgrpo.types import Rollouts, Sampling, Source
+from mgrpo.types import Rollouts, Sampling, WeightTag
 
 # Sequences that come back empty or with an impossible log-prob are drawn again so many times.
 REDRAWS = 2
@@ -38,32 +38,30 @@ class Response(NamedTuple):
         return bool(self.tokens) and all(np.isfinite(self.logprobs))
 
 
-class CheckedEngine(ABC):
+class CheckedEngine(Engine, ABC):
     """Rollouts from vLLM under the weights loaded last."""
 
     def __init__(self, model: torch.nn.Module, *, eos_ids: Sequence[int], pad_id: int, stop: StopTexts | None = None):
         self.eos_ids, self.pad_id, self.stop = sorted({*eos_ids, *(stop.token_ids if stop else ())}), pad_id, stop
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-        self.loaded: tuple[Source, int] | None = None
+        self.held: WeightTag | None = None
         self.redrawn = 0
         self.kv_cache_usage: float | None = None  # most of the KV cache that a call took, a share
 
-    def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
+    def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
         """Hands over a full state dict: every name, tied ones twice, for vLLM takes a part without a word."""
-        self.loaded = None
+        self.held = None
         check_weights(weights, self.shapes)
         # What they write would stay in vLLM's KV cache, and spoil what later weights write.
         if infinite := _not_finite(weights):
             raise EngineError(f"load: weights must be finite, {infinite} is not.")
-        self._publish([(name, weights[name].detach()) for name in self.shapes], f"{source}@{version}")
-        self.loaded = (source, version)
+        self._publish([(name, weights[name].detach()) for name in self.shapes], str(tag))
+        self.held = tag
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
-    ) -> Rollouts:
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
         """Samples n responses to each prompt; the same seed gives the same tokens, whatever else is in the batch."""
-        check_loaded(self.loaded, source, version)
+        check_tag(self.held, tag)
         for b, prompt in enumerate(prompts):
             # After an unknown token vLLM hangs.
             if not prompt or min(prompt) < 0 or max(prompt) >= self.vocabulary:
@@ -85,20 +83,15 @@ class CheckedEngine(ABC):
                     f"generate: every rollout must have tokens with finite log-probs, prompt {row // n} got "
                     f"{len(response.tokens)} tokens after {REDRAWS} more draws."
                 )
-        return self._pack(rows, n, source, version)
-
-    def sleep(self) -> None:  # noqa: B027
-        """Gives back what memory it can until the next load."""
+        return self._pack(rows, n, tag)
 
     def close(self) -> None:
-        """Frees the engine's memory and ends what it started."""
-        self.loaded = None
+        """Forgets its weights; see Engine."""
+        self.held = None
 
-    @property
-    def version(self) -> str:
-        """Of the weights that it was asked to hold, as it tells vLLM."""
-        assert self.loaded is not None
-        return "@".join(map(str, self.loaded))
+    def stats(self) -> Mapping[str, float | None]:
+        """Rollouts drawn again so far, and the most of the KV cache that a call took."""
+        return {"kv_cache_usage": self.kv_cache_usage, "redrawn": self.redrawn}
 
     @abstractmethod
     def _publish(self, weights: Weights, version: str) -> None:
@@ -137,7 +130,7 @@ class CheckedEngine(ABC):
         """Remembers the most of a call."""
         self.kv_cache_usage = max(usage, self.kv_cache_usage or 0.0)
 
-    def _pack(self, rows: Sequence[Response], n: int, source: Source, version: int) -> Rollouts:
+    def _pack(self, rows: Sequence[Response], n: int, tag: WeightTag) -> Rollouts:
         """Pads on the right."""
         lengths = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64)
         longest = int(lengths.max()) if rows else 0
@@ -152,8 +145,7 @@ class CheckedEngine(ABC):
             logprobs=logprobs,
             truncated=torch.tensor([row.truncated for row in rows], dtype=torch.bool),
             num_per_prompt=n,
-            source=source,
-            version=version,
+            tag=tag,
         )
 
 

@@ -74,7 +74,7 @@ class VllmEngine(CheckedEngine):
             # Level 2 drops buffers too, which no load brings back.
             with _keeping_process_state(), _engine_errors("sleep"):
                 self._llm.sleep(level=1)
-            self.loaded, self._asleep = None, True
+            self.held, self._asleep = None, True
 
     def _sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int) -> list[Response]:
         found: dict[str, list[Response]] = {}
@@ -140,8 +140,8 @@ class VllmEngine(CheckedEngine):
         """Refuses what vLLM itself says was written by other weights."""
         for sample in output.outputs:
             for span in getattr(sample, "weight_versions", None) or []:
-                if span.version != self.version:
-                    message = f"generate: vLLM must write with {self.version}, it wrote with {span.version}."
+                if span.version != str(self.held):
+                    message = f"generate: vLLM must write with {self.held!s}, it wrote with {span.version}."
                     raise StaleWeightsError(message)
 
     def close(self) -> None:

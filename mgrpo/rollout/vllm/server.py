@@ -17,14 +17,14 @@ from typing import Any, Literal
 import torch
 
 from mgrpo.errors import EngineError, StaleWeightsError
-from mgrpo.rollout.engine import Weights
+from mgrpo.rollout.engine import Engine, Weights
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm.base import CheckedEngine, Progress, Response
 from mgrpo.rollout.vllm.client import HttpClient
 from mgrpo.rollout.vllm.process import ServerProcess
 from mgrpo.rollout.weights.http import offer
 from mgrpo.rollout.weights.nccl import NcclSender
-from mgrpo.types import Rollouts, Sampling, Source
+from mgrpo.types import Rollouts, Sampling, Source, WeightTag
 
 MAX_REQUESTS = 64  # of one server at a time; vLLM batches across them
 LOOK_S = 0.5
@@ -85,16 +85,13 @@ class ServerEngine(CheckedEngine):
         self._nccl.send(weights)
         name({"method": "mgrpo_name", "args": [version]})
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
-    ) -> Rollouts:
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
         """See CheckedEngine; a server that was started anew, or loaded by somebody else, is found out."""
-        rollouts = super().generate(prompts, n, sampling, source=source, version=version)
+        rollouts = super().generate(prompts, n, sampling, tag)
         for state in self._state("generate"):
-            if state["version"] != self.version:
+            if state["version"] != str(tag):
                 raise StaleWeightsError(
-                    f"generate: {self._http.url} must hold {self.version}, it holds {state['version']}. "
-                    "Does another run use it?"
+                    f"generate: {self._http.url} must hold {tag}, it holds {state['version']}. Does another run use it?"
                 )
         return rollouts
 
@@ -162,34 +159,27 @@ class ServerEngine(CheckedEngine):
             self.process.close()
 
 
-class EnginePair:
+class EnginePair(Engine):
     """Two servers, one for each source: momentum and policy are written at the same time."""
+
+    num_weight_slots = 2
 
     def __init__(self, policy: ServerEngine, momentum: ServerEngine):
         self.engines: dict[Source, ServerEngine] = {"policy": policy, "momentum": momentum}
 
-    def load(self, weights: Mapping[str, torch.Tensor], *, source: Source, version: int) -> None:
+    def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
         """See Engine."""
-        self.engines[source].load(weights, source=source, version=version)
+        self.engines[tag.source].update_weights(weights, tag)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, *, source: Source, version: int
-    ) -> Rollouts:
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
         """See Engine."""
-        return self.engines[source].generate(prompts, n, sampling, source=source, version=version)
+        return self.engines[tag.source].generate(prompts, n, sampling, tag)
 
-    @property
-    def redrawn(self) -> int:
-        """Rollouts drawn again so far."""
-        return sum(engine.redrawn for engine in self.engines.values())
-
-    @property
-    def kv_cache_usage(self) -> float | None:
-        """Of the fuller one."""
-        return max((e.kv_cache_usage for e in self.engines.values() if e.kv_cache_usage is not None), default=None)
-
-    def sleep(self) -> None:
-        """Nothing: what they hold is not the trainer's memory."""
+    def stats(self) -> Mapping[str, float | None]:
+        """Rollouts drawn again by both so far, and the KV cache of the fuller one."""
+        usages = [e.kv_cache_usage for e in self.engines.values() if e.kv_cache_usage is not None]
+        redrawn = sum(engine.redrawn for engine in self.engines.values())
+        return {"kv_cache_usage": max(usages, default=None), "redrawn": redrawn}
 
     def close(self) -> None:
         """Ends both."""

@@ -1,0 +1,89 @@
+"""Rollouts of both models by one engine: when it is handed which weights, and what it generates under them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from mgrpo.config import RolloutConfig
+from mgrpo.observe.timer import Timer
+from mgrpo.rollout.engine import Engine
+from mgrpo.types import Rollouts, Sampling, Source, Trajectories, WeightTag, join
+
+Prompts = Sequence[Sequence[int]]
+
+
+class Generator:
+    """Generates with the weights of the momentum model and of the policy, which come last.
+
+    An engine with one slot is handed each model's weights in turn; one with two holds both, and they generate together.
+
+    Args:
+        engine: generates.
+        config: numbers of rollouts and sampling.
+        weights: the state dict of a source as the engine is to get it, and its tag.
+        seed: of the run.
+        timer: adds up `publish`, the updates of weights, and `rollout_SOURCE`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: RolloutConfig,
+        *,
+        weights: Callable[[Source], tuple[Mapping[str, torch.Tensor], WeightTag]],
+        seed: int,
+        timer: Timer,
+    ):
+        self.engine, self.config, self.weights, self.seed, self.timer = engine, config, weights, seed, timer
+
+    def update_weights(self, source: Source) -> WeightTag:
+        """Hands the engine one source's weights of this moment; returns their tag."""
+        weights, tag = self.weights(source)
+        with self.timer("publish"):
+            self.engine.update_weights(weights, tag)
+        return tag
+
+    def roll_out(self, prompts: Prompts, step: int) -> Trajectories:
+        """N momentum rollouts and M policy rollouts of each of B prompts, as token ids."""
+        counts: dict[Source, int] = {"momentum": self.config.momentum, "policy": self.config.policy}
+        sources: list[Source] = [source for source, n in counts.items() if n]
+        if self.engine.num_weight_slots == 1:
+            found = {s: self._sample(prompts, counts[s], step, self.update_weights(s)) for s in sources}
+        else:
+            tags: dict[Source, WeightTag] = {source: self.update_weights(source) for source in sources}
+            with ThreadPoolExecutor(len(tags)) as pool:
+                asked = {s: pool.submit(self._sample, prompts, counts[s], step, tag) for s, tag in tags.items()}
+            found = {source: future.result() for source, future in asked.items()}
+        return join(prompts, found["policy"], found.get("momentum"))
+
+    def answer(self, prompts: Prompts) -> list[list[int]]:
+        """Greedy responses of the policy, whose weights the engine holds; none to no prompts."""
+        if not prompts:
+            return []
+        sampling = Sampling(temperature=0.0, max_new_tokens=self.config.max_new_tokens)
+        rollouts = self.engine.generate(prompts, 1, sampling, self.weights("policy")[1])
+        return [rollouts.response(row) for row in range(len(prompts))]
+
+    def sampling(self, step: int, stream: str) -> Sampling:
+        """How one stream of draws is sampled at a step."""
+        c = self.config
+        return Sampling(
+            temperature=c.temperature,
+            top_p=c.top_p,
+            max_new_tokens=c.max_new_tokens,
+            seed=derive_seed(self.seed, step, stream),
+        )
+
+    def _sample(self, prompts: Prompts, n: int, step: int, tag: WeightTag) -> Rollouts:
+        """N rollouts a prompt under weights that the engine holds."""
+        with self.timer(f"rollout_{tag.source}"):
+            return self.engine.generate(prompts, n, self.sampling(step, tag.source), tag)
+
+
+def derive_seed(seed: int, step: int, stream: str) -> int:
+    """A seed of its own for every step and stream of draws."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()[:6])

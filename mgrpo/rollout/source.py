@@ -1,0 +1,68 @@
+"""Where the rollouts of a step come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mgrpo.data.prompts import Dataset, Prompt
+from mgrpo.data.sampler import Sampler
+from mgrpo.observe.timer import Timer
+from mgrpo.rollout.generator import Generator
+from mgrpo.types import Trajectories
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """The rollouts of one step, and greedy responses to prompts that were asked beside them."""
+
+    step: int
+    prompts: list[Prompt]  # B
+    trajectories: Trajectories
+    asked: list[Prompt]
+    replies: list[list[int]]  # token ids, one response to each prompt of `asked`
+
+
+class RolloutSource(Protocol):
+    """Gives a step its rollouts."""
+
+    def next(self, step: int) -> RolloutBatch:
+        """The rollouts of step `step`, from 1; EngineError where the engine fails."""
+        ...
+
+
+class RolloutsNow:
+    """Rollouts under the weights of the step itself, generated when they are asked for.
+
+    Args:
+        data: prompts.
+        sampler: draws those of a step.
+        generator: generates.
+        requests: indices of the prompts that are to be answered greedily, from the step and its own indices.
+        timer: adds up `rollout`, `monitor` for the requests, and `publish`.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        sampler: Sampler,
+        generator: Generator,
+        *,
+        requests: Callable[[int, Sequence[int]], Sequence[int]],
+        timer: Timer,
+    ):
+        self.data, self.sampler, self.generator, self.requests, self.timer = data, sampler, generator, requests, timer
+
+    def next(self, step: int) -> RolloutBatch:
+        """See RolloutSource. The engine sleeps once everything is generated."""
+        indices = self.sampler.next()
+        prompts = [self.data.prompts[i] for i in indices]
+        with self.timer("rollout"):
+            trajectories = self.generator.roll_out([prompt.ids for prompt in prompts], step)
+        with self.timer("monitor"):
+            asked = [self.data.prompts[i] for i in self.requests(step, indices)]
+            replies = self.generator.answer([prompt.ids for prompt in asked])
+        with self.timer("publish"):
+            self.generator.engine.sleep()
+        return RolloutBatch(step=step, prompts=prompts, trajectories=trajectories, asked=asked, replies=replies)

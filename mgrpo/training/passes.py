@@ -1,0 +1,151 @@
+"""Forward passes over the rollouts of a step, before the update: log-probs and entropies under every model that counts.
+
+Letters: B prompts, G = M + N rollouts a prompt, R = B * G trajectories, L response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import mgrpo_kernels as K
+from mgrpo.config import Config
+from mgrpo.models.forward import Scorer, TokenScores
+from mgrpo.models.load import LoadedModel
+from mgrpo.models.momentum import Momentum, borrowed_weights
+from mgrpo.observe.step import mean
+from mgrpo.observe.timer import Timer
+from mgrpo.rollout.engine import Engine
+from mgrpo.rollout.parity import check_parity
+from mgrpo.rollout.source import RolloutBatch
+from mgrpo.training.schedule import is_due
+from mgrpo.types import Metrics, Source, Trajectories, WeightTag
+
+# After its first updates an engine is compared with the trainer at every step; later now and then.
+PARITY_STEPS = 2
+PARITY_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogProbs:
+    """Results of the passes; [R, L] with zeros at padding, [B, G] a trajectory."""
+
+    old: torch.Tensor  # [R, L] fp32, under the policy
+    reference: torch.Tensor | None  # [R, L] fp32, under the reference of the KL
+    kl_initial: float | None  # mean k3 KL of the policy's tokens to the initial model
+    entropy: torch.Tensor  # [B, G] fp32, mean token entropy under the policy
+    filter_entropy: torch.Tensor  # [B, G] fp32, by which the filter decides
+    self_certainty: torch.Tensor | None  # [B, G] fp32
+    parity: Metrics  # differences between the engine's log-probs and these, where they were due
+
+    def not_finite(self, trajectories: Trajectories) -> torch.Tensor:
+        """[B, G] bool, trajectories with a number, at response tokens, that is NaN or infinite."""
+        tokens = [self.old, trajectories.rollout_logprob, *([] if self.reference is None else [self.reference])]
+        finite = torch.stack([(values.isfinite() | ~trajectories.mask).all(1) for values in tokens]).all(0)
+        return ~(finite.view(self.entropy.shape) & self.entropy.isfinite() & self.filter_entropy.isfinite())
+
+
+class Passes:
+    """Runs the policy, the momentum model and the initial model over trajectories, as the configuration asks.
+
+    Args:
+        config: of the run.
+        loaded: the policy.
+        momentum: the momentum model.
+        scorer: runs a forward pass.
+        engine: whose log-probs are held against these.
+        initial: weights that the run started from, where they are needed.
+        timer: adds up `score`.
+
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        loaded: LoadedModel,
+        momentum: Momentum,
+        scorer: Scorer,
+        engine: Engine,
+        *,
+        initial: Mapping[str, torch.Tensor] | None,
+        timer: Timer,
+    ):
+        self.config, self.loaded, self.momentum, self.scorer = config, loaded, momentum, scorer
+        self.engine, self.initial, self.timer = engine, initial, timer
+
+    @torch.no_grad()
+    def run(self, batch: RolloutBatch) -> LogProbs:
+        """All passes of one step; StaleWeightsError where the engine's log-probs are not the trainer's."""
+        with self.timer("score"):
+            return self._run(batch.step, batch.trajectories)
+
+    def _run(self, step: int, t: Trajectories) -> LogProbs:
+        c = self.config
+        policy = self.score(t, self_certainty=c.objective.reward == "self-certainty")
+        filter_entropy = policy.entropy
+        if c.filter.score == "source" and c.rollout.momentum:
+            rows = t.is_momentum.flatten().nonzero().flatten()
+            with self.momentum.swapped():
+                filter_entropy = filter_entropy.index_copy(0, rows, self.score(t, rows=rows).entropy[rows])
+        initial = reference = kl_initial = None
+        uses_reference = c.objective.kl_coef > 0
+        if (uses_reference and c.objective.kl_reference == "initial") or is_due(c.log.kl_initial_every, step, c.steps):
+            assert self.initial is not None
+            with borrowed_weights(self.loaded.model, self.initial):
+                initial = self.score(t).logprob
+            difference = (initial - policy.logprob)[t.by_policy]
+            kl_initial = mean(difference.exp() - difference - 1)
+        if uses_reference and c.objective.kl_reference == "initial":
+            reference = initial
+        elif uses_reference:
+            with self.momentum.swapped():
+                reference = self.score(t).logprob
+        certainty = policy.self_certainty
+        return LogProbs(
+            old=policy.logprob,
+            reference=reference,
+            kl_initial=kl_initial,
+            entropy=self._per_trajectory(policy.entropy, t),
+            filter_entropy=self._per_trajectory(filter_entropy, t, reduce=c.filter.entropy),
+            self_certainty=None if certainty is None else self._per_trajectory(certainty, t),
+            parity=self._compare(step, t, policy.logprob),
+        )
+
+    def score(self, trajectories: Trajectories, **options: Any) -> TokenScores:
+        """Log-probs and entropies under the weights that the model holds just now."""
+        return self.scorer.score(self.loaded.model, trajectories, **options)
+
+    def _compare(self, step: int, t: Trajectories, old: torch.Tensor) -> Metrics:
+        """Holds a few log-probs of the engine under both weights against the trainer's, where due; {} where not."""
+        c, engine = self.config.rollout, self.engine
+        due = step <= PARITY_STEPS or (c.parity_every > 0 and step % c.parity_every == 0)
+        # Under nucleus sampling vLLM divides by a mass that the trainer does not know.
+        if not due or not engine.has_model_logprobs or (c.top_p < 1 and not engine.weights_are_shared):
+            return {}
+
+        def compare(rows: torch.Tensor, expected: torch.Tensor, source: Source) -> float:
+            return check_parity(
+                t.rollout_logprob[rows],
+                expected[rows],
+                t.mask[rows],
+                dtype=self.loaded.dtype,
+                tag=WeightTag(source, t.version),
+                shared=engine.weights_are_shared,
+                top_p=c.top_p,
+            )
+
+        from_momentum = t.is_momentum.flatten()
+        metrics: Metrics = {"parity_policy": compare((~from_momentum).nonzero().flatten(), old, "policy")}
+        if c.momentum:
+            rows = from_momentum.nonzero().flatten()[:PARITY_ROWS]
+            with self.momentum.swapped():
+                metrics["parity_momentum"] = compare(rows, self.score(t, rows=rows).logprob, "momentum")
+        return metrics
+
+    def _per_trajectory(self, values: torch.Tensor, t: Trajectories, reduce: str = "mean") -> torch.Tensor:
+        """Token values [R, L] to one number a trajectory, [B, G]."""
+        backend = self.config.kernels.backend
+        return K.trajectory_entropy(values, mask=t.mask, reduce=reduce, backend=backend).view(t.truncated.shape)
