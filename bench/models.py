@@ -92,7 +92,7 @@ def make_config(model: Path, data: Path) -> Config:
             path=str(model),
             device="cpu",
         ),
-        rollout=RolloutConfig(prompts=3, policy=2, momentum=2, max_new_tokens=6),
+        rollout=RolloutConfig(num_prompts=3, num_policy=2, num_momentum=2, max_new_tokens=6),
         answer=AnswerConfig(extract="regex:(.)", equivalence="exact"),
         monitor=MonitorConfig(retention_every=0),
         eval=EvalConfig(every=0),

@@ -255,7 +255,7 @@ def check_given(model: ModelConfig, data: DataConfig) -> list[str]:
             run_dir=folder,
             model=model,
             data=data,
-            rollout=RolloutConfig(prompts=1),
+            rollout=RolloutConfig(num_prompts=1),
             objective=ObjectiveConfig(kl_coef=0.0),
             log=LogConfig(backends=()),
         )

@@ -10,6 +10,7 @@ from mgrpo.config import (
     AnswerConfig,
     Config,
     DataConfig,
+    EngineConfig,
     EvalConfig,
     FilterConfig,
     LogConfig,
@@ -31,7 +32,7 @@ def mgrpo_arithmetic() -> Config:
         model=ModelConfig(path="builtin:arithmetic"),
         data=DataConfig(train="arithmetic:8192:3-7:0", probe="arithmetic:250:3-7:1000003"),
         answer=AnswerConfig(extract=r"regex:#(\d\d)", equivalence="exact"),
-        rollout=RolloutConfig(prompts=16, policy=12, momentum=4, temperature=1.0, max_new_tokens=64),
+        rollout=RolloutConfig(num_prompts=16, num_policy=12, num_momentum=4, temperature=1.0, max_new_tokens=64),
         momentum=MomentumConfig(decay=0.99),
         filter=FilterConfig(k=0.75, scope="prompt"),
         objective=ObjectiveConfig(kl_coef=0.0, kl_reference="none"),
@@ -47,7 +48,7 @@ def anchored() -> Config:
     return replace(
         base,
         preset="anchored",
-        rollout=replace(base.rollout, policy=8, momentum=8),
+        rollout=replace(base.rollout, num_policy=8, num_momentum=8),
         momentum=MomentumConfig(decay=0.999),
         vote=VoteConfig(pool="momentum"),
     )
@@ -64,7 +65,7 @@ def srt() -> Config:
     return replace(
         base,
         preset="srt",
-        rollout=replace(base.rollout, policy=16, momentum=0),
+        rollout=replace(base.rollout, num_policy=16, num_momentum=0),
         filter=FilterConfig(applies_to="none"),
     )
 
@@ -73,7 +74,7 @@ def ttrl() -> Config:
     """TTRL (arXiv 2504.16084) on the built-in task: 64 rollouts vote, 32 of them train."""
     base = srt()
     return replace(
-        base, preset="ttrl", rollout=replace(base.rollout, prompts=4, policy=64), vote=VoteConfig(num_train=32)
+        base, preset="ttrl", rollout=replace(base.rollout, num_prompts=4, num_policy=64), vote=VoteConfig(num_train=32)
     )
 
 
@@ -83,7 +84,7 @@ def corewarding2() -> Config:
     return replace(
         base,
         preset="corewarding2",
-        rollout=replace(base.rollout, policy=8, momentum=8),
+        rollout=replace(base.rollout, num_policy=8, num_momentum=8),
         momentum=MomentumConfig(decay=0.99, schedule="cosine", final_decay=0.9999),
         filter=FilterConfig(applies_to="none"),
         vote=VoteConfig(pool="momentum"),
@@ -125,8 +126,9 @@ def mgrpo_qwen3_4b_math() -> Config:
         ),
         answer=AnswerConfig(extract="boxed", equivalence="math"),
         rollout=RolloutConfig(
-            prompts=8, policy=24, momentum=8, temperature=1.1, max_new_tokens=3072, truncated="train", batch_size=64
+            num_prompts=8, num_policy=24, num_momentum=8, temperature=1.1, max_new_tokens=3072, truncated="train"
         ),
+        engine=EngineConfig(batch_size=64),
         momentum=MomentumConfig(decay=0.99),
         filter=FilterConfig(k=0.75, scope="batch"),
         objective=ObjectiveConfig(kl_coef=0.005, kl_reference="initial"),

@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 
 from mgrpo.config import Config
+from mgrpo.config.renamed import RENAMED, refuse_renamed
 from mgrpo.errors import CheckpointError, ConfigError, EngineError, Exit, InputError, StorageError
 from mgrpo.models.files import quiet_transformers
 from mgrpo.presets import PRESETS, make_preset
@@ -37,6 +38,7 @@ The first argument names a preset, one of {", ".join(PRESETS)}; flags change it.
 def parse(arguments: Sequence[str]) -> Config:
     """Reads preset and flags; with --resume, the configuration of the run in --run-dir is what the flags change."""
     arguments = list(arguments)
+    refuse_renamed(arguments, RENAMED, "config")
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     before = None
     if "--resume" in arguments and (run_dir := _value_of("--run-dir", arguments)):

@@ -79,10 +79,10 @@ def require_embedded(data: Dataset, loaded: LoadedModel, source: str) -> None:
 
 def require_prompts(data: Dataset, config: Config) -> None:
     """Raises InputError where a step asks for more prompts than there are."""
-    if len(data) < config.rollout.prompts:
+    if len(data) < config.rollout.num_prompts:
         raise InputError(
-            f"data: --rollout.prompts must be at most the {len(data)} prompts of the data, "
-            f"got {config.rollout.prompts}. Set another --rollout.prompts or add data."
+            f"data: --rollout.num-prompts must be at most the {len(data)} prompts of the data, "
+            f"got {config.rollout.num_prompts}. Set another --rollout.num-prompts or add data."
         )
 
 

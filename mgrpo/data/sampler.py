@@ -21,7 +21,7 @@ class Sampler:
         if not 1 <= batch_size <= num_prompts:
             raise InputError(
                 f"Sampler: batch_size must be from 1 to the number of prompts ({num_prompts}), got {batch_size}. "
-                "Set another --rollout.prompts or add data."
+                "Set another --rollout.num-prompts or add data."
             )
         self.num_prompts, self.batch_size, self.seed = num_prompts, batch_size, seed
         self._rewind()
@@ -69,7 +69,7 @@ class Sampler:
             InputError: the state belongs to another number of prompts, batch size or seed.
 
         """
-        remedy = "Resume with the data, --rollout.prompts and --seed of the run."
+        remedy = "Resume with the data, --rollout.num-prompts and --seed of the run."
         for name in ("num_prompts", "batch_size", "seed"):
             if state.get(name) != getattr(self, name):
                 raise InputError(

@@ -66,8 +66,8 @@ class Progress:
         self.alarmed = False
         r = config.rollout
         self.console.print(
-            f"[bold]{config.preset}[/]  {escape(config.model.path)}  {r.prompts} prompts x ({r.policy} policy + "
-            f"{r.momentum} momentum) rollouts  ->  {escape(str(run_dir))}"
+            f"[bold]{config.preset}[/]  {escape(config.model.path)}  {r.num_prompts} prompts x "
+            f"({r.num_policy} policy + {r.num_momentum} momentum) rollouts  ->  {escape(str(run_dir))}"
         )
         backend = pick_backend(config.kernels.backend, pick_device(config.model.device))
         self.console.print(f"kernels: {backend}, {backends()[backend].reason}", highlight=False)

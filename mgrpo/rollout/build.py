@@ -6,29 +6,38 @@ import contextlib
 import importlib
 from typing import Any
 
-from mgrpo.config import Config
+from mgrpo.config import EngineConfig
 from mgrpo.errors import EngineError
 from mgrpo.models.load import LoadedModel
 from mgrpo.rollout.engine import Engine
-from mgrpo.rollout.stop import make_stop
+from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.rollout.vllm.local import VllmEngine
 from mgrpo.rollout.vllm.process import ServerProcess
 from mgrpo.rollout.vllm.server import EnginePair, ServerEngine
 
 
-def start_engine(loaded: LoadedModel, config: Config, *, max_length: int) -> Engine:
-    """The engine of --rollout.engine; `max_length` is the longest prompt and response together."""
-    c = config.rollout
-    stop = make_stop(c.stop, config.data.template, loaded.tokenizer)
+def start_engine(loaded: LoadedModel, config: EngineConfig, *, stop: StopTexts | None, max_length: int) -> Engine:
+    """The engine of a configuration.
+
+    Args:
+        loaded: the model that it generates with, and its tokenizer.
+        config: which engine, and how it runs.
+        stop: texts that end a response.
+        max_length: tokens of the longest prompt and response together.
+
+    Raises:
+        EngineError: it can not be started.
+    """
+    c = config
     model: dict[str, Any] = {"eos_ids": loaded.eos_ids, "pad_id": loaded.pad_id, "stop": stop}
-    if c.engine == "transformers":
+    if c.name == "transformers":
         return TransformersEngine(loaded.model, **model, dtype=loaded.dtype, batch_size=c.batch_size)
     model |= {"dtype": loaded.dtype, "max_length": max_length, "timeout_s": c.timeout_s}
     on_gpu = next(loaded.model.parameters()).device.type == "cuda"
     if c.placement != "one-engine":
         if c.transfer == "nccl" and not on_gpu:
-            raise EngineError("start: --rollout.transfer nccl needs the model on a GPU. Take --rollout.transfer http.")
+            raise EngineError("start: --engine.transfer nccl needs the model on a GPU. Take --engine.transfer http.")
         model |= {"weights_host": c.weights_host, "transfer": c.transfer}
     if c.placement == "server":
         engines = [ServerEngine(loaded.model, **model, url=url) for url in c.servers]
@@ -54,9 +63,8 @@ def start_engine(loaded: LoadedModel, config: Config, *, max_length: int) -> Eng
     return EnginePair(*engines)
 
 
-def vllm_options(loaded: LoadedModel, config: Config, *, max_length: int) -> dict[str, Any]:
+def vllm_options(loaded: LoadedModel, c: EngineConfig, *, max_length: int) -> dict[str, Any]:
     """What vLLM needs to know of this machine."""
-    c = config.rollout
     on_gpu = next(loaded.model.parameters()).device.type == "cuda"
     options: dict[str, Any] = {"gpu_memory_utilization": c.gpu_memory}
     if not on_gpu:

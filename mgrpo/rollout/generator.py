@@ -49,7 +49,7 @@ class Generator:
 
     def roll_out(self, prompts: Prompts, step: int) -> Trajectories:
         """N momentum rollouts and M policy rollouts of each of B prompts, as token ids."""
-        counts: dict[Source, int] = {"momentum": self.config.momentum, "policy": self.config.policy}
+        counts: dict[Source, int] = {"momentum": self.config.num_momentum, "policy": self.config.num_policy}
         sources: list[Source] = [source for source, n in counts.items() if n]
         if self.engine.num_weight_slots == 1:
             found = {s: self._sample(prompts, counts[s], step, self.update_weights(s)) for s in sources}

@@ -58,6 +58,6 @@ def check_parity(
     if shared:
         raise ParityError(
             f"{disagreement} The forward pass that this model decodes with is not its plain forward pass, under the "
-            f"weights of {tag.source} version {tag.version}. Take --rollout.engine vllm."
+            f"weights of {tag.source} version {tag.version}. Take --engine.name vllm."
         )
     raise StaleWeightsError(f"{disagreement} It did not write with the weights of {tag.source} version {tag.version}.")

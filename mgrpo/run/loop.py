@@ -205,7 +205,7 @@ class Session:
 
 def make_monitor(config: Config, rows: list[Metrics]) -> Monitor:
     """A monitor that has seen the rows."""
-    monitor = Monitor(config.monitor, num_prompts=config.rollout.prompts)
+    monitor = Monitor(config.monitor, num_prompts=config.rollout.num_prompts)
     for row in rows:
         monitor.observe(row)
     return monitor

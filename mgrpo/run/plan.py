@@ -80,14 +80,23 @@ def data_plan(data: Dataset, probe: Dataset | None) -> list[tuple[str, str]]:
 
 def batch_plan(config: Config, data: Dataset) -> list[tuple[str, str]]:
     """Counts of one step and of the run."""
-    r, group = config.rollout, config.rollout.policy + config.rollout.momentum
+    r = config.rollout
+    sources = f"{r.num_policy} policy + {r.num_momentum} momentum"
+    num_rollouts = r.num_prompts * (r.num_policy + r.num_momentum)
+    num_in_loss = config.num_train + r.num_momentum * config.objective.momentum_in_loss
     longest = max(len(prompt.ids) for prompt in data.prompts)
     return [
         ("prompts", f"{len(data):,} ({data.num_overlong} overlong dropped), longest {longest} tokens"),
-        ("rollouts a step", f"{r.prompts} prompts x ({r.policy} policy + {r.momentum} momentum) = {r.prompts * group}"),
-        ("in the loss", f"{r.prompts * (config.num_train + r.momentum * config.objective.momentum_in_loss)} at most"),
-        ("response tokens a step", f"{r.prompts * group * r.max_new_tokens:,} at most"),
-        ("steps", f"{config.steps:,} = {config.steps * r.prompts / len(data):.2f} epochs"),
+        (
+            "rollouts a step",
+            f"{r.num_prompts} prompts x ({sources}) = {num_rollouts}",
+        ),
+        (
+            "in the loss",
+            f"{r.num_prompts * num_in_loss} at most",
+        ),
+        ("response tokens a step", f"{num_rollouts * r.max_new_tokens:,} at most"),
+        ("steps", f"{config.steps:,} = {config.steps * r.num_prompts / len(data):.2f} epochs"),
         ("optimiser steps", f"{config.num_optimizer_steps:,}"),
     ]
 
@@ -111,8 +120,8 @@ def memory_plan(
     text = tokenizer.model_config.get_text_config()
     half = config.model.dtype == "bf16"
     longest = max(len(prompt.ids) for prompt in data.prompts) + config.rollout.max_new_tokens
-    per_call = max(config.rollout.policy, config.rollout.momentum)
-    sequences = min(max(config.rollout.batch_size // per_call, 1), config.rollout.prompts) * per_call
+    per_call = max(config.rollout.num_policy, config.rollout.num_momentum)
+    sequences = min(max(config.engine.batch_size // per_call, 1), config.rollout.num_prompts) * per_call
     logits = 4 * config.optim.micro_batch_tokens * (positive(text, "vocab_size") or 0)
     parts = {
         "weights (fp32)": 4 * num_parameters,

@@ -84,15 +84,13 @@ def refuse_distributed() -> None:
 
 def _refuse_engine(config: Config) -> None:
     """Raises ConfigError where vLLM is to run here and is not installed."""
-    if config.rollout.engine == "vllm" and config.rollout.placement != "server" and find_spec("vllm") is None:
-        raise ConfigError(
-            ["config: --rollout.engine vllm needs the package vllm, it is not installed. pip install vllm."]
-        )
+    if config.engine.name == "vllm" and config.engine.placement != "server" and find_spec("vllm") is None:
+        raise ConfigError(["config: --engine.name vllm needs the package vllm, it is not installed. pip install vllm."])
 
 
 def try_start(config: Config) -> None:
     """Loads all that a run loads and rehearses it, then lets go of it; vLLM is not started."""
-    vllm = config.rollout.engine == "vllm"
+    vllm = config.engine.name == "vllm"
     trainer = Trainer(config, make_engine=NoEngine if vllm else None)
     try:
         rehearse(trainer, directory_of(config))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from mgrpo.config import Config, flag, from_dict, to_dict
+from mgrpo.config.option import resumable_names
+from mgrpo.config.renamed import upgrade
 from mgrpo.errors import ConfigError
 from mgrpo.observe.trackers import read_metrics, to_json
 from mgrpo.process.disk import write_aside
@@ -19,11 +21,8 @@ from mgrpo.run.directory import content_of
 from mgrpo.training.trainer import Trainer
 from mgrpo.types import Metrics
 
-# Options that may differ when a run is resumed: they change what is watched and kept, not what is computed.
-RESUMABLE = {"run_dir", "stop_after", "resume", "resume_extend", "dry_run", "checkpoint", "log", "monitor"}
-RESUMABLE |= {"answer.workers"}
-RESUMABLE |= {f"rollout.{name}" for name in ("placement", "servers", "devices", "weights_host", "timeout_s", "sleep")}
-RESUMABLE |= {f"rollout.{name}" for name in ("gpu_memory", "kv_cache_gib", "parity_every", "transfer")}
+# They change what is watched and kept, not what is computed.
+RESUMABLE = set(resumable_names(Config))
 
 
 def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
@@ -70,9 +69,7 @@ def resumed_config(run_dir: Path) -> Config | None:
         return None
     try:
         data = json.loads(path.read_text())
-        if isinstance(data, dict) and isinstance(rollout := data.get("rollout"), dict):
-            rollout.setdefault("stop", [])  # runs from before there were any go on without
-        return from_dict(data)
+        return from_dict(upgrade(data))
     except json.JSONDecodeError as error:
         raise ConfigError([f"config: {path} must be JSON, got: {error}."]) from error
 

@@ -87,7 +87,7 @@ class Evaluator:
     def metrics(self, step: int) -> Metrics:
         """Accuracy of every source after a step; {} without a probe."""
         found: Metrics = {}
-        sources: list[Source] = ["policy", "momentum"] if self.config.rollout.momentum else ["policy"]
+        sources: list[Source] = ["policy", "momentum"] if self.config.rollout.num_momentum else ["policy"]
         for source in sources if self.probe else ():
             result = self.evaluate(source, step)
             found[f"probe_accuracy_{source}"] = result.avg_at_k

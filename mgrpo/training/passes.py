@@ -86,7 +86,7 @@ class Passes:
         c = self.config
         policy = self.score(t, self_certainty=c.objective.reward == "self-certainty")
         filter_entropy = policy.entropy
-        if c.filter.score == "source" and c.rollout.momentum:
+        if c.filter.score == "source" and c.rollout.num_momentum:
             rows = t.is_momentum.flatten().nonzero().flatten()
             with self.momentum.swapped():
                 filter_entropy = filter_entropy.index_copy(0, rows, self.score(t, rows=rows).entropy[rows])
@@ -139,7 +139,7 @@ class Passes:
 
         from_momentum = t.is_momentum.flatten()
         metrics: Metrics = {"parity_policy": compare((~from_momentum).nonzero().flatten(), old, "policy")}
-        if c.momentum:
+        if c.num_momentum:
             rows = from_momentum.nonzero().flatten()[:PARITY_ROWS]
             with self.momentum.swapped():
                 metrics["parity_momentum"] = compare(rows, self.score(t, rows=rows).logprob, "momentum")

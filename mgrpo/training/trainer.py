@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ class Trainer:
         self.model = self.loaded.model
         stop = make_stop(config.rollout.stop, config.data.template, self.loaded.tokenizer)
         self.data, self.probe = self._load_data()
-        self.sampler = Sampler(len(self.data), config.rollout.prompts, config.seed)
+        self.sampler = Sampler(len(self.data), config.rollout.num_prompts, config.seed)
         self.grader = Grader(config, self.loaded.tokenizer, stop, self.timer)
         self.scorer = Scorer(
             self.loaded,
@@ -53,15 +52,18 @@ class Trainer:
             kernels=config.kernels,
             micro_batch_tokens=config.optim.micro_batch_tokens,
         )
-        self.engine = (make_engine or partial(start_engine, max_length=self._longest()))(self.loaded, config)
-        publish = self.loaded.dtype if config.rollout.engine == "vllm" else None
+        if make_engine:
+            self.engine = make_engine(self.loaded, config)
+        else:
+            self.engine = start_engine(self.loaded, config.engine, stop=stop, max_length=self._longest())
+        publish = self.loaded.dtype if config.engine.name == "vllm" else None
         self.momentum = Momentum(self.model, config.momentum, seed=config.seed, kernels=config.kernels, publish=publish)
         self.learner = Learner(config, self.loaded, self.momentum, self.scorer, self.timer)
         self.generator = Generator(
             self.engine, config.rollout, weights=self.weights, seed=config.seed, timer=self.timer
         )
-        anchored = config.rollout.momentum > 0
-        self.retention = Retention(config.monitor, num_prompts=config.rollout.prompts, anchored=anchored)
+        anchored = config.rollout.num_momentum > 0
+        self.retention = Retention(config.monitor, num_prompts=config.rollout.num_prompts, anchored=anchored)
         self.watch = RetentionWatch(self.retention, self.grader, self.timer)
         self.source = RolloutsNow(
             self.data, self.sampler, self.generator, requests=self.watch.requests, timer=self.timer

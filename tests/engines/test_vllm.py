@@ -213,8 +213,11 @@ def test_a_bad_request_is_an_engine_error_and_the_next_works(engine, models):
 
 def run_config(tmp_path, steps: int) -> Config:
     config = make_preset("arithmetic")
-    rollout = replace(config.rollout, engine="vllm", prompts=8, policy=6, momentum=4, parity_every=1, kv_cache_gib=0.1)
-    return replace(config, steps=steps, rollout=rollout, model=replace(config.model, path=BASE, device="cpu"))
+    rollout = replace(config.rollout, num_prompts=8, num_policy=6, num_momentum=4, parity_every=1)
+    engine = replace(config.engine, name="vllm", kv_cache_gib=0.1)
+    return replace(
+        config, steps=steps, rollout=rollout, engine=engine, model=replace(config.model, path=BASE, device="cpu")
+    )
 
 
 def test_twenty_steps_of_the_arithmetic_preset(tmp_path):
@@ -254,7 +257,7 @@ def test_a_cache_too_small_and_heads_of_another_width_are_told_at_the_start(mode
     config = run_config(Path(), 1)
     narrow = replace(config, model=replace(config.model, path="builtin:arithmetic"))
     with pytest.raises(EngineError, match=r"vLLM takes heads of 32, .* the model's are 24 wide.*builtin:arithmetic32"):
-        start_engine(load_model(narrow.model), narrow, max_length=64)
+        start_engine(load_model(narrow.model), narrow.engine, stop=None, max_length=64)
 
 
 def children() -> set[int]:
@@ -275,8 +278,9 @@ def test_two_engines_agree_and_a_killed_one_ends_the_run_which_resumes(tmp_path,
     """Parity at each step; then kill -9 of a server at work: exit code 5, the step before saved, nothing left over."""
     config = run_config(tmp_path, 6)
     # Stop texts that cost no accuracy: the servers need a tokenizer for them.
-    rollout = replace(config.rollout, placement="two-engines", timeout_s=60, stop=("##", "<eos>"))
-    config = replace(config, rollout=rollout, run_dir=str(tmp_path / "run"))
+    rollout = replace(config.rollout, stop=("##", "<eos>"))
+    engine = replace(config.engine, placement="two-engines", timeout_s=60)
+    config = replace(config, rollout=rollout, engine=engine, run_dir=str(tmp_path / "run"))
     before, real, pids = children(), Generator.roll_out, []
 
     def roll_out(self, prompts, step):
@@ -301,7 +305,7 @@ def test_two_engines_agree_and_a_killed_one_ends_the_run_which_resumes(tmp_path,
     assert not left
     monkeypatch.undo()
     # Who has lost the machine with the servers goes on with one engine.
-    one = replace(config, resume=True, rollout=replace(rollout, placement="one-engine"))
+    one = replace(config, resume=True, engine=replace(engine, placement="one-engine"))
     assert run(one) == Exit.DONE
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

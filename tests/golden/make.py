@@ -28,8 +28,9 @@ from mgrpo.config import (
 )
 from mgrpo.models.tokenizer import resolve_path
 from mgrpo.presets import make_preset
+from mgrpo.rollout.build import start_engine
 from mgrpo.rollout.engine import Engine
-from mgrpo.training.trainer import Trainer, start_engine
+from mgrpo.training.trainer import Trainer
 from mgrpo.types import Rollouts
 
 ROLLOUTS = Path(__file__).with_name("rollouts.safetensors")
@@ -48,7 +49,7 @@ def make_config(backend: str = "reference") -> Config:
         base,
         steps=STEPS,
         data=DataConfig(train="arithmetic:40:2-5:11"),
-        rollout=replace(base.rollout, prompts=4, policy=6, momentum=2, temperature=1.2, max_new_tokens=36),
+        rollout=replace(base.rollout, num_prompts=4, num_policy=6, num_momentum=2, temperature=1.2, max_new_tokens=36),
         momentum=MomentumConfig(decay=0.9),
         objective=ObjectiveConfig(kl_coef=0.05, kl_reference="momentum", clip_low=0.005, clip_high=0.01),
         optim=OptimConfig(lr=2e-4, num_minibatches=2, schedule="cosine", warmup_ratio=0.2),
@@ -59,8 +60,10 @@ def make_config(backend: str = "reference") -> Config:
     )
 
 
-class Recorder:
+class Recorder(Engine):
     """An engine that keeps what another one generates."""
+
+    weights_are_shared = True
 
     def __init__(self, engine: Engine):
         self.engine, self.tensors = engine, {}
@@ -83,6 +86,8 @@ class Recorder:
 
 class Player(Engine):
     """An engine that returns what was recorded, to the same questions only."""
+
+    has_model_logprobs = False  # they were recorded, and a replay may compute something else
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
         self.tensors, self.call = tensors, 0
@@ -139,7 +144,7 @@ def record() -> None:
     recorders = []
 
     def recording(loaded, config):
-        recorders.append(Recorder(start_engine(loaded, config, max_length=0)))
+        recorders.append(Recorder(start_engine(loaded, config.engine, stop=None, max_length=0)))
         return recorders[0]
 
     torch.set_num_threads(1)

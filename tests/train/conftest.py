@@ -26,9 +26,9 @@ SMALL: dict[str, Any] = {
     "steps": 3,
     "data.train": "arithmetic:24:2-3:0",
     "data.probe": None,
-    "rollout.prompts": 4,
-    "rollout.policy": 4,
-    "rollout.momentum": 2,
+    "rollout.num_prompts": 4,
+    "rollout.num_policy": 4,
+    "rollout.num_momentum": 2,
     "rollout.max_new_tokens": 24,
     "checkpoint.every": 0,
     "eval.every": 0,
@@ -51,8 +51,8 @@ def change(config: Config, changes: dict[str, Any]) -> Config:
 def small_config(changes: dict[str, Any] | None = None, preset: str = "mgrpo_arithmetic") -> Config:
     """A preset cut down to the small run; presets without momentum rollouts keep none."""
     config, cuts = make_preset(preset), dict(SMALL)
-    if config.rollout.momentum == 0:
-        cuts["rollout.momentum"] = 0
+    if config.rollout.num_momentum == 0:
+        cuts["rollout.num_momentum"] = 0
     if config.vote.num_train:
         cuts["vote.num_train"] = 2
     return change(config, cuts | (changes or {}))

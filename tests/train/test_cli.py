@@ -72,7 +72,7 @@ BAD = {
     "few prompts": (
         {"train.jsonl": TRAIN * 3},
         ["--data.train", "{dir}/train.jsonl"],
-        "--rollout.prompts must be at most the 3 prompts of the data, got 4. Set another --rollout.prompts or add",
+        "--rollout.num-prompts must be at most the 3 prompts of the data, got 4. Set another",
     ),
     "probe without answers": (
         {"probe.jsonl": TRAIN + '{"prompt": "1+1="}\n'},
@@ -88,12 +88,12 @@ BAD = {
                  "prompts must have at most 4 tokens, got 4 of 4 longer ones, the first train.jsonl:1 with 6."),
     "no room": ({}, ["--rollout.max-new-tokens", "256"], "--rollout.max-new-tokens must be below the model's context"),
     "temperature 0": ({}, ["--rollout.temperature", "0"], "--rollout.temperature must be in (0, inf), got 0.0."),
-    "M 0": ({}, ["--rollout.policy", "0"], "--rollout.policy must be in [1, inf), got 0."),
-    "M 1": ({}, ["--rollout.policy", "1"], "a prompt needs 2 rollouts to compare, got 1."),
+    "M 0": ({}, ["--rollout.num-policy", "0"], "--rollout.num-policy must be in [1, inf), got 0."),
+    "M 1": ({}, ["--rollout.num-policy", "1"], "a prompt needs 2 rollouts to compare, got 1."),
     "N 0 in the pool": (
         {},
-        ["--rollout.momentum", "0", "--vote.pool", "momentum"],
-        "--vote.pool momentum needs --rollout.momentum of at least 1, got 0.",
+        ["--rollout.num-momentum", "0", "--vote.pool", "momentum"],
+        "--vote.pool momentum needs --rollout.num-momentum of at least 1, got 0.",
     ),
     "two problems": ({}, ["--steps", "0", "--optim.lr", "-1"], "--optim.lr must be in [0, inf), got -1.0"),
     "bad extract": ({}, ["--answer.extract", "boxd"], "must be boxed, hash, last-number or regex:PATTERN, got 'boxd'"),
@@ -486,7 +486,7 @@ def test_dry_run_lists_every_problem(launch, tmp_path, capsys):
     assert launch(problems, "--dry-run") == 2
     text = said(capsys)
     for part in (
-        "--rollout.prompts must be at most the 1 prompts",
+        "--rollout.num-prompts must be at most the 1 prompts",
         f"{tmp_path}/none.csv: no such file",
         "got 'boxd'",
         "got gpu",

@@ -53,9 +53,9 @@ def test_no_number_escapes_its_range(altered, name):
         ("stop_after", [0], [1]),
         ("answer.timeout_s", [0], [0.1]),
         ("answer.workers", [0, 1025], [1, None]),
-        ("rollout.prompts", [0], [1]),
-        ("rollout.policy", [0], [2]),
-        ("rollout.momentum", [-1], [0]),
+        ("rollout.num_prompts", [0], [1]),
+        ("rollout.num_policy", [0], [2]),
+        ("rollout.num_momentum", [-1], [0]),
         ("rollout.temperature", [0, -1, math.inf], [0.01, 3]),
         ("rollout.top_p", [0, 1.01], [0.01, 1]),
         ("rollout.max_new_tokens", [0], [1]),
@@ -97,13 +97,16 @@ def test_ranges_end_where_they_should(altered, name, refused, accepted):
 
 
 COMBINATIONS = {
-    "momentum pool": ({"vote.pool": "momentum", "rollout.momentum": 0}, "--vote.pool momentum needs --rollout.mom"),
+    "momentum pool": ({"vote.pool": "momentum", "rollout.num_momentum": 0}, "--vote.pool momentum needs --rollout.mom"),
     "momentum in loss": (
-        {"objective.momentum_in_loss": True, "rollout.momentum": 0},
-        "--objective.momentum-in-loss needs --rollout.momentum",
+        {"objective.momentum_in_loss": True, "rollout.num_momentum": 0},
+        "--objective.momentum-in-loss needs --rollout.num-momentum",
     ),
-    "num train": ({"vote.num_train": 13}, "--vote.num-train must be at most --rollout.policy (12), got 13"),
-    "one rollout": ({"rollout.policy": 1}, "a prompt needs 2 rollouts to compare, got 1. Raise --rollout.policy."),
+    "num train": ({"vote.num_train": 13}, "--vote.num-train must be at most --rollout.num-policy (12), got 13"),
+    "one rollout": (
+        {"rollout.num_policy": 1},
+        "a prompt needs 2 rollouts to compare, got 1. Raise --rollout.num-policy.",
+    ),
     "minibatches": ({"optim.num_minibatches": 17}, "--optim.num-minibatches must be at most 16"),
     "stop after": ({"steps": 5, "stop_after": 6}, "--stop-after must be at most --steps (5), got 6"),
     "kl": ({"objective.kl_reference": "none"}, "--objective.kl-coef above 0 needs --objective.kl-reference initial"),
@@ -120,15 +123,15 @@ def test_contradictions_are_reported(altered, case):
 
 
 def test_momentum_rollouts_can_be_the_second_to_compare(altered):
-    altered(Config(), {"rollout.policy": 1, "objective.advantage_over": "all"})
-    altered(Config(), {"rollout.policy": 1, "objective.momentum_in_loss": True})
+    altered(Config(), {"rollout.num_policy": 1, "objective.advantage_over": "all"})
+    altered(Config(), {"rollout.num_policy": 1, "objective.momentum_in_loss": True})
 
 
 def test_all_problems_come_at_once(altered):
     changes = {"optim.lr": -1.0, "rollout.temperature": 0.0, "steps": 5}
     for extra, _ in COMBINATIONS.values():
         changes |= {name: value for name, value in extra.items() if name not in ("resume", "steps")}
-    changes |= {"rollout.momentum": 0, "resume": False}
+    changes |= {"rollout.num_momentum": 0, "resume": False}
     problems = problems_of(altered, Config(), changes)
     expected = [
         "--optim.lr",
@@ -170,7 +173,7 @@ def test_every_changed_field_survives_json(altered):
     ("data", "message"),
     [
         ({"stepz": 3}, "config: stepz is not a known key. Did you mean steps?"),
-        ({"rollout": {"polcy": 3}}, "config: rollout.polcy is not a known key. Did you mean rollout.policy?"),
+        ({"rollout": {"polcy": 3}}, "config: rollout.polcy is not a known key. Did you mean rollout.num_policy?"),
         ({"rollout": {"xyzzy": 3}}, "config: rollout.xyzzy is not a known key."),
     ],
 )
@@ -250,9 +253,9 @@ def test_help_shows_every_option_with_its_documentation_and_default(capsys):
 # What each preset is for, in the words of what it reproduces.
 PRESET_VALUES = {
     "mgrpo_arithmetic": {
-        "rollout.prompts": 16,
-        "rollout.policy": 12,
-        "rollout.momentum": 4,
+        "rollout.num_prompts": 16,
+        "rollout.num_policy": 12,
+        "rollout.num_momentum": 4,
         "rollout.temperature": 1.0,
         "optim.lr": 2e-4,
         "optim.schedule": "constant",
@@ -298,19 +301,19 @@ PRESET_VALUES = {
         "momentum.dtype": "fp32",
         "momentum.schedule": "constant",
     },
-    "srt": {"rollout.momentum": 0, "filter.applies_to": "none", "objective.reward": "majority"},
-    "ttrl": {"rollout.policy": 64, "vote.num_train": 32, "rollout.momentum": 0, "objective.reward": "majority"},
+    "srt": {"rollout.num_momentum": 0, "filter.applies_to": "none", "objective.reward": "majority"},
+    "ttrl": {"rollout.num_policy": 64, "vote.num_train": 32, "rollout.num_momentum": 0, "objective.reward": "majority"},
     "corewarding2": {
         "vote.pool": "momentum",
         "momentum.schedule": "cosine",
         "momentum.decay": 0.99,
         "momentum.final_decay": 0.9999,
     },
-    "anchored": {"vote.pool": "momentum", "momentum.decay": 0.999, "rollout.policy": 8, "rollout.momentum": 8},
-    "intuitor": {"objective.reward": "self-certainty", "rollout.momentum": 0},
-    "rent": {"objective.reward": "entropy", "rollout.momentum": 0},
-    "grpo_labels": {"objective.reward": "labels", "rollout.momentum": 0},
-    "arithmetic": {"rollout.prompts": 16, "model.path": "builtin:arithmetic", "objective.reward": "majority"},
+    "anchored": {"vote.pool": "momentum", "momentum.decay": 0.999, "rollout.num_policy": 8, "rollout.num_momentum": 8},
+    "intuitor": {"objective.reward": "self-certainty", "rollout.num_momentum": 0},
+    "rent": {"objective.reward": "entropy", "rollout.num_momentum": 0},
+    "grpo_labels": {"objective.reward": "labels", "rollout.num_momentum": 0},
+    "arithmetic": {"rollout.num_prompts": 16, "model.path": "builtin:arithmetic", "objective.reward": "majority"},
 }
 
 
@@ -328,7 +331,7 @@ def test_preset_values(name):
 
 def test_the_paper_takes_a_quarter_of_its_rollouts_from_momentum():
     rollout = make_preset("mgrpo_qwen3_4b_math").rollout
-    assert rollout.policy == 3 * rollout.momentum > 0
+    assert rollout.num_policy == 3 * rollout.num_momentum > 0
 
 
 def test_unknown_preset_offers_the_nearest():

@@ -441,5 +441,5 @@ def test_a_run_shows_a_long_vote(launch, monkeypatch, capsys):
     monkeypatch.setattr(
         "mgrpo.training.grader.make_extractor", lambda spec: lambda text: ("x+1", "1+x")[next(turns) % 2]
     )
-    assert launch({"steps": 1, "answer.equivalence": "math", "answer.workers": 1, "rollout.prompts": 4}) == 0
+    assert launch({"steps": 1, "answer.equivalence": "math", "answer.workers": 1, "rollout.num_prompts": 4}) == 0
     assert "comparing answers: 4 of 4 prompts" in capsys.readouterr().out

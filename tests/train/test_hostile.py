@@ -593,9 +593,9 @@ def test_secrets_reach_no_file_and_no_output(launch, tmp_path, monkeypatch, capf
     assert len(files) > 15
     assert not [path for path in files if secret.encode() in path.read_bytes()]
     for url in (f"http://user:{secret}@127.0.0.1:8000", f"http://127.0.0.1:8000/?key={secret}"):
-        flags = ("--rollout.engine", "vllm", "--rollout.placement", "server", "--rollout.servers", url)
+        flags = ("--engine.name", "vllm", "--engine.placement", "server", "--engine.servers", url)
         assert launch({}, *flags, run_dir=tmp_path / "other") == 2
     said = capfd.readouterr()
     assert secret not in said.out + said.err
-    assert "--rollout.servers must be URLs without user" in " ".join(said.err.replace("│", "").split())
+    assert "--engine.servers must be URLs without user" in " ".join(said.err.replace("│", "").split())
     assert not (tmp_path / "other").exists()

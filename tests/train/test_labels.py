@@ -12,7 +12,7 @@ from mgrpo.tasks.arithmetic import make_problems
 
 ARITHMETIC = [name for name in PRESETS if make_preset(name).model.path == "builtin:arithmetic"]
 TINY = {
-    "rollout.prompts": 2,
+    "rollout.num_prompts": 2,
     "rollout.max_new_tokens": 14,
     "optim.lr": 1e-3,
     "eval.every": 10,

@@ -35,7 +35,7 @@ def configure(**options: object) -> Config:
     return replace(
         base,
         steps=2,
-        rollout=replace(base.rollout, prompts=NUM_PROMPTS, policy=2, momentum=1, max_new_tokens=8),
+        rollout=replace(base.rollout, num_prompts=NUM_PROMPTS, num_policy=2, num_momentum=1, max_new_tokens=8),
         optim=replace(base.optim, **optim),
         objective=replace(ObjectiveConfig(kl_coef=0.0, kl_reference="none"), **options),
     )

@@ -96,7 +96,7 @@ def test_nothing_grows_over_two_hundred_steps(launch, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", watch)
     monkeypatch.setattr("mgrpo.training.grader.make_extractor", plant)
     options = {"steps": 200, "data.train": str(data), "checkpoint.every": 25, "log.backends": ("tensorboard",)}
-    options |= {"monitor.retention_every": 10, "rollout.prompts": 8, "rollout.max_new_tokens": 8}
+    options |= {"monitor.retention_every": 10, "rollout.num_prompts": 8, "rollout.max_new_tokens": 8}
     options |= {"answer.equivalence": "math", "answer.timeout_s": 1, "answer.workers": 1, "monitor.on_collapse": "warn"}
     before, others = resident_mib(), held(tmp_path)[1]
     assert launch(options) == 0

@@ -293,7 +293,7 @@ def test_positions_after_the_paddings_are_the_context(refused, folder, tmp_path)
     RobertaForCausalLM(shape).save_pretrained(folder)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("1+1=", "1" * 27)))
-    line = refused({"model.path": folder, "data.train": data, "rollout.prompts": 2})
+    line = refused({"model.path": folder, "data.train": data, "rollout.num_prompts": 2})
     assert "26" in line and "27" in line
     loaded = load_model(ModelConfig(path=str(folder)))
     assert loaded.context_length == 30

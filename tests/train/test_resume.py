@@ -134,7 +134,7 @@ def run_of_two(launch, tmp_path):
     [
         (["--optim.lr", "1e-3"], "--optim.lr must be 0.0002, as the run was started, got 0.001."),
         (["--data.train", "arithmetic:24:2-3:1"], "--data.train must be"),
-        (["--rollout.policy", "5"], "--rollout.policy must be 4, as the run was started, got 5."),
+        (["--rollout.num-policy", "5"], "--rollout.num-policy must be 4, as the run was started, got 5."),
         (["--seed", "1"], "--seed must be 0, as the run was started, got 1."),
         (["--momentum.dtype", "bf16-kahan"], "--momentum.dtype must be fp32, as the run was started, got bf16-kahan."),
         (["--steps", "5"], "--steps must be 4, as the run was started, got 5. Add --resume-extend to change it."),

@@ -12,7 +12,7 @@ from mgrpo.observe.retention import MIN_ANSWERS, Retention
 from mgrpo.rollout.transformers import TransformersEngine
 
 ASKING = {"monitor.retention_every": 2, "monitor.retention_prompts": 44, "steps": 14}
-EASY = {"data.train": "arithmetic:48:2:0", "rollout.max_new_tokens": 12, "rollout.prompts": 4}
+EASY = {"data.train": "arithmetic:48:2:0", "rollout.max_new_tokens": 12, "rollout.num_prompts": 4}
 
 
 def make(anchored: bool = False, **config) -> Retention:

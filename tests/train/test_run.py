@@ -56,7 +56,7 @@ def test_metrics_have_every_key(launch, tmp_path, rows_of):
 
 def test_what_does_not_apply_is_null(launch, tmp_path, rows_of):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(11, 20)))
-    nothing = {"data.train": tmp_path / "train.jsonl", "rollout.momentum": 0, "filter.applies_to": "none"}
+    nothing = {"data.train": tmp_path / "train.jsonl", "rollout.num_momentum": 0, "filter.applies_to": "none"}
     assert launch(nothing | {"steps": 1}) == 0
     (row,) = rows_of(tmp_path / "run", clocks=True)
     null = ["vote_agreement", "pruned_length", "kl", "kl_initial", "time_rollout_momentum_s", "time_checkpoint_s"]
@@ -93,7 +93,7 @@ def test_a_run_ends_with_its_report(command_line, tmp_path):
 
 def test_checkpoints_are_pruned_to_the_last_and_the_best(launch, tmp_path, rows_of, monkeypatch):
     accuracy = iter([0.1, 0.9, 0.3, 0.2, 0.1])
-    monkeypatch.setattr(Evaluator, "metrics", lambda self: {"probe_accuracy_policy": next(accuracy)})
+    monkeypatch.setattr(Evaluator, "metrics", lambda self, step: {"probe_accuracy_policy": next(accuracy)})
     options = {"steps": 5, "checkpoint.every": 1, "eval.every": 1, "checkpoint.keep_last": 1, "checkpoint.keep_best": 2}
     assert launch(options) == 0
     assert steps_saved(tmp_path / "run") == [2, 3, 5]
@@ -121,7 +121,7 @@ def test_one_seed_gives_one_run(launch, tmp_path, rows_of, weights_of, small, tr
 
 def test_rollouts_depend_on_seed_and_step(small, trained):
     # One prompt, weights that stay: what differs is drawn.
-    still = {"data.train": "arithmetic:1:6:0", "rollout.prompts": 1, "rollout.temperature": 2.0, "optim.lr": 0.0}
+    still = {"data.train": "arithmetic:1:6:0", "rollout.num_prompts": 1, "rollout.temperature": 2.0, "optim.lr": 0.0}
     drawn = [
         row["token_entropy" + suffix]
         for seed in (0, 1)

@@ -369,7 +369,7 @@ def test_dry_run_misses_vllm(monkeypatch):
     from mgrpo.run.preflight import find_problems
 
     config = PRESETS["arithmetic"]()
-    config = replace(config, rollout=replace(config.rollout, engine="vllm"))
+    config = replace(config, engine=replace(config.engine, name="vllm"))
     monkeypatch.setattr("mgrpo.run.preflight.find_spec", lambda name: None)
     assert any("needs the package vllm, it is not installed" in problem for problem in find_problems(config))
     monkeypatch.setattr("mgrpo.run.preflight.find_spec", lambda name: object())

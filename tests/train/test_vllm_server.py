@@ -321,11 +321,11 @@ def test_a_server_ends_with_its_trainer_even_by_kill_9():
         ({"placement": "server", "servers": ("localhost:1",)}, "must be URLs such as"),
         ({"devices": ("0", "1")}, "must name 2 devices"),
         ({"placement": "two-engines", "devices": ("0",)}, "must name 2 devices"),
-        ({"placement": "two-engines", "momentum": 0}, "--rollout.momentum 0 needs one engine or one server"),
-        ({"placement": "two-engines", "engine": "transformers"}, "needs --rollout.engine vllm"),
+        ({"placement": "two-engines", "momentum": 0}, "--rollout.num-momentum 0 needs one engine or one server"),
+        ({"placement": "two-engines", "engine": "transformers"}, "needs --engine.name vllm"),
     ],
 )
 def test_placements_that_make_no_sense(changes, message):
     config = make_preset("arithmetic")
     with pytest.raises(ConfigError, match=message):
-        replace(config, rollout=replace(config.rollout, **({"engine": "vllm"} | changes)))
+        replace(config, engine=replace(config.engine, **({"name": "vllm"} | changes)))

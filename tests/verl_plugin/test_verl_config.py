@@ -28,7 +28,7 @@ def test_the_named_configuration_is_stock_verls_with_our_trainer(compose):
     assert not need_critic(config) and need_reference_policy(config)
     options = read_options(config, total_training_steps=4)
     assert options.recipe.filter.k == 2.0 and options.recipe.vote.pool == "momentum"
-    assert (options.recipe.rollout.policy, options.recipe.rollout.momentum) == (4, 2)
+    assert (options.recipe.rollout.num_policy, options.recipe.rollout.num_momentum) == (4, 2)
     assert options.num_optimizer_steps == 4 * 2
     kwargs = config.reward.custom_reward_function.reward_kwargs
     expected = {"extract": r"regex:#(\d\d)", "label_extract": "auto", "equivalence": "exact"}
@@ -60,8 +60,8 @@ def test_stock_configuration_takes_the_options_with_a_plus():
             ],
         )
     options = read_options(config)
-    assert (options.recipe.rollout.momentum, options.recipe.momentum.decay) == (3, 0.999)
-    assert (options.recipe.rollout.policy, options.recipe.rollout.prompts) == (12, config.data.train_batch_size)
+    assert (options.recipe.rollout.num_momentum, options.recipe.momentum.decay) == (3, 0.999)
+    assert (options.recipe.rollout.num_policy, options.recipe.rollout.num_prompts) == (12, config.data.train_batch_size)
 
 
 def test_the_trainer_refuses_what_does_not_go_with_it_before_anything_starts(compose):

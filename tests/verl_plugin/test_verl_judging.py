@@ -18,7 +18,7 @@ from mgrpo.integrations.verl.groups import Rows, arrange, judge_rows, merge_rows
 M, N = 4, 2
 CONFIG = from_dict(
     {
-        "rollout": {"policy": M, "momentum": N, "prompts": 2, "max_new_tokens": 5},
+        "rollout": {"num_policy": M, "num_momentum": N, "num_prompts": 2, "max_new_tokens": 5},
         "filter": {"applies_to": "none"},
         "answer": {"extract": r"regex:#(\d+)", "equivalence": "exact"},
     }

@@ -36,12 +36,12 @@ def make(mgrpo=None, **changes):
 
 def test_names_and_defaults_are_those_of_the_trainer():
     options = read_options(make())
-    assert options.recipe.rollout.momentum == 4 and options.recipe.momentum.decay == 0.99
+    assert options.recipe.rollout.num_momentum == 4 and options.recipe.momentum.decay == 0.99
     assert options.recipe.filter.k == 0.75 and options.patch_kernels is False
     options = read_options(
         make(
             {
-                "rollout": {"momentum": 2},
+                "rollout": {"num_momentum": 2},
                 "momentum": {"decay": 0.5, "every": 3},
                 "filter": {"k": 1, "scope": "prompt"},
                 "vote": {"pool": "momentum", "momentum_weight": 2},
@@ -51,14 +51,14 @@ def test_names_and_defaults_are_those_of_the_trainer():
         )
     )
     recipe = options.recipe
-    assert (recipe.rollout.momentum, recipe.momentum.decay, recipe.momentum.every) == (2, 0.5, 3)
+    assert (recipe.rollout.num_momentum, recipe.momentum.decay, recipe.momentum.every) == (2, 0.5, 3)
     assert (recipe.filter.k, recipe.filter.scope, recipe.vote.pool) == (1.0, "prompt", "momentum")
     assert recipe.objective.advantage == "mean" and options.patch_kernels is True
 
 
 def test_what_verl_knows_is_taken_from_verl():
     recipe = read_options(make()).recipe
-    assert (recipe.rollout.policy, recipe.rollout.prompts, recipe.rollout.max_new_tokens) == (6, 8, 64)
+    assert (recipe.rollout.num_policy, recipe.rollout.num_prompts, recipe.rollout.max_new_tokens) == (6, 8, 64)
     # 8 prompts in minibatches of 2, thrice a step.
     assert read_options(make(), total_training_steps=10).num_optimizer_steps == 10 * 4 * 3
     assert read_options(make(trainer__total_training_steps=5)).num_optimizer_steps == 5 * 4 * 3
@@ -75,7 +75,7 @@ def test_what_verl_knows_is_taken_from_verl():
         ({"patch_kernels": "yes"}, r"mgrpo.patch_kernels must be true or false, got 'yes'"),
         ({"momentum": {"decay": 2.0}}, r"momentum.decay must be in \[0, 1\], got 2.0"),
         ({"momentum": {"decay": "high"}}, r"momentum.decay must be float, got 'high'"),
-        ({"vote": {"pool": "momentum"}, "rollout": {"momentum": 0}}, r"--vote.pool momentum needs"),
+        ({"vote": {"pool": "momentum"}, "rollout": {"num_momentum": 0}}, r"--vote.pool momentum needs"),
         ({"objective": {"reward": "self-certainty"}}, r"mgrpo.algorithm.loss.reward must be majority"),
         ({"filter": {"score": "source"}}, r"mgrpo.filter.score must be policy, got source"),
         ({"momentum": {"device": "cpu"}}, r"mgrpo.models.momentum.device must be same, got cpu"),

@@ -18,7 +18,7 @@ from mgrpo.integrations.verl_reward import compute_score
 
 CONFIG = from_dict(
     {
-        "rollout": {"policy": 2, "momentum": 1, "prompts": 1, "max_new_tokens": 4},
+        "rollout": {"num_policy": 2, "num_momentum": 1, "num_prompts": 1, "max_new_tokens": 4},
         "filter": {"applies_to": "none"},
     }
 )

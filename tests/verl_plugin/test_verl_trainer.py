@@ -31,7 +31,7 @@ def make_trainer(calls):
             return lambda *_, **__: calls.append(name) or value
 
         trainer = object.__new__(MGRPOTrainer)
-        trainer.recipe = from_dict({"rollout": {"policy": 4, "momentum": 2, "prompts": 8}, **config})
+        trainer.recipe = from_dict({"rollout": {"num_policy": 4, "num_momentum": 2, "num_prompts": 8}, **config})
         trainer.checkpoint_manager = types.SimpleNamespace(sleep_replicas=say("sleep"), update_weights=say("policy in"))
         trainer.actor_rollout_wg = types.SimpleNamespace(update_momentum_weights=say("momentum in"))
         trainer.roll_out_momentum = say("momentum rolls out", "rollouts")

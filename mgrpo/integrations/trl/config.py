@@ -92,8 +92,8 @@ class MGRPOConfig(GRPOConfig):
         return from_dict(
             {
                 "rollout": {
-                    "policy": self.num_generations,
-                    "momentum": self.num_momentum_generations,
+                    "num_policy": self.num_generations,
+                    "num_momentum": self.num_momentum_generations,
                     "temperature": self.temperature,
                     "max_new_tokens": self.max_completion_length,
                 },
@@ -105,8 +105,8 @@ class MGRPOConfig(GRPOConfig):
 
 _FLAG = re.compile(r"(?:--)?\b([a-z]+)\.([a-z_-]+)")
 _TRL_NAMES = {
-    "rollout_momentum": "num_momentum_generations",
-    "rollout_policy": "num_generations",
+    "rollout_num_momentum": "num_momentum_generations",
+    "rollout_num_policy": "num_generations",
     "rollout_temperature": "temperature",
     "rollout_max_new_tokens": "max_completion_length",
 }

@@ -155,7 +155,7 @@ class MGRPOTrainer(_GRPOTrainer):
     @property
     def num_momentum(self) -> int:
         """N."""
-        return self.recipe.rollout.momentum
+        return self.recipe.rollout.num_momentum
 
     # Votes
 

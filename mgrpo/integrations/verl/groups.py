@@ -128,7 +128,7 @@ def judge_rows(
 
     Source: arXiv 2512.13070, algorithm 1.
     """
-    num_policy, num_momentum = config.rollout.policy, config.rollout.momentum
+    num_policy, num_momentum = config.rollout.num_policy, config.rollout.num_momentum
     group = arrange(rows.keys, num_policy, num_momentum)
     answers = [extract(text) for text in rows.texts]
     entropy = K.trajectory_entropy(rows.entropy.float(), mask=rows.mask, reduce="mean", backend=backend)

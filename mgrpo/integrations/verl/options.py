@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mgrpo.config import Config, from_dict
+from mgrpo.config.renamed import RENAMED
 from mgrpo.errors import ConfigError
 
 # What `mgrpo.` takes; the rest of a run is verl's own. None stands for every option of the group.
 GROUPS: dict[str, tuple[str, ...] | None] = {
-    "rollout": ("momentum", "truncated"),
+    "rollout": ("num_momentum", "truncated"),
     "momentum": None,
     "filter": None,
     "vote": None,
@@ -86,8 +87,8 @@ def read_options(config: Any, *, total_training_steps: int | None = None) -> Opt
     minibatches = max(prompts // mini, 1)
     groups = {name: dict(given.get(name) or {}) for name in GROUPS}
     groups["rollout"] |= {
-        "prompts": prompts,
-        "policy": _select(config, "actor_rollout_ref.rollout.n"),
+        "num_prompts": prompts,
+        "num_policy": _select(config, "actor_rollout_ref.rollout.n"),
         "temperature": float(_select(config, "actor_rollout_ref.rollout.temperature")),
         "max_new_tokens": _select(config, "data.max_response_length"),
     }
@@ -132,7 +133,9 @@ def _unknown(given: Mapping[str, Any]) -> list[str]:
             problems.append(f"mgrpo.{group} must hold options, got {values!r}.")
             continue
         for name in values:
-            if name not in known[group]:
+            if new := RENAMED.get(f"{group}.{name}"):
+                problems.append(f"mgrpo.{group}.{name} is now mgrpo.{new}.")
+            elif name not in known[group]:
                 problems.append(f"mgrpo.{group}.{name} is not a known key.{_near(name, known[group])}")
             elif GROUPS[group] is not None and name not in GROUPS[group]:  # type: ignore[operator]
                 problems.append(

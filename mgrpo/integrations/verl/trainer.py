@@ -58,7 +58,7 @@ class MGRPOTrainer(PPOTrainerSync):
         answer = self.recipe.answer
         self.extract = make_extractor(answer.extract)
         self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers)
-        self.monitor = Monitor(self.recipe.monitor, num_prompts=self.recipe.rollout.prompts)
+        self.monitor = Monitor(self.recipe.monitor, num_prompts=self.recipe.rollout.num_prompts)
         self._prompts: list[Any] = []  # of this step
         self._momentum_batch: Any = None  # KVBatchMeta
         self._stop = False
@@ -107,7 +107,7 @@ class MGRPOTrainer(PPOTrainerSync):
         """The policy's rollouts are there: the momentum model's follow."""
         prompts, self._prompts = self._prompts, []
         self._momentum_batch = None
-        if self.recipe.rollout.momentum:
+        if self.recipe.rollout.num_momentum:
             with marked_timer("gen_momentum", self.timing_raw, color="red"):
                 self.checkpoint_manager.sleep_replicas()
                 ray.get(self.actor_rollout_wg.update_momentum_weights(global_steps=self.global_steps - 1))
@@ -116,7 +116,7 @@ class MGRPOTrainer(PPOTrainerSync):
 
     def roll_out_momentum(self, prompts: list[Any]) -> Any:
         """Rolls out N responses of each prompt with the model that the engine holds; returns their KVBatchMeta."""
-        batch = momentum_prompts(prompts, self.recipe.rollout.momentum)
+        batch = momentum_prompts(prompts, self.recipe.rollout.num_momentum)
         super()._submit_batch_to_rollout(batch)
         rollouts, _ = self.replay_buffer.sample(
             global_steps=self.global_steps, partition_id="train", batch_size=len(batch)

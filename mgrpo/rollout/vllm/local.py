@@ -69,7 +69,7 @@ class VllmEngine(CheckedEngine):
             raise EngineError("load: vLLM must empty its prefix cache, it refused. Is another request running?")
 
     def sleep(self) -> None:
-        """Moves weights to the host and drops the KV cache, where --rollout.sleep asks for it, until the next load."""
+        """Moves weights to the host and drops the KV cache, where --engine.sleep asks for it, until the next load."""
         if self._sleeps and not self._asleep:
             # Level 2 drops buffers too, which no load brings back.
             with _keeping_process_state(), _engine_errors("sleep"):
@@ -112,7 +112,7 @@ class VllmEngine(CheckedEngine):
             if now - last > self.timeout_s:
                 raise EngineError(
                     f"generate: a prompt must finish every {self.timeout_s:g} s, none did. "
-                    "Raise --rollout.timeout-s if responses are that slow."
+                    "Raise --engine.timeout-s if responses are that slow."
                 )
             if now - looked > LOOK_S:
                 looked = now
@@ -188,7 +188,7 @@ def start(**arguments: Any) -> Any:
 def require_vllm() -> None:
     """EngineError where it is not installed."""
     if importlib.util.find_spec("vllm") is None:
-        raise EngineError("rollout: vllm must be installed for --rollout.engine vllm. pip install vllm.")
+        raise EngineError("rollout: vllm must be installed for --engine.name vllm. pip install vllm.")
 
 
 @contextlib.contextmanager

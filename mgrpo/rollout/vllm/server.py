@@ -124,7 +124,7 @@ class ServerEngine(CheckedEngine):
                     if now - last > self.timeout_s:
                         raise EngineError(
                             f"generate: {self._http.url} must finish a prompt every {self.timeout_s:g} s, it did "
-                            "not. Raise --rollout.timeout-s if responses are that slow."
+                            "not. Raise --engine.timeout-s if responses are that slow."
                         )
                     if now - looked > LOOK_S:
                         looked = now

@@ -28,8 +28,8 @@ class NcclSender:
             client, source = clients.HTTPVLLMWeightSyncClient(url), self._make_source(base)
         except (ImportError, AttributeError) as error:
             raise EngineError(
-                f"start: --rollout.transfer nccl needs a vLLM with {_PACKAGE} on the trainer's side, got "
-                f"{type(error).__name__}: {error}. Take --rollout.transfer http."
+                f"start: --engine.transfer nccl needs a vLLM with {_PACKAGE} on the trainer's side, got "
+                f"{type(error).__name__}: {error}. Take --engine.transfer http."
             ) from error
         with socket.socket() as free:
             free.bind((host, 0))

@@ -1,0 +1,45 @@
+"""The configuration of a run, a file a group of options."""
+
+from mgrpo.config.answer import AnswerConfig
+from mgrpo.config.checkpoint import CheckpointConfig
+from mgrpo.config.convert import from_dict, to_dict
+from mgrpo.config.data import DataConfig
+from mgrpo.config.engine import EngineConfig
+from mgrpo.config.eval import EvalConfig
+from mgrpo.config.filter import FilterConfig
+from mgrpo.config.kernels import KernelsConfig
+from mgrpo.config.log import LogConfig
+from mgrpo.config.model import ModelConfig
+from mgrpo.config.momentum import MomentumConfig
+from mgrpo.config.monitor import MonitorConfig
+from mgrpo.config.objective import ObjectiveConfig
+from mgrpo.config.optim import OptimConfig
+from mgrpo.config.option import HomePath, HomeText, flag
+from mgrpo.config.rollout import RolloutConfig
+from mgrpo.config.run import Config, stop_problems
+from mgrpo.config.vote import VoteConfig
+
+__all__ = [
+    "AnswerConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "FilterConfig",
+    "HomePath",
+    "HomeText",
+    "KernelsConfig",
+    "LogConfig",
+    "ModelConfig",
+    "MomentumConfig",
+    "MonitorConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "RolloutConfig",
+    "VoteConfig",
+    "flag",
+    "from_dict",
+    "stop_problems",
+    "to_dict",
+]

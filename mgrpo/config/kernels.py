@@ -1,0 +1,14 @@
+"""Options of the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Tensor operations."""
+
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    """Backend of mgrpo_kernels: "auto" takes the first that a device and a dtype have."""

@@ -1,0 +1,163 @@
+"""The configuration of a run: frozen dataclasses, one group a concern, documented field by field.
+
+Letters: B prompts a step, M policy rollouts and N momentum rollouts a prompt, G = M + N.
+`Config` checks itself and lists every problem at once. Presets are functions in presets.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from mgrpo.config.answer import AnswerConfig
+from mgrpo.config.checkpoint import CheckpointConfig
+from mgrpo.config.data import DataConfig
+from mgrpo.config.engine import EngineConfig
+from mgrpo.config.eval import EvalConfig
+from mgrpo.config.filter import FilterConfig
+from mgrpo.config.kernels import KernelsConfig
+from mgrpo.config.log import LogConfig
+from mgrpo.config.model import ModelConfig
+from mgrpo.config.momentum import MomentumConfig
+from mgrpo.config.monitor import MonitorConfig
+from mgrpo.config.objective import ObjectiveConfig
+from mgrpo.config.optim import OptimConfig
+from mgrpo.config.option import RESUMABLE, HomeText, option, range_problems
+from mgrpo.config.rollout import RolloutConfig
+from mgrpo.config.vote import VoteConfig
+from mgrpo.errors import ConfigError
+
+MAX_STOP_CHARS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    preset: Annotated[str, tyro.conf.Suppress] = "arithmetic"
+    """Name of the preset that this configuration started from."""
+    run_dir: HomeText | None = option(None, resumable=True)
+    """Directory of the run; runs/PRESET-TIME when None."""
+    steps: int = option(200, least=1)
+    """Rollout batches of the whole run; the schedules span them."""
+    seed: int = option(0, least=0, below=2**31)
+    """Seed of data order and sampling."""
+    threads: int | None = option(None, least=1, most=4096)
+    """CPU threads; when None torch's choice, at most the CPUs that affinity and cgroups leave. A run repeats bit for
+    bit only with the same number."""
+    stop_after: int | None = option(None, least=1, resumable=True)
+    """End early, after this step, under the schedule of `steps`."""
+    resume: bool = option(False, resumable=True)
+    """Continue from the newest valid checkpoint of run-dir."""
+    resume_extend: bool = option(False, resumable=True)
+    """With --resume, allow another --steps than the run was started with."""
+    dry_run: bool = option(False, resumable=True)
+    """Check everything, print the plan, load the model and try a token, a gradient and a save, and exit."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    answer: AnswerConfig = field(default_factory=AnswerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    momentum: MomentumConfig = field(default_factory=MomentumConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    vote: VoteConfig = field(default_factory=VoteConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=RESUMABLE)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig, metadata=RESUMABLE)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig, metadata=RESUMABLE)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError with every problem."""
+        problems = range_problems(self) + _combination_problems(self)
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def num_train(self) -> int:
+        """Policy rollouts a prompt that train."""
+        return self.rollout.num_policy if self.vote.num_train is None else self.vote.num_train
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps * self.optim.num_minibatches * self.optim.num_epochs
+
+
+def _combination_problems(config: Config) -> list[str]:
+    """Lists the options that contradict one another."""
+    c, problems = config, []
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            problems.append("config: " + message)
+
+    needs_momentum = {
+        "--vote.pool momentum": c.vote.pool == "momentum",
+        "--objective.momentum-in-loss": c.objective.momentum_in_loss,
+    }
+    for name, wanted in needs_momentum.items():
+        require(c.rollout.num_momentum > 0 or not wanted, f"{name} needs --rollout.num-momentum of at least 1, got 0.")
+    vllm = c.engine.name == "vllm"
+    require(vllm or c.engine.placement == "one-engine", "--engine.placement needs --engine.name vllm.")
+    require(
+        len(c.engine.servers) in ((1, 2) if c.engine.placement == "server" else (0,)),
+        f"--engine.servers must name 1 or 2 servers with --engine.placement server and none else, "
+        f"got {len(c.engine.servers)}.",
+    )
+    require(
+        len(c.engine.devices) in ((0, 2) if c.engine.placement == "two-engines" else (0,)),
+        f"--engine.devices must name 2 devices, and that with --engine.placement two-engines, "
+        f"got {len(c.engine.devices)}.",
+    )
+    require(
+        c.engine.placement == "one-engine" or c.rollout.num_momentum > 0 or len(c.engine.servers) == 1,
+        "--rollout.num-momentum 0 needs one engine or one server.",
+    )
+    has_secret = any({"@", "?"} & set(url) for url in c.engine.servers)
+    require(not has_secret, "--engine.servers must be URLs without user, password or query, got one with @ or ?.")
+    require(
+        has_secret or all(url.startswith(("http://", "https://")) for url in c.engine.servers),
+        f"--engine.servers must be URLs such as http://127.0.0.1:8000, got {' '.join(c.engine.servers)}.",
+    )
+    problems += stop_problems(c.rollout.stop)
+    require(
+        c.vote.num_train is None or c.vote.num_train <= c.rollout.num_policy,
+        f"--vote.num-train must be at most --rollout.num-policy ({c.rollout.num_policy}), got {c.vote.num_train}.",
+    )
+    everyone = c.objective.momentum_in_loss or c.objective.advantage_over == "all"
+    group = c.num_train + (c.rollout.num_momentum if everyone else 0)
+    require(group >= 2, f"a prompt needs 2 rollouts to compare, got {group}. Raise --rollout.num-policy.")
+    require(
+        c.optim.num_minibatches <= c.rollout.num_prompts,
+        f"--optim.num-minibatches must be at most {c.rollout.num_prompts} (--rollout.num-prompts), "
+        f"got {c.optim.num_minibatches}.",
+    )
+    require(
+        c.stop_after is None or c.stop_after <= c.steps,
+        f"--stop-after must be at most --steps ({c.steps}), got {c.stop_after}.",
+    )
+    require(
+        c.objective.kl_coef == 0 or c.objective.kl_reference != "none",
+        "--objective.kl-coef above 0 needs --objective.kl-reference initial or momentum, got none.",
+    )
+    require(not c.resume or c.run_dir is not None, "--resume needs --run-dir.")
+    require(c.resume or not c.resume_extend, "--resume-extend needs --resume.")
+    return problems
+
+
+def stop_problems(texts: tuple[str, ...] | None, name: str = "config: --rollout.stop") -> list[str]:
+    """Lists what is wrong with stop texts; a single empty one switches them off."""
+    problems = []
+    for text in texts if texts and texts != ("",) else ():
+        if not 0 < len(text) <= MAX_STOP_CHARS:
+            problems.append(
+                f"{name} must be texts of 1 to {MAX_STOP_CHARS} characters, or '' alone for none, got {len(text)}."
+            )
+        elif "\ufffd" in text or any("\ud800" <= c <= "\udfff" for c in text):
+            problems.append(f"{name} must be text that a model can write, got {text!a}.")
+    return problems
