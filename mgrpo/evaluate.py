@@ -1,4 +1,4 @@
-"""Accuracy of a model on labelled prompts: `python -m mgrpo.evaluate --model.path P --data P --samples K`.
+"""Accuracy of a model on labelled prompts: `python -m mgrpo.evaluate --model.path P --data.probe P --samples K`.
 
 Letters: B prompts, k sampled responses a prompt.
 """
@@ -8,158 +8,175 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mgrpo.config import AnswerConfig, HomePath, HomeText, ModelConfig, stop_problems
+from mgrpo.config import (
+    AnswerConfig,
+    DataConfig,
+    EngineConfig,
+    HomePath,
+    ModelConfig,
+    RolloutConfig,
+    flag,
+    stop_problems,
+)
+from mgrpo.config.option import fields_of, option, range_problems
+from mgrpo.config.renamed import refuse_renamed
+from mgrpo.config.run import engine_problems
 from mgrpo.data.load import answers_of, describe_data, read_answers, require_embedded
-from mgrpo.data.prompts import make_dataset
+from mgrpo.data.prompts import Dataset, make_dataset
 from mgrpo.data.records import load_records
 from mgrpo.errors import ConfigError, EngineError, InputError
 from mgrpo.evaluation.evaluate import Evaluation, evaluate
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.models.files import quiet_transformers, running
-from mgrpo.models.load import load_model
+from mgrpo.models.load import LoadedModel, load_model
 from mgrpo.observe.console import GroupingLine
 from mgrpo.process.output import protect_output
 from mgrpo.process.threads import limit_threads
+from mgrpo.rollout.build import start_engine
+from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.samples import check_samples
-from mgrpo.rollout.stop import make_stop
-from mgrpo.rollout.transformers import TransformersEngine
+from mgrpo.rollout.stop import StopTexts, make_stop
 from mgrpo.types import Sampling, WeightTag
 
-MAX_DEFAULT_NEW_TOKENS = 2048
-# Groups of flags of mgrpo.train whose names this command has alone.
-_TRAIN_FLAG = re.compile(r"--(?:data|answer|rollout)\.")
+# Half of the context of a model that has less room.
+MAX_NEW_TOKENS = 2048
+# Flags of the first release, whose options are in the groups of mgrpo.train now.
+RENAMED = {
+    "data": "data.probe",
+    **{name: f"data.{name}" for name in ("prompt_key", "answer_key", "split", "template", "template_args", "overlong")},
+    **{name: f"answer.{name}" for name in ("extract", "label_extract", "equivalence", "workers")},
+    **{name: f"rollout.{name}" for name in ("temperature", "top_p", "max_new_tokens", "stop")},
+    "batch_size": "engine.batch_size",
+}
+# Options of training in these groups; another value than the default is an error.
+TRAINING = ("data.train", *(f"rollout.{name}" for name in ("num_prompts", "num_policy", "num_momentum")))
+TRAINING += ("rollout.truncated", "rollout.parity_every")
+
+
+# Below the usual training temperature of 1, yet with the variety that maj@K and pass@K need.
+SAMPLING = RolloutConfig(temperature=0.8, max_new_tokens=MAX_NEW_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArgs:
-    """Prints greedy accuracy, avg@K, maj@K and pass@K of a model with standard errors over prompts."""
+    """Prints greedy accuracy, avg@K, maj@K and pass@K of a model with standard errors over prompts.
 
-    data: HomeText
-    """Labelled prompts, in any form that `mgrpo.train --data.train` takes."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The model: any transformers folder, a run's checkpoints/step_N/policy and momentum among them."""
-    samples: int = 8
+    The prompts are those of --data.probe. The groups of flags are those of mgrpo.train; --data.train, the numbers of
+    rollouts and what else belongs to training alone must be left out.
+    """
+
+    samples: int = option(8, least=1)
     """K, sampled responses a prompt."""
-    prompt_key: str = "prompt"
-    """Key of the prompt in a record; `a.b` is the key `b` of the object `a`."""
-    answer_key: str = "answer"
-    """Key of the true answer in a record, likewise."""
-    split: str = "train"
-    """Split of a hub data set, of a saved DatasetDict, or of a folder whose files are named by splits."""
-    template: str | None = None
-    """None takes prompts as they are, `chat` the tokenizer's chat template; else a text that holds `{prompt}`."""
-    template_args: tuple[str, ...] = ()
-    """KEY=VALUE ... for the chat template, such as `enable_thinking=false`."""
-    extract: str = "boxed"
-    """`boxed` (last \\boxed{} with content), `hash` (after the last ####), `last-number`, `regex:PATTERN` (last match,
-    group 1). What stands before the end of a thought (`</think>`) is not read."""
-    label_extract: str = "auto"
-    """How the true answer is read from a label: `auto` (last box, else the line after ####, else what "the answer
-    is" at its end, else the label itself), `plain` (the label itself), `boxed`, `hash`, `last-number`,
-    `regex:PATTERN`."""
-    equivalence: Literal["math", "exact"] = "math"
-    """`math` decides by math-verify in worker processes, `exact` by normalised text alone."""
-    workers: int | None = None
-    """Processes that compare answers; as many as this process may use cores, at most 8, when None."""
-    temperature: float = 0.8
-    """Of the samples. Below the usual training temperature of 1, yet with the variety that maj@K and pass@K need."""
-    top_p: float = 1.0
-    """Nucleus sampling of the samples; 1 is off."""
-    max_new_tokens: int | None = None
-    """Longest response in tokens; half of the model's context, at most 2048, when None."""
-    stop: tuple[str, ...] | None = None
-    """Texts that end a response, the first of them; `\\n` stands for a newline. The answer is read from what is before.
-    None takes the label ahead of the prompt in a `template` of text, as '\\nQuestion:'; '' is none."""
-    seed: int = 0
+    seed: int = option(0, least=0, below=2**31)
     """Seed of the samples."""
-    limit: int | None = None
+    limit: int | None = option(None, least=1)
     """Take only the first LIMIT records."""
-    overlong: Literal["error", "drop"] = "error"
-    """What to do with prompts that leave no room for a response in the model's context."""
-    batch_size: int = 256
-    """Most sequences decoded together; bounds the KV cache."""
     out: HomePath | None = None
     """JSON file for the result and these settings; nothing is written when None."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    answer: AnswerConfig = field(default_factory=AnswerConfig)
+    # Below the usual training temperature of 1, yet with the variety that maj@K and pass@K need.
+    rollout: RolloutConfig = field(
+        default_factory=lambda: RolloutConfig(temperature=0.8, max_new_tokens=MAX_NEW_TOKENS)
+    )
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def _check(args: EvaluateArgs) -> None:
     """Raises ConfigError with every value out of range."""
-    counts = ("samples", "max_new_tokens", "limit", "batch_size", "workers")
-    requirements = [
-        *((name, getattr(args, name) is None or getattr(args, name) >= 1, "at least 1") for name in counts),
-        ("temperature", 0 < args.temperature < math.inf, "above 0 and finite"),
-        ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
-        ("seed", 0 <= args.seed < 2**31, "in [0, 2^31)"),
+    usual = {name: value for name, value, _ in fields_of(EvaluateArgs())}
+    problems = range_problems(args) + stop_problems(args.rollout.stop) + engine_problems(args.engine)
+    problems += [
+        f"config: {flag(name)} must be left out, it belongs to training, got {value}."
+        for name, value, _ in fields_of(args)
+        if name in TRAINING and value != usual[name]
     ]
-    problems = [
-        f"evaluate: --{name.replace('_', '-')} must be {expected}, got {getattr(args, name)}."
-        for name, valid, expected in requirements
-        if not valid
-    ]
-    problems += stop_problems(args.stop, "evaluate: --stop")
+    if args.data.probe is None:
+        problems.append("config: --data.probe must name the labelled prompts, got none.")
+    if len(args.engine.servers) > 1 or args.engine.placement == "two-engines":
+        problems.append("config: --engine.placement must be one-engine, or server with one server.")
     if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
-        problems.append(f"evaluate: --out must be a file in an existing folder, got {args.out}. Make the folder first.")
+        problems.append(f"config: --out must be a file in an existing folder, got {args.out}. Make the folder first.")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"evaluate: {problem.removeprefix('config: ')}" for problem in problems])
 
 
 def run(args: EvaluateArgs) -> Evaluation:
     """Loads everything that `args` names and evaluates; raises InputError or ConfigError for bad input."""
     _check(args)
-    answer = AnswerConfig(extract=args.extract, label_extract=args.label_extract, equivalence=args.equivalence)
-    extract = make_extractor(answer.extract)
-    records = load_records(
-        args.data, prompt_key=args.prompt_key, answer_key=args.answer_key, split=args.split, need_answer=True
-    )
+    extract = make_extractor(args.answer.extract)
     loaded = load_model(args.model)
-    stop = make_stop(args.stop, args.template, loaded.tokenizer)
-    max_new_tokens = args.max_new_tokens or min(loaded.context_length // 2, MAX_DEFAULT_NEW_TOKENS)
-    dataset = make_dataset(
-        read_answers(records[: args.limit], answers_of(args.data, answer)),
-        loaded.tokenizer,
-        template=args.template,
-        max_prompt_tokens=loaded.context_length - max_new_tokens,
-        overlong=args.overlong,
-        source=args.data,
-        template_args=args.template_args,
+    stop = make_stop(args.rollout.stop, args.data.template, loaded.tokenizer)
+    max_new_tokens = args.rollout.max_new_tokens
+    if max_new_tokens == MAX_NEW_TOKENS:
+        max_new_tokens = min(max_new_tokens, loaded.context_length // 2)
+    dataset = _load_data(args, loaded, max_new_tokens)
+    if stop and args.rollout.stop is None:
+        said = f"responses end at {stop.texts[0]!r}, by --data.template; --rollout.stop '' lets them go on."
+        print(f"evaluate: {said}", file=sys.stderr)
+    longest = max(len(prompt.ids) for prompt in dataset.prompts) + max_new_tokens
+    engine = start_engine(loaded, args.engine, stop=stop, max_length=longest)
+    sampling = Sampling(
+        temperature=args.rollout.temperature, top_p=args.rollout.top_p, max_new_tokens=max_new_tokens, seed=args.seed
     )
-    if stop and args.stop is None:
-        print(
-            f"evaluate: responses end at {stop.texts[0]!r}, by --template; --stop '' lets them go on.", file=sys.stderr
-        )
+    try:
+        return _evaluate(args, loaded, dataset, engine, extract, sampling, stop)
+    finally:
+        engine.close()
+
+
+def _load_data(args: EvaluateArgs, loaded: LoadedModel, max_new_tokens: int) -> Dataset:
+    """The labelled prompts, and what a person should know of them on stderr."""
+    data, source = args.data, str(args.data.probe)
+    answer_key = data.answer_key or "answer"
+    records = load_records(
+        source, prompt_key=data.prompt_key, answer_key=answer_key, split=data.split, need_answer=True
+    )
+    dataset = make_dataset(
+        read_answers(records[: args.limit], answers_of(source, args.answer)),
+        loaded.tokenizer,
+        template=data.template,
+        max_prompt_tokens=loaded.context_length - max_new_tokens,
+        overlong=data.overlong,
+        source=source,
+        template_args=data.template_args,
+    )
     for message in describe_data(dataset):
         print(f"evaluate: {message}", file=sys.stderr)
-    require_embedded(dataset, loaded, args.data)
+    require_embedded(dataset, loaded, source)
     if dataset.num_overlong:
         print(f"evaluate: {dataset.num_overlong} overlong prompts were left out.", file=sys.stderr)
-    engine = TransformersEngine(
-        loaded.model,
-        eos_ids=loaded.eos_ids,
-        pad_id=loaded.pad_id,
-        dtype=loaded.dtype,
-        batch_size=args.batch_size,
-        stop=stop,
-    )
-    tag = WeightTag("policy", 0)
+    return dataset
+
+
+def _evaluate(
+    args: EvaluateArgs,
+    loaded: LoadedModel,
+    dataset: Dataset,
+    engine: Engine,
+    extract: Callable[[str], str | None],
+    sampling: Sampling,
+    stop: StopTexts | None,
+) -> Evaluation:
+    """Generates and grades; one token first, whose failure is the model's."""
+    tag, answer = WeightTag("policy", 0), args.answer
     engine.update_weights(loaded.model.state_dict(), tag)
     with running(args.model.path, "generate a token"):
-        first = [dataset.prompts[0].ids]
-        engine.generate(first, 1, Sampling(max_new_tokens=1), tag)
-    sampling = Sampling(temperature=args.temperature, top_p=args.top_p, max_new_tokens=max_new_tokens, seed=args.seed)
-    with AnswerChecker(mode=answer.equivalence, num_workers=args.workers) as checker:
+        engine.generate([dataset.prompts[0].ids], 1, Sampling(max_new_tokens=1), tag)
+    with AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers) as checker:
         checker.watch = GroupingLine(Console(stderr=True))
         check = partial(check_samples, engine, loaded, [prompt.ids for prompt in dataset.prompts], sampling)
         about = {"samples": args.samples, "tag": tag, "stop": stop, "check": check}
@@ -204,18 +221,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     protect_output()
     quiet_transformers()
     limit_threads()
-    args = tyro.cli(EvaluateArgs, args=argv, prog="python -m mgrpo.evaluate")
+    arguments = sys.argv[1:] if argv is None else argv
     try:
+        refuse_renamed(arguments, RENAMED, "evaluate")
+        args = tyro.cli(EvaluateArgs, args=arguments, prog="python -m mgrpo.evaluate")
         evaluation = run(args)
-    except (InputError, ConfigError) as error:
-        print(_TRAIN_FLAG.sub("--", str(error)), file=sys.stderr)
-        return 2
-    except EngineError as error:
+    except (InputError, ConfigError, EngineError) as error:
         print(error, file=sys.stderr)
-        return 5
-    Console().print(make_table(evaluation, f"{args.model.path} on {args.data}"))
+        return error.exit_code
+    Console().print(make_table(evaluation, f"{args.model.path} on {args.data.probe}"))
     if evaluation.unparseable_share > 0.5:
-        print("Most responses hold no answer: check --extract, --template and --max-new-tokens.", file=sys.stderr)
+        print(
+            "Most responses hold no answer: check --answer.extract, --data.template and --rollout.max-new-tokens.",
+            file=sys.stderr,
+        )
     if args.out is not None:
         settings = {k: v for k, v in dataclasses.asdict(args).items() if k != "out"}
         try:

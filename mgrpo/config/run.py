@@ -102,28 +102,11 @@ def _combination_problems(config: Config) -> list[str]:
     }
     for name, wanted in needs_momentum.items():
         require(c.rollout.num_momentum > 0 or not wanted, f"{name} needs --rollout.num-momentum of at least 1, got 0.")
-    vllm = c.engine.name == "vllm"
-    require(vllm or c.engine.placement == "one-engine", "--engine.placement needs --engine.name vllm.")
-    require(
-        len(c.engine.servers) in ((1, 2) if c.engine.placement == "server" else (0,)),
-        f"--engine.servers must name 1 or 2 servers with --engine.placement server and none else, "
-        f"got {len(c.engine.servers)}.",
-    )
-    require(
-        len(c.engine.devices) in ((0, 2) if c.engine.placement == "two-engines" else (0,)),
-        f"--engine.devices must name 2 devices, and that with --engine.placement two-engines, "
-        f"got {len(c.engine.devices)}.",
-    )
     require(
         c.engine.placement == "one-engine" or c.rollout.num_momentum > 0 or len(c.engine.servers) == 1,
         "--rollout.num-momentum 0 needs one engine or one server.",
     )
-    has_secret = any({"@", "?"} & set(url) for url in c.engine.servers)
-    require(not has_secret, "--engine.servers must be URLs without user, password or query, got one with @ or ?.")
-    require(
-        has_secret or all(url.startswith(("http://", "https://")) for url in c.engine.servers),
-        f"--engine.servers must be URLs such as http://127.0.0.1:8000, got {' '.join(c.engine.servers)}.",
-    )
+    problems += engine_problems(c.engine)
     problems += stop_problems(c.rollout.stop)
     require(
         c.vote.num_train is None or c.vote.num_train <= c.rollout.num_policy,
@@ -147,6 +130,29 @@ def _combination_problems(config: Config) -> list[str]:
     )
     require(not c.resume or c.run_dir is not None, "--resume needs --run-dir.")
     require(c.resume or not c.resume_extend, "--resume-extend needs --resume.")
+    return problems
+
+
+def engine_problems(engine: EngineConfig) -> list[str]:
+    """Lists the options of an engine that contradict one another."""
+    c, problems = engine, []
+    if c.name != "vllm" and c.placement != "one-engine":
+        problems.append("config: --engine.placement needs --engine.name vllm.")
+    if len(c.servers) not in ((1, 2) if c.placement == "server" else (0,)):
+        problems.append(
+            f"config: --engine.servers must name 1 or 2 servers with --engine.placement server and none else, "
+            f"got {len(c.servers)}."
+        )
+    if len(c.devices) not in ((0, 2) if c.placement == "two-engines" else (0,)):
+        problems.append(
+            f"config: --engine.devices must name 2 devices, and that with --engine.placement two-engines, "
+            f"got {len(c.devices)}."
+        )
+    if any({"@", "?"} & set(url) for url in c.servers):
+        problems.append("config: --engine.servers must be URLs without user, password or query, got one with @ or ?.")
+    elif not all(url.startswith(("http://", "https://")) for url in c.servers):
+        given = " ".join(c.servers)
+        problems.append(f"config: --engine.servers must be URLs such as http://127.0.0.1:8000, got {given}.")
     return problems
 
 

@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import json
 import math
 import re
 import typing
+from pathlib import Path
 
 import pytest
 
 import mgrpo.config
 from mgrpo.config import Config, flag, from_dict, to_dict
+from mgrpo.config.renamed import RENAMED, upgrade
 from mgrpo.errors import ConfigError
 from mgrpo.presets import PRESETS, make_preset
 from mgrpo.train import main
@@ -97,7 +98,10 @@ def test_ranges_end_where_they_should(altered, name, refused, accepted):
 
 
 COMBINATIONS = {
-    "momentum pool": ({"vote.pool": "momentum", "rollout.num_momentum": 0}, "--vote.pool momentum needs --rollout.mom"),
+    "momentum pool": (
+        {"vote.pool": "momentum", "rollout.num_momentum": 0},
+        "--vote.pool momentum needs --rollout.num-mom",
+    ),
     "momentum in loss": (
         {"objective.momentum_in_loss": True, "rollout.num_momentum": 0},
         "--objective.momentum-in-loss needs --rollout.num-momentum",
@@ -215,9 +219,10 @@ def test_whole_numbers_are_floats_where_floats_are_wanted():
 
 
 def documented_fields():
-    """Docstring under every field of config.py, by class and field."""
+    """Docstring under every field of the option groups, by class and field."""
     found = {}
-    for node in ast.parse(inspect.getsource(mgrpo.config)).body:
+    files = Path(mgrpo.config.__file__).parent.glob("*.py")
+    for node in [node for file in files for node in ast.parse(file.read_text()).body]:
         if isinstance(node, ast.ClassDef):
             assert ast.get_docstring(node), node.name
             for field, after in zip(node.body, [*node.body[1:], None], strict=True):
@@ -339,3 +344,21 @@ def test_unknown_preset_offers_the_nearest():
         ConfigError, match=r"PRESET must be one of arithmetic.*got corewarding\. Did you mean corewardi"
     ):
         make_preset("corewarding")
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_option_fails_and_names_the_new_one(old, new, capsys):
+    for spelled in (flag(old), "--" + old):
+        assert main(["arithmetic", spelled, "1"]) == 2
+        assert f"{flag(old)} is now {flag(new)}." in capsys.readouterr().err.replace(spelled, flag(old))
+    group, name = old.split(".")
+    with pytest.raises(ConfigError, match=f"config: {old} is not a known key. It is {new} now."):
+        from_dict({group: {name: 1}})
+
+
+def test_the_configuration_of_an_earlier_release_is_read():
+    old = {"steps": 3, "rollout": {"prompts": 2, "policy": 5, "momentum": 1, "engine": "vllm", "timeout_s": 9.0}}
+    config = from_dict(upgrade(old))
+    assert (config.rollout.num_prompts, config.rollout.num_policy, config.rollout.num_momentum) == (2, 5, 1)
+    assert (config.engine.name, config.engine.timeout_s, config.rollout.stop) == ("vllm", 9.0, ())
+    assert "prompts" in old["rollout"] and upgrade(to_dict(config)) == to_dict(config)

@@ -145,7 +145,7 @@ def test_evaluation_and_report_end_with_their_own_exit_code(launch, tmp_path, mo
     assert launch({"steps": 1}) == 0
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, Broken(BrokenPipeError()))
-    data = ["--data", "arithmetic:4:2-2:1", "--samples", "1", "--extract", "last-number"]
+    data = ["--data.probe", "arithmetic:4:2-2:1", "--samples", "1", "--answer.extract", "last-number"]
     assert evaluate_main([*data, "--out", str(tmp_path / "out.json")]) == 0 and (tmp_path / "out.json").is_file()
     assert evaluate_main([*data, "--samples", "0"]) == 2
     monkeypatch.setattr("mgrpo.report.write_report", lambda runs, out: tmp_path / "report.html")

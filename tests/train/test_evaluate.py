@@ -17,6 +17,7 @@ from mgrpo.evaluation.evaluate import evaluate, summarize
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.models.load import load_model
+from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_model, make_problems, make_tokenizer
 from mgrpo.types import Rollouts, Sampling, WeightTag
@@ -26,8 +27,10 @@ SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=12, seed=5)
 EXTRACT = make_extractor(r"regex:#(\d\d)")
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Answers prompt b with scripted texts; greedy decoding has its own."""
+
+    has_model_logprobs = False
 
     def __init__(self, sampled: list[list[str]], greedy: list[str]):
         self.sampled, self.greedy, self.calls = sampled, greedy, []
@@ -62,7 +65,7 @@ def run_scripted(sampled, greedy_texts, answers, **options):
         EXTRACT,
         AnswerChecker(mode="exact"),
         SAMPLING,
-        **{"samples": len(sampled[0]), "source": "momentum", "version": 7} | options,
+        **{"samples": len(sampled[0]), "tag": WeightTag("momentum", 7)} | options,
     )
     return result, engine
 
@@ -130,8 +133,7 @@ def test_equivalent_answers_vote_together():
         AnswerChecker(mode="exact"),
         SAMPLING,
         samples=5,
-        source="policy",
-        version=0,
+        tag=WeightTag("policy", 0),
         greedy=False,
     )
     assert (result.maj_at_k, result.avg_at_k) == (1.0, pytest.approx(0.6))
@@ -165,8 +167,8 @@ def folder(tmp_path_factory):
 
 def flags(folder, *more: str) -> list[str]:
     model = ["--model.path", str(folder), "--model.device", "cpu"]
-    rest = ["--data", "arithmetic:6:2-3:0", "--extract", r"regex:(\d)", "--equivalence", "exact"]
-    return [*model, *rest, "--samples", "3", "--max-new-tokens", "8", *more]
+    rest = ["--data.probe", "arithmetic:6:2-3:0", "--answer.extract", r"regex:(\d)", "--answer.equivalence", "exact"]
+    return [*model, *rest, "--samples", "3", "--rollout.max-new-tokens", "8", *more]
 
 
 def test_command_line_writes_what_the_engine_gives(folder, tmp_path, capsys):
@@ -198,7 +200,7 @@ def test_command_line_writes_what_the_engine_gives(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("extract", "accuracy"),
     # A pattern for responses is none for labels.
-    [("hash", 1.0), (r"regex:####(\d)", 1.0), (r"regex:####(\d) --label-extract plain", 0.5)],
+    [("hash", 1.0), (r"regex:####(\d)", 1.0), (r"regex:####(\d) --answer.label-extract plain", 0.5)],
 )
 def test_command_line_reads_true_answers_out_of_worked_solutions(folder, tmp_path, monkeypatch, extract, accuracy):
     class Engine(ScriptedEngine):
@@ -208,11 +210,11 @@ def test_command_line_reads_true_answers_out_of_worked_solutions(folder, tmp_pat
         def update_weights(self, *_args):
             pass
 
-    monkeypatch.setattr("mgrpo.evaluate.TransformersEngine", Engine)
+    monkeypatch.setattr("mgrpo.evaluate.start_engine", Engine)
     data, out = tmp_path / "x.jsonl", tmp_path / "result.json"
     rows = [{"prompt": "1+2=", "answer": "1+2 makes three.\n#### 3"}, {"prompt": "2+3=", "answer": "5"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ["--data", str(data), "--samples", "1", "--extract", *extract.split(), "--out", str(out)]
+    more = ["--data.probe", str(data), "--samples", "1", "--answer.extract", *extract.split(), "--out", str(out)]
     assert main(flags(folder, *more)) == 0
     found = json.loads(out.read_text())["evaluation"]
     assert found["greedy"] == found["avg_at_k"] == accuracy
@@ -234,38 +236,46 @@ def test_command_line_shows_a_long_vote(folder, monkeypatch, capsys):
     monkeypatch.setattr("mgrpo.grading.watch.SHOWN_AFTER_S", 0.0)
     turns = itertools.count()
     monkeypatch.setattr("mgrpo.evaluate.make_extractor", lambda spec: lambda text: ("x+1", "1+x")[next(turns) % 2])
-    assert main(flags(folder, "--equivalence", "math", "--workers", "1")) == 0
+    assert main(flags(folder, "--answer.equivalence", "math", "--answer.workers", "1")) == 0
     assert "comparing answers: " in capsys.readouterr().err
 
 
 def test_command_line_warns_where_nothing_is_read(folder, capsys):
-    assert main(flags(folder, "--extract", "hash")) == 0
+    assert main(flags(folder, "--answer.extract", "hash")) == 0
     assert "Most responses hold no answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--samples", "0", "--top-p", "0"], "--samples must be at least 1, got 0"),
-        (["--samples", "0", "--top-p", "0"], r"--top-p must be in (0, 1], got 0.0"),
-        (["--temperature", "0"], "--temperature must be above 0"),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-        (["--limit", "0"], "--limit must be at least 1"),
+        (["--samples", "0", "--rollout.top-p", "0"], "--samples must be in [1, inf), got 0"),
+        (["--samples", "0", "--rollout.top-p", "0"], r"--rollout.top-p must be in (0, 1], got 0.0"),
+        (["--rollout.temperature", "0"], "--rollout.temperature must be in (0, inf)"),
+        (["--rollout.max-new-tokens", "0"], "--rollout.max-new-tokens must be in [1, inf), got 0"),
+        (["--limit", "0"], "--limit must be in [1, inf), got 0"),
         (["--seed", "-1"], "--seed must be in"),
+        (["--rollout.num-policy", "3"], "--rollout.num-policy must be left out, it belongs to training, got 3."),
+        (["--data.train", "x.jsonl"], "--data.train must be left out, it belongs to training, got x.jsonl."),
+        (["--engine.placement", "two-engines"], "--engine.placement must be one-engine, or server with one server."),
+        (["--data", "x.jsonl"], "evaluate: --data is now --data.probe."),
+        (["--max_new_tokens=3", "--workers", "1"], "--workers is now --answer.workers."),
         (["--out", "/nowhere/x.json"], "--out must be a file in an existing folder"),
-        (["--extract", "bracket"], "spec must be boxed, hash, last-number or regex:PATTERN"),
-        (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
-        (["--label-extract", "bracket"], "spec must be auto, plain, boxed, hash, last-number or regex:PATTERN"),
-        (["--template-args", "thinking=false"], "--template-args must come with a chat template"),
-        (["--data", "keys.jsonl"], "--answer-key must be the key of an answer, got 'answer', which no record has."),
-        (["--data", "long.jsonl"], "long.jsonl:1: label must mark its answer"),
-        (["--data", "long.jsonl"], "Set --label-extract last-number or regex:PATTERN"),
+        (["--answer.extract", "bracket"], "spec must be boxed, hash, last-number or regex:PATTERN"),
+        (["--data.probe", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--answer.label-extract", "bracket"], "spec must be auto, plain, boxed, hash, last-number or regex:PATTERN"),
+        (["--data.template-args", "thinking=false"], "--data.template-args must come with a chat template"),
         (
-            ["--data", "long.jsonl", "--label-extract", "hash"],
+            ["--data.probe", "keys.jsonl"],
+            "--data.answer-key must be the key of an answer, got 'answer', which",
+        ),
+        (["--data.probe", "long.jsonl"], "long.jsonl:1: label must mark its answer"),
+        (["--data.probe", "long.jsonl"], "Set --answer.label-extract last-number or regex:PATTERN"),
+        (
+            ["--data.probe", "long.jsonl", "--answer.label-extract", "hash"],
             "No answer was found in 1 labels, the first long.jsonl:1",
         ),
         (["--model.path", "./no-such-folder"], "model: ./no-such-folder"),
-        (["--max-new-tokens", "255"], "prompts must have at most 1 tokens"),
+        (["--rollout.max-new-tokens", "255"], "prompts must have at most 1 tokens"),
     ],
 )
 def test_bad_input_exits_with_2(folder, tmp_path, monkeypatch, capsys, more, message):
@@ -277,7 +287,7 @@ def test_bad_input_exits_with_2(folder, tmp_path, monkeypatch, capsys, more, mes
 
 
 def test_overlong_prompts_are_dropped_aloud(folder, capsys):
-    assert main(flags(folder, "--max-new-tokens", "250", "--overlong", "drop")) == 0
+    assert main(flags(folder, "--rollout.max-new-tokens", "250", "--data.overlong", "drop")) == 0
     assert "3 overlong prompts were left out" in capsys.readouterr().err
 
 

@@ -215,7 +215,16 @@ def test_a_wrong_way_ends_the_run(small, monkeypatch, top_p, source):
 
 
 def test_a_wrong_way_ends_an_evaluation(monkeypatch, capsys):
-    flags = ["--data", "arithmetic:6:2-3:0", "--samples", "2", "--model.device", "cpu", "--max-new-tokens", "12"]
+    flags = [
+        "--data.probe",
+        "arithmetic:6:2-3:0",
+        "--samples",
+        "2",
+        "--model.device",
+        "cpu",
+        "--rollout.max-new-tokens",
+        "12",
+    ]
     assert main(flags) == 0
     monkeypatch.setattr("mgrpo.rollout.transformers.choose_way", lambda *_: Forgetful)
     capsys.readouterr()

@@ -210,7 +210,7 @@ def test_a_folder_that_lacks_parameters_is_refused(refused, folder, capsys, name
     change_weights(folder, change)
     line = refused({"model.path": folder})
     assert line.startswith(f"model: {folder} must hold ") and message in line
-    arguments = ["--model.path", str(folder), "--data", "arithmetic:2:2:0", "--samples", "1"]
+    arguments = ["--model.path", str(folder), "--data.probe", "arithmetic:2:2:0", "--samples", "1"]
     assert evaluate.main(arguments) == 2
     assert said(capsys) == [line]
 
@@ -280,7 +280,7 @@ def test_the_first_prompt_without_a_row_is_named(refused, folder, tmp_path, caps
     assert line.startswith(
         f"{data}: tokens must be below 17, the rows of the model's embedding, prompt 3 has 17: '7+7='."
     )
-    assert evaluate.main(["--model.path", str(folder), "--data", str(data), "--samples", "1"]) == 2
+    assert evaluate.main(["--model.path", str(folder), "--data.probe", str(data), "--samples", "1"]) == 2
     assert said(capsys) == [line]
 
 
@@ -373,7 +373,7 @@ def test_the_folder_of_a_run_names_the_models_in_it(launch, refused, tmp_path, c
     line = refused({"model.path": given})
     assert line.startswith(f"model: --model.path must be a model folder, {given} is the folder of a ")
     assert line.endswith(f". Name {newest / 'policy'} or {newest / 'momentum'}.")
-    assert evaluate.main(["--model.path", str(given), "--data", "arithmetic:2:2:0", "--samples", "1"]) == 2
+    assert evaluate.main(["--model.path", str(given), "--data.probe", "arithmetic:2:2:0", "--samples", "1"]) == 2
     assert said(capsys) == [line]
 
 
@@ -501,7 +501,12 @@ def test_a_tilde_is_the_home_folder(launch, tmp_path, monkeypatch, capsys):
     from mgrpo.train import main
 
     assert main(["--resume", "--run-dir=~/run"]) == 0
-    arguments = ["--model.path=~/run/checkpoints/step_1/policy", "--data=~/data.jsonl", "--samples=1", "--out=~/o.json"]
+    arguments = [
+        "--model.path=~/run/checkpoints/step_1/policy",
+        "--data.probe=~/data.jsonl",
+        "--samples=1",
+        "--out=~/o.json",
+    ]
     assert evaluate.main(arguments) == 0 and (home / "o.json").is_file()
     from mgrpo import report
 

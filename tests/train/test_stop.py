@@ -364,16 +364,25 @@ def test_a_run_from_before_goes_on_without(launch, resume, tmp_path):
 
 def test_evaluation_stops_by_its_own_option(tmp_path, capsys):
     out = tmp_path / "out.json"
-    options = ["--data", "arithmetic:6:2-2:1", "--samples", "2", "--extract", r"regex:#(\d\d)", "--out", str(out)]
+    options = [
+        "--data.probe",
+        "arithmetic:6:2-2:1",
+        "--samples",
+        "2",
+        "--answer.extract",
+        r"regex:#(\d\d)",
+        "--out",
+        str(out),
+    ]
     shares = []
-    for extra in ([], ["--stop", "#"], ["--stop", ""]):
+    for extra in ([], ["--rollout.stop", "#"], ["--rollout.stop", ""]):
         assert evaluate_main([*options, *extra]) == 0
         shares.append(json.loads(out.read_text())["evaluation"]["unparseable_share"])
     assert shares[0] == shares[2] < 0.5 and shares[1] == 1
-    assert evaluate_main([*options, "--stop", "", "#"]) == 2
-    assert "evaluate: --stop must be texts of 1 to 1000 characters" in capsys.readouterr().err
-    assert evaluate_main([*options, "--template", "Sum: {prompt}"]) == 0
-    assert r"responses end at '\nSum:', by --template" in capsys.readouterr().err
+    assert evaluate_main([*options, "--rollout.stop", "", "#"]) == 2
+    assert "evaluate: --rollout.stop must be texts of 1 to 1000 characters" in capsys.readouterr().err
+    assert evaluate_main([*options, "--data.template", "Sum: {prompt}"]) == 0
+    assert r"responses end at '\nSum:', by --data.template" in capsys.readouterr().err
 
 
 def test_trainer_without_texts_has_none(small):
