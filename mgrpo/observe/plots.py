@@ -7,14 +7,16 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from mgrpo.observe.catalogue import FIGURES, PANELS, Panel, keys_of
 
 MAX_BARE_POINTS = 30  # up to here points are joined as they are; past it a running mean is drawn over them
 DPI = 100
@@ -33,65 +35,13 @@ class Run:
     config: dict[str, Any]
 
 
-class Panel(NamedTuple):
-    """Metrics that share one pair of axes."""
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A panel with the metrics that it shows: keys and labels."""
 
-    plot: str  # name of the figure
+    panel: Panel
     title: str
-    keys: dict[str, str]  # metric: label
-    share: bool = False  # values in [0, 1]
-    log: bool = False
-
-
-TITLES = {
-    "reward": "Reward against accuracy: a reward that rises while accuracy falls is collapse",
-    "entropy": "Entropy",
-    "answers": "Concentration of answers",
-    "lengths": "Lengths of responses",
-    "signal": "What gives no signal",
-    "momentum": "Policy against momentum",
-    "time": "Time of a step",
-    "optimisation": "Optimisation",
-}
-PROBE = {
-    "probe_accuracy_policy": "probe accuracy, policy",
-    "probe_accuracy_momentum": "probe accuracy, momentum",
-}
-REWARD = {"reward_mean": "reward", "majority_share": "majority share", "vote_accuracy": "vote accuracy"}
-LENGTHS = {"response_length": "all", "kept_length": "kept", "pruned_length": "pruned by the filter"}
-NO_SIGNAL = {
-    "pruned_share": "rollouts pruned by the filter",
-    "zero_signal_share": "prompts without signal",
-    "tie_share": "prompts with a tie",
-    "unparseable_share": "rollouts without answer",
-}
-BY_SOURCE = {
-    "token_entropy": "entropy, nats",
-    "top_answer_share": "share of the commonest answer",
-    "majority_share": "share of the majority",
-    "unparseable_share": "share without answer",
-    "response_length": "length, tokens",
-}
-PANELS = (
-    Panel("reward", "share", REWARD | PROBE, share=True),
-    Panel("entropy", "nats a token", {"token_entropy": "token entropy"}),
-    Panel("answers", "share of rollouts", {"top_answer_share": "commonest answer of all prompts"}, share=True),
-    Panel("answers", "answers a prompt", {"distinct_answers": "distinct answers"}),
-    Panel("lengths", "tokens", LENGTHS),
-    Panel("lengths", "share of rollouts", {"truncated_share": "cut at the length limit"}, share=True),
-    Panel("signal", "share", NO_SIGNAL, share=True),
-    Panel("momentum", "share of prompts", {"vote_agreement": "votes agree"} | PROBE, share=True),
-    *(
-        Panel("momentum", title, {f"{key}_policy": "policy", f"{key}_momentum": "momentum"}, share="share" in title)
-        for key, title in BY_SOURCE.items()
-    ),
-    Panel("time", "seconds a step", {"step_s": "whole step"}),
-    Panel("time", "tokens a second", {"tokens_per_s": "throughput"}),
-    Panel("optimisation", "loss", {"loss": "loss"}),
-    Panel("optimisation", "gradient norm", {"grad_norm": "before clipping"}, log=True),
-    Panel("optimisation", "KL, nats a token", {"kl": "to the reference", "kl_initial": "to the initial model"}),
-    Panel("optimisation", "learning rate", {"lr": "learning rate"}),
-)
+    keys: dict[str, str]
 
 
 def points(run: Run, key: str) -> tuple[list[int], list[float]]:
@@ -114,22 +64,23 @@ def find_alarms(run: Run) -> Iterator[tuple[int, str]]:
 
 def draw_figures(runs: Sequence[Run]) -> dict[str, Figure]:
     """Draws every plot that has data; metrics of one run share axes, of several runs each metric has its own."""
-    panels: Sequence[Panel] = PANELS
+    axes = [Axis(panel=panel, title=panel.title, keys=keys_of(name)) for name, panel in PANELS.items()]
     if len(runs) > 1:
-        panels = [
-            panel._replace(title=panel.title if label == panel.title else f"{panel.title}: {label}", keys={key: label})
-            for panel in PANELS
-            for key, label in panel.keys.items()
+        axes = [
+            replace(one, title=one.title if label == one.title else f"{one.title}: {label}", keys={key: label})
+            for one in axes
+            for key, label in one.keys.items()
         ]
     figures = {}
-    for name, title in TITLES.items():
-        filled = [p for p in panels if p.plot == name and any(points(run, key)[1] for run in runs for key in p.keys)]
+    for name, title in FIGURES.items():
+        of_figure = [one for one in axes if one.panel.figure == name]
+        filled = [one for one in of_figure if any(points(run, key)[1] for run in runs for key in one.keys)]
         if filled:
             figures[name] = _draw_figure(title, filled, runs)
     return figures
 
 
-def _draw_figure(title: str, panels: Sequence[Panel], runs: Sequence[Run]) -> Figure:
+def _draw_figure(title: str, panels: Sequence[Axis], runs: Sequence[Run]) -> Figure:
     """Stacks the panels of one run, or lays those of several out in two columns under one legend."""
     columns = 1 if len(runs) == 1 else 2
     num_rows = math.ceil(len(panels) / columns)
@@ -156,7 +107,7 @@ def _draw_figure(title: str, panels: Sequence[Panel], runs: Sequence[Run]) -> Fi
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
+def _draw_panel(axes: Axes, panel: Axis, runs: Sequence[Run]) -> None:
     """Draws the lines of one panel, or the phases of a run's steps, and scales the axes."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e5e5e5", linewidth=0.8)
@@ -168,12 +119,12 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
     else:
         for i, (run, (key, label)) in enumerate(itertools.product(runs, panel.keys.items())):
             _draw_line(axes, *points(run, key), label=label, colour=_colour(i), line=_line(i))
-    if panel.log:
+    if panel.panel.log:
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif panel.share:
+    elif panel.panel.share:
         axes.set_ylim(bottom=0, top=1.02 if axes.get_ylim()[1] > 0.5 else None)
 
 

@@ -11,35 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mgrpo.errors import InputError
+from mgrpo.observe.catalogue import METRICS
 from mgrpo.observe.plots import Run, draw_figures, find_alarms, points, render_png
 
 MAX_ALARMS = 20
 
 # key: (name in the table, which end is best)
-KEY_NUMBERS = {
-    "probe_accuracy_policy": ("probe accuracy, policy", max),
-    "probe_accuracy_momentum": ("probe accuracy, momentum", max),
-    "probe_greedy_policy": ("probe accuracy, policy, greedy", max),
-    "probe_greedy_momentum": ("probe accuracy, momentum, greedy", max),
-    "vote_accuracy": ("vote accuracy", max),
-    "reward_mean": ("reward", max),
-    "majority_share": ("majority share", None),
-    "vote_agreement": ("policy-momentum vote agreement", max),
-    "top_answer_share": ("commonest answer, share of rollouts", min),
-    "distinct_answers": ("distinct answers a prompt", None),
-    "token_entropy": ("token entropy, nats", None),
-    "response_length": ("response length, tokens", None),
-    "unparseable_share": ("without answer", min),
-    "truncated_share": ("truncated", min),
-    "zero_signal_share": ("prompts without signal", min),
-    "pruned_share": ("pruned by the filter", None),
-    "kl": ("KL to the reference", None),
-    "loss": ("loss", None),
-    "grad_norm": ("gradient norm", None),
-    "tokens_per_s": ("tokens a second", max),
-    "step_s": ("seconds a step", min),
-}
-
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
@@ -183,16 +160,16 @@ def _setting(run: Run, *path: str) -> str:
 def _number_table(run: Run) -> str:
     """First, best and last value of each key number that the run has."""
     lines = ["<tr><th>metric</th><th>first</th><th>best</th><th>last</th></tr>"]
-    for key, (name, best_of) in KEY_NUMBERS.items():
+    for key, metric in METRICS.items():
         steps, values = points(run, key)
-        if not values:
+        if not metric.summary or not values:
             continue
         best = ""
-        if best_of is not None:
-            value = best_of(values)
+        if metric.better is not None:
+            value = max(values) if metric.better == "more" else min(values)
             best = f"{value:.4g} <small>step {steps[values.index(value)]}</small>"
         cells = "".join(f'<td class="number">{cell}</td>' for cell in (f"{values[0]:.4g}", best, f"{values[-1]:.4g}"))
-        lines.append(f"<tr><td>{name}</td>{cells}</tr>")
+        lines.append(f"<tr><td>{metric.label}</td>{cells}</tr>")
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 

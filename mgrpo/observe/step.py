@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mgrpo.algorithm.credit import Judgement
-from mgrpo.observe.catalogue import KEYS
+from mgrpo.observe.catalogue import METRICS
 from mgrpo.types import Metrics
 
 
@@ -28,7 +28,7 @@ class Outcome(Judgement):
 
 def step_metrics(step: int, outcome: Outcome) -> Metrics:
     """A row with every key of the catalogue, of which those of the rollout batch are known."""
-    return dict.fromkeys(KEYS) | {"step": step} | outcome_metrics(outcome)
+    return {key: None for key, metric in METRICS.items() if metric.always} | {"step": step} | outcome_metrics(outcome)
 
 
 def outcome_metrics(outcome: Outcome) -> Metrics:

@@ -13,6 +13,7 @@ from typing import Any, Self
 from mgrpo.config import Config, to_dict
 from mgrpo.data.load import describe_data
 from mgrpo.errors import EngineError, Exit, Interrupted, StaleWeightsError
+from mgrpo.observe.catalogue import require_known
 from mgrpo.observe.collapse import Monitor
 from mgrpo.observe.console import Progress
 from mgrpo.observe.report import write_report
@@ -143,6 +144,7 @@ class Session:
         row = result.metrics
         row["alarm"], row["time_checkpoint_s"] = self.monitor.observe(row) or None, self.checkpoint_s
         self.checkpoint_s = None
+        require_known(row)
         for tracker in self.trackers:
             tracker.log(row)
         self.rows.append(row)

@@ -14,9 +14,11 @@ import torch
 from mgrpo.algorithm.vote import vote
 from mgrpo.config import Config, LogConfig, VoteConfig
 from mgrpo.errors import ConfigError
+from mgrpo.observe.catalogue import FIGURES, METRICS, PANELS, keys_of, require_known
 from mgrpo.observe.step import Outcome, mean, outcome_metrics, top_answer, weighted
 from mgrpo.observe.timer import Timer
 from mgrpo.observe.trackers import JsonlTracker, make_trackers, read_metrics
+from mgrpo.rollout.transformers import TransformersEngine
 
 IDS = torch.tensor([[1, 1, 2, 1], [0, 4, 4, 0], [-1, -1, -1, 5]])
 ANSWERS = [["a", "a", "b", "a"], ["c", "a", "a", "c"], [None, None, None, "e"]]
@@ -115,7 +117,7 @@ def test_timer_adds_up_phases_and_survives_exceptions():
     with pytest.raises(KeyError), timer("b"):
         raise KeyError
     metrics = timer.metrics()
-    assert metrics.keys() == {"time_a_s", "time_b_s"}
+    assert metrics.keys() == {"step_s", "time_a_s", "time_b_s"}
     assert metrics["time_a_s"] >= 0.02
 
 
@@ -162,3 +164,15 @@ def test_module_tracker_sends_numbers_alone(tmp_path, monkeypatch):
     for one in (jsonl, tracker):
         one.close()
     assert calls == [("init", tmp_path.name, 7), ("log", {"step": 4, "loss": 0.5}, 4), ("finish",)]
+
+
+def test_a_metric_that_is_in_no_row_of_the_catalogue_fails_where_it_is_logged(launch, monkeypatch):
+    require_known(["step", "time_ema_s", "probe_pass_momentum"])
+    monkeypatch.setattr(TransformersEngine, "stats", lambda self: {"speed": 1.0})
+    with pytest.raises(KeyError, match=r"rows of METRICS in observe/catalogue.py, got speed\."):
+        launch()
+
+
+def test_every_panel_shows_metrics_of_the_catalogue():
+    assert all(keys_of(panel) for panel in PANELS) and {panel.figure for panel in PANELS.values()} == FIGURES.keys()
+    assert {name for metric in METRICS.values() for name in metric.panels} == PANELS.keys()
