@@ -29,13 +29,12 @@ from bench.eager import eager_grpo_loss
 from bench.harness import meter
 from mgrpo.algorithm.loss import Batch
 from mgrpo.config import Config
-from mgrpo.models.forward import Scorer
+from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
-from mgrpo.observe.timer import Timer
 from mgrpo.presets import make_preset
 from mgrpo.training.learner import Learner
-from mgrpo.types import Trajectories
+from mgrpo.types import TrajectoryBatch
 
 ROUNDS = 5
 WARM_UPS = 2
@@ -78,7 +77,7 @@ class Problem:
     model: Qwen3ForCausalLM
     dtype: torch.dtype
     ids: Tensor  # [R, P + L], on the device
-    trajectories: Trajectories
+    trajectories: TrajectoryBatch
     advantage: Tensor  # [R]
     old_logprob: Tensor  # [R, L]
 
@@ -115,7 +114,7 @@ def make_problem(shape: Shape, device: str) -> Problem:
     generator = torch.Generator().manual_seed(1)
     num, length = shape.trajectories, shape.response
     ids = torch.randint(shape.vocabulary, (num, shape.prompt + length), generator=generator)
-    trajectories = Trajectories(
+    trajectories = TrajectoryBatch(
         prompts=ids[:, : shape.prompt].tolist(),
         tokens=ids[:, shape.prompt :],
         mask=torch.ones(num, length, dtype=torch.bool),
@@ -129,8 +128,8 @@ def make_problem(shape: Shape, device: str) -> Problem:
         rollout=replace(base.rollout, max_new_tokens=length),
         optim=replace(base.optim, lr=LR, micro_batch_tokens=num * (shape.prompt + length)),
     )
-    scorer = _scorer(config, _loaded(model, dtype))
-    now = scorer.score(model, trajectories).logprob
+    forward = _forward(config, _loaded(model, dtype))
+    now = forward.run(model, trajectories).logprob
     old = now + 0.3 * torch.randn(num, length, generator=generator)
     advantage = torch.tensor([1.0, -1.0]).repeat(num)[:num]
     return Problem(config, model, dtype, ids.to(device), replace(trajectories, rollout_logprob=old), advantage, old)
@@ -140,8 +139,8 @@ def _loaded(model: Qwen3ForCausalLM, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(model=model, tokenizer=None, eos_ids=(0,), pad_id=0, context_length=2**20, dtype=dtype)
 
 
-def _scorer(config: Config, loaded: LoadedModel) -> Scorer:
-    return Scorer(loaded, temperature=1.0, kernels=config.kernels, micro_batch_tokens=config.optim.micro_batch_tokens)
+def _forward(config: Config, loaded: LoadedModel) -> Forward:
+    return Forward(loaded, temperature=1.0, kernels=config.kernels, micro_batch_tokens=config.optim.micro_batch_tokens)
 
 
 def ours(problem: Problem) -> Callable[[], dict[str, float]]:
@@ -149,7 +148,7 @@ def ours(problem: Problem) -> Callable[[], dict[str, float]]:
     config, model = problem.config, problem.model
     loaded = _loaded(model, problem.dtype)
     momentum = Momentum(model, config.momentum, seed=0, kernels=config.kernels)
-    learner = Learner(config, loaded, momentum, _scorer(config, loaded))
+    learner = Learner(config, loaded, momentum, _forward(config, loaded))
     batch = Batch(
         mask=problem.trajectories.mask,
         advantage=problem.advantage,
@@ -160,7 +159,7 @@ def ours(problem: Problem) -> Callable[[], dict[str, float]]:
     rows = torch.arange(len(problem.advantage))
 
     def step() -> dict[str, float]:
-        found = learner.optimizer_step(problem.trajectories, batch, rows, Timer())
+        found = learner.optimizer_step(problem.trajectories, batch, rows)
         return {"loss": found["loss"], "grad_norm": found["grad_norm"]}
 
     return step

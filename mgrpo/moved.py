@@ -50,7 +50,7 @@ MOVED = {
     "pages": "data.parquet_pages",
     "plan": "run.plan",
     "plots": "observe.plots",
-    "policy": "models.tokenizer models.device models.load models.files",
+    "policy": "models.tokenizer models.device models.load models.files models.momentum",
     "preflight": "run.preflight",
     "progress": "observe.console",
     "prompts": "data.load",
@@ -67,9 +67,18 @@ MOVED = {
     "scoring": "models.forward",
     "tables": "data.tables",
     "threads": "process.threads",
-    "trainer": "training.trainer",
+    "trainer": "training.trainer training.passes training.observers rollout.generator",
     "trajectories": "types",
     "voting": "algorithm.vote algorithm.filter",
+}
+
+# Old names of what these hold, and the new ones.
+RENAMED = {
+    "judge": "assign_credit",
+    "Judgement": "Credit",
+    "Trajectories": "TrajectoryBatch",
+    "Scorer": "Forward",
+    "TokenScores": "TokenLogProbs",
 }
 
 
@@ -89,9 +98,10 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         warnings.warn(f"{module.__name__} has moved to {' and '.join(places)}.", DeprecationWarning, stacklevel=2)
 
         def find(name: str) -> Any:
+            new = RENAMED.get(name, name)
             for place in () if name.startswith("__") else places:
-                if hasattr(found := importlib.import_module(place), name):
-                    return getattr(found, name)
+                if hasattr(found := importlib.import_module(place), new):
+                    return getattr(found, new)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = find  # pyright: ignore[reportAttributeAccessIssue]

@@ -62,7 +62,7 @@ class Rollouts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trajectories:
+class TrajectoryBatch:
     """Trajectory b * G + i is rollout i of prompt b; the policy's rollouts come first."""
 
     prompts: list[Sequence[int]]  # B prompts as token ids
@@ -97,7 +97,7 @@ class Trajectories:
         return self.tokens[row, self.mask[row]].tolist()
 
 
-def join(prompts: Sequence[Sequence[int]], policy: Rollouts, momentum: Rollouts | None) -> Trajectories:
+def join(prompts: Sequence[Sequence[int]], policy: Rollouts, momentum: Rollouts | None) -> TrajectoryBatch:
     """Interleaves the two sources prompt by prompt; tensors are padded to the longer one."""
     parts = [policy] if momentum is None else [policy, momentum]
     width = max(part.tokens.shape[1] for part in parts)
@@ -111,7 +111,7 @@ def join(prompts: Sequence[Sequence[int]], policy: Rollouts, momentum: Rollouts 
         """[B * n, L] of each part to [R, L]."""
         return grouped([pad(v, (0, width - v.shape[1])) for v in values]).flatten(0, 1)
 
-    return Trajectories(
+    return TrajectoryBatch(
         prompts=list(prompts),
         tokens=wide([part.tokens for part in parts]),
         mask=wide([part.mask for part in parts]),

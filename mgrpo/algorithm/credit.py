@@ -21,7 +21,7 @@ from mgrpo.types import Label
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
+class Credit:
     """What the rollouts of one batch came to."""
 
     answers: list[list[str | None]]  # [B][G]
@@ -35,7 +35,7 @@ class Judgement:
     num_policy: int  # M
 
 
-def judge(
+def assign_credit(
     answers: list[list[str | None]],
     entropy: torch.Tensor,
     num_policy: int,
@@ -49,7 +49,7 @@ def judge(
     self_certainty: torch.Tensor | None = None,
     true_answers: Sequence[Label | None] | None = None,
     backend: str = "auto",
-) -> Judgement:
+) -> Credit:
     """Filters trajectories, elects pseudo-labels, rewards agreement and compares rewards within each group.
 
     Args:
@@ -72,13 +72,13 @@ def judge(
     shape = (len(answers), len(answers[0]) if answers else 0)
     if tuple(entropy.shape) != shape or any(len(row) != shape[1] for row in answers):
         raise ValueError(
-            f"judge: entropy must be [B, G] = {list(shape)} as answers are, got {list(entropy.shape)} and rows of "
-            f"{sorted({len(row) for row in answers})} answers. Whole groups are judged at once."
+            f"assign_credit: entropy must be [B, G] = {list(shape)} as answers are, got {list(entropy.shape)} and rows "
+            f"of {sorted({len(row) for row in answers})} answers. Whole groups get credit at once."
         )
     needs = {"labels": true_answers, "self-certainty": self_certainty}
     if objective.reward in needs and needs[objective.reward] is None:
         name = "true_answers" if objective.reward == "labels" else "self_certainty"
-        raise ValueError(f"judge: {name} must be given for objective.reward {objective.reward!r}, got None.")
+        raise ValueError(f"assign_credit: {name} must be given for objective.reward {objective.reward!r}, got None.")
     answer_ids = torch.tensor(checker.group_classes(answers)).view(shape)
     keep = filter_trajectories(entropy, filter, backend=backend)
     voters = torch.ones_like(keep) if filter.applies_to == "loss" else keep
@@ -99,7 +99,7 @@ def judge(
     if may_train is None:
         may_train = (torch.arange(shape[1]) < num_policy).expand(shape)
     trains = keep & may_train
-    return Judgement(
+    return Credit(
         answers=answers,
         answer_ids=answer_ids,
         labels=[first_of_class(*row) for row in zip(answer_ids.tolist(), answers, elected.label.tolist(), strict=True)],

@@ -18,11 +18,13 @@ from mgrpo.config.option import HomePath, HomeText, flag
 from mgrpo.config.rollout import RolloutConfig
 from mgrpo.config.run import Config, stop_problems
 from mgrpo.config.vote import VoteConfig
+from mgrpo.errors import ConfigError
 
 __all__ = [
     "AnswerConfig",
     "CheckpointConfig",
     "Config",
+    "ConfigError",
     "DataConfig",
     "EngineConfig",
     "EvalConfig",

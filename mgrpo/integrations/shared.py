@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mgrpo.algorithm.credit import Judgement
+from mgrpo.algorithm.credit import Credit
 from mgrpo.errors import InputError
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.label_text import label_text
@@ -18,8 +18,8 @@ from mgrpo.observe.step import Outcome, mean, outcome_metrics
 from mgrpo.types import Label, Metrics
 
 
-def judged_metrics(
-    judged: Judgement,
+def credit_metrics(
+    credit: Credit,
     *,
     lengths: torch.Tensor,
     truncated: torch.Tensor,
@@ -30,7 +30,7 @@ def judged_metrics(
     """The trainer's metrics of votes, lengths and pruning, and `accuracy` of the policy where answers are known.
 
     Args:
-        judged: what `mgrpo.algorithm.credit.judge` returned.
+        credit: what `mgrpo.algorithm.credit.assign_credit` returned.
         lengths: [B, G] int64, response tokens.
         truncated: [B, G] bool, cut at the length limit.
         entropy: [B, G] fp32, mean token entropies in nats.
@@ -39,14 +39,14 @@ def judged_metrics(
     """
     known = [(b, answer) for b, answer in enumerate(true_answers) if answer is not None]
     outcome = Outcome(
-        **vars(judged),
+        **vars(credit),
         lengths=lengths,
         truncated=truncated,
         entropy=entropy,
-        label_correct=[checker.is_correct(judged.labels[b], answer) for b, answer in known],
+        label_correct=[checker.is_correct(credit.labels[b], answer) for b, answer in known],
     )
     right = [
-        checker.is_correct(given, answer) for b, answer in known for given in judged.answers[b][: judged.num_policy]
+        checker.is_correct(given, answer) for b, answer in known for given in credit.answers[b][: credit.num_policy]
     ]
     return outcome_metrics(outcome) | {"accuracy": mean(right) if right else None}
 

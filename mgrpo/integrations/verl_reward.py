@@ -25,7 +25,7 @@ def compute_score(
     """1 where the answer in a response equals the true one, else 0, under verl's names `score` and `acc`.
 
     Args:
-        data_source: not read; every data set is judged alike.
+        data_source: not read; every data set is graded alike.
         solution_str: the response.
         ground_truth: the true answer; None, as in data without labels, scores 0.
         extra_info: not read.

@@ -18,21 +18,21 @@ import mgrpo_kernels as K
 from mgrpo.config import KernelsConfig
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.plain import plain_hidden, plain_logits
-from mgrpo.types import Trajectories
+from mgrpo.types import TrajectoryBatch
 
 # Logits of a micro-batch above this size are never materialised; the fused linear op walks them in chunks.
 MAX_LOGITS_BYTES = 256 * 2**20
 
 
-class TokenScores(NamedTuple):
-    """Scores of response tokens, at the sampling temperature."""
+class TokenLogProbs(NamedTuple):
+    """Log-probs and entropies of response tokens, at the sampling temperature."""
 
     logprob: torch.Tensor  # [T] or [R, L] fp32
     entropy: torch.Tensor  # [T] or [R, L] fp32, nats
     self_certainty: torch.Tensor | None  # [T] or [R, L] fp32
 
 
-class Scorer:
+class Forward:
     """Log-probs and entropies of responses at the sampling temperature, under any weights of one architecture."""
 
     def __init__(self, loaded: LoadedModel, *, temperature: float, kernels: KernelsConfig, micro_batch_tokens: int):
@@ -41,7 +41,7 @@ class Scorer:
         self.micro_batch_tokens = micro_batch_tokens
         self.has_plain_head = has_plain_head(loaded.model)
 
-    def micro_batches(self, trajectories: Trajectories, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    def micro_batches(self, trajectories: TrajectoryBatch, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Splits trajectories [r] into groups of similar length whose padded tokens stay within the budget."""
         lengths = {row: len(trajectories.prompt(row)) + int(trajectories.mask[row].sum()) for row in rows.tolist()}
         group: list[int] = []
@@ -54,15 +54,15 @@ class Scorer:
             yield torch.tensor(group)
 
     @torch.no_grad()
-    def score(
+    def run(
         self,
         model: PreTrainedModel,
-        trajectories: Trajectories,
+        trajectories: TrajectoryBatch,
         *,
         rows: torch.Tensor | None = None,
         self_certainty: bool = False,
-    ) -> TokenScores:
-        """Scores trajectories `rows` [r], all by default, without gradient; [R, L] with zeros elsewhere."""
+    ) -> TokenLogProbs:
+        """Log-probs of trajectories `rows` [r], all by default, without gradient; [R, L] with zeros elsewhere."""
         mask = trajectories.mask
         chosen = torch.arange(len(mask)) if rows is None else rows
         padded = [torch.zeros(mask.shape) for _ in range(3 if self_certainty else 2)]
@@ -71,12 +71,12 @@ class Scorer:
             for target, values in zip(padded, packed, strict=False):
                 assert values is not None
                 target[group] = torch.zeros(mask[group].shape).masked_scatter_(mask[group], values.cpu())
-        return TokenScores(padded[0], padded[1], padded[2] if self_certainty else None)
+        return TokenLogProbs(padded[0], padded[1], padded[2] if self_certainty else None)
 
     def __call__(
-        self, model: PreTrainedModel, trajectories: Trajectories, rows: torch.Tensor, *, self_certainty: bool = False
-    ) -> TokenScores:
-        """Scores trajectories `rows` [r] in one forward pass, packed in that order; the gradient flows."""
+        self, model: PreTrainedModel, trajectories: TrajectoryBatch, rows: torch.Tensor, *, self_certainty: bool = False
+    ) -> TokenLogProbs:
+        """Log-probs of trajectories `rows` [r] of one forward pass, packed in that order; the gradient flows."""
         prompts = [trajectories.prompt(row) for row in rows.tolist()]
         responses = [trajectories.response(row) for row in rows.tolist()]
         device = next(model.parameters()).device
@@ -100,14 +100,14 @@ class Scorer:
 
     def _from_hidden(
         self, hidden: torch.Tensor, head: torch.nn.Module | None, targets: torch.Tensor, self_certainty: bool
-    ) -> TokenScores:
-        """Scores hidden states [T, D]; logits are fp32 whether they are materialised or not."""
+    ) -> TokenLogProbs:
+        """Of hidden states [T, D]; logits are fp32 whether they are materialised or not."""
         assert isinstance(head, torch.nn.Linear)
         weight = head.weight.to(hidden.dtype)
         if 4 * len(hidden) * head.out_features <= MAX_LOGITS_BYTES:
             bias = None if head.bias is None else head.bias.float()
             return self._from_logits(linear(hidden.float(), weight.float(), bias), targets, self_certainty)
-        scores = K.linear_token_logprob(
+        found = K.linear_token_logprob(
             hidden,
             weight,
             targets,
@@ -116,14 +116,14 @@ class Scorer:
             self_certainty=self_certainty,
             backend=self.backend,
         )
-        return TokenScores(scores.logprob, scores.entropy, scores.self_certainty)
+        return TokenLogProbs(found.logprob, found.entropy, found.self_certainty)
 
-    def _from_logits(self, logits: torch.Tensor, targets: torch.Tensor, self_certainty: bool) -> TokenScores:
-        """Scores materialised logits [T, V]."""
-        scores = K.token_logprob(
+    def _from_logits(self, logits: torch.Tensor, targets: torch.Tensor, self_certainty: bool) -> TokenLogProbs:
+        """Of materialised logits [T, V]."""
+        found = K.token_logprob(
             logits, targets, temperature=self.temperature, self_certainty=self_certainty, backend=self.backend
         )
-        return TokenScores(scores.logprob, scores.entropy, scores.self_certainty)
+        return TokenLogProbs(found.logprob, found.entropy, found.self_certainty)
 
 
 @torch.no_grad()

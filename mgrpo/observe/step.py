@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mgrpo.algorithm.credit import Judgement
+from mgrpo.algorithm.credit import Credit
 from mgrpo.observe.catalogue import METRICS
 from mgrpo.types import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome(Judgement):
+class Outcome(Credit):
     """What one rollout batch came to, before the update; policy rollouts first in G."""
 
     lengths: torch.Tensor  # [B, G] int64

@@ -11,7 +11,7 @@ import torch
 from mgrpo.config import RolloutConfig
 from mgrpo.observe.timer import Timer
 from mgrpo.rollout.engine import Engine
-from mgrpo.types import Rollouts, Sampling, Source, Trajectories, WeightTag, join
+from mgrpo.types import Rollouts, Sampling, Source, TrajectoryBatch, WeightTag, join
 
 Prompts = Sequence[Sequence[int]]
 
@@ -47,7 +47,7 @@ class Generator:
             self.engine.update_weights(weights, tag)
         return tag
 
-    def roll_out(self, prompts: Prompts, step: int) -> Trajectories:
+    def roll_out(self, prompts: Prompts, step: int) -> TrajectoryBatch:
         """N momentum rollouts and M policy rollouts of each of B prompts, as token ids."""
         counts: dict[Source, int] = {"momentum": self.config.num_momentum, "policy": self.config.num_policy}
         sources: list[Source] = [source for source, n in counts.items() if n]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mgrpo.config import KernelsConfig
-from mgrpo.models.forward import Scorer
+from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.parity import check_parity
@@ -25,8 +25,8 @@ def check_samples(
         return
     rows = torch.arange(min(NUM_ROWS, len(rollouts.lengths)))
     kernels, budget = KernelsConfig(), MICRO_BATCH_TOKENS
-    scorer = Scorer(loaded, temperature=sampling.temperature, kernels=kernels, micro_batch_tokens=budget)
-    expected = scorer.score(loaded.model, join(prompts, rollouts, None), rows=rows).logprob
+    forward = Forward(loaded, temperature=sampling.temperature, kernels=kernels, micro_batch_tokens=budget)
+    expected = forward.run(loaded.model, join(prompts, rollouts, None), rows=rows).logprob
     check_parity(
         rollouts.logprobs[rows],
         expected[rows],

@@ -10,7 +10,7 @@ from mgrpo.data.prompts import Dataset, Prompt
 from mgrpo.data.sampler import Sampler
 from mgrpo.observe.timer import Timer
 from mgrpo.rollout.generator import Generator
-from mgrpo.types import Trajectories
+from mgrpo.types import TrajectoryBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class RolloutBatch:
 
     step: int
     prompts: list[Prompt]  # B
-    trajectories: Trajectories
+    trajectories: TrajectoryBatch
     asked: list[Prompt]
     replies: list[list[int]]  # token ids, one response to each prompt of `asked`
 

@@ -156,7 +156,7 @@ class NoEngine(Engine):
 def _try_gradient(trainer: Trainer, rollouts: Rollouts) -> None:
     """A backward pass through the log-prob of one token."""
     trajectories = join([trainer.data.prompts[0].ids], rollouts, None)
-    scores = trainer.scorer(trainer.model, trajectories, torch.tensor([0]))
+    scores = trainer.forward(trainer.model, trajectories, torch.tensor([0]))
     scores.logprob.sum().backward()
 
 

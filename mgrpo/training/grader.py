@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mgrpo.algorithm.credit import judge
+from mgrpo.algorithm.credit import assign_credit
 from mgrpo.config import Config
 from mgrpo.errors import EngineError
 from mgrpo.grading.checker import AnswerChecker
@@ -21,7 +21,7 @@ from mgrpo.observe.timer import Timer
 from mgrpo.rollout.source import RolloutBatch
 from mgrpo.rollout.stop import StopTexts, read_texts
 from mgrpo.training.passes import LogProbs
-from mgrpo.types import Trajectories
+from mgrpo.types import TrajectoryBatch
 
 
 class Grader:
@@ -54,7 +54,7 @@ class Grader:
 
     def _assign(self, batch: RolloutBatch, logprobs: LogProbs) -> Outcome:
         c, t, labels = self.config, batch.trajectories, [prompt.answer for prompt in batch.prompts]
-        credit = judge(
+        credit = assign_credit(
             self.read_groups(t),
             logprobs.filter_entropy,
             t.num_policy,
@@ -86,14 +86,14 @@ class Grader:
             return []
         return [self.extract(text) for text in read_texts(self.tokenizer, responses, self.stop, prompts=prompts)]
 
-    def read_groups(self, t: Trajectories) -> list[list[str | None]]:
+    def read_groups(self, t: TrajectoryBatch) -> list[list[str | None]]:
         """Answers of every trajectory, [B][G]."""
         num_prompts, group = t.truncated.shape
         rows = range(num_prompts * group)
         answers = self.read([t.prompt(row) for row in rows], [t.response(row) for row in rows])
         return [answers[b * group : (b + 1) * group] for b in range(num_prompts)]
 
-    def _may_train(self, t: Trajectories) -> torch.Tensor:
+    def _may_train(self, t: TrajectoryBatch) -> torch.Tensor:
         """[B, G] bool, trajectories that the options let into the loss."""
         c = self.config
         may = (torch.arange(t.truncated.shape[1]) < c.num_train).expand(t.truncated.shape)

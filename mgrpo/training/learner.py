@@ -12,14 +12,14 @@ import torch
 
 from mgrpo.algorithm.loss import Batch, has_gradient, kl_cov_tokens, micro_batch_loss, normalizer
 from mgrpo.config import Config
-from mgrpo.models.forward import Scorer
+from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
 from mgrpo.observe.step import Outcome
 from mgrpo.observe.timer import Timer
 from mgrpo.training.passes import LogProbs
 from mgrpo.training.schedule import learning_rate
-from mgrpo.types import Metrics, Trajectories
+from mgrpo.types import Metrics, TrajectoryBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ class Update:
 class Learner:
     """Moves the policy and, behind it, the momentum model."""
 
-    def __init__(self, config: Config, loaded: LoadedModel, momentum: Momentum, scorer: Scorer, timer: Timer):
-        self.config, self.model, self.momentum, self.scorer = config, loaded.model, momentum, scorer
+    def __init__(self, config: Config, loaded: LoadedModel, momentum: Momentum, forward: Forward, timer: Timer):
+        self.config, self.model, self.momentum, self.forward = config, loaded.model, momentum, forward
         self.timer = timer  # adds up `update`, and `ema` within
         named = list(self.model.named_parameters())
         self.names = [name for name, _ in named]
@@ -57,7 +57,7 @@ class Learner:
         self.nonfinite_in_row = 0
         self.faults: list[Fault] = []  # of the last update
 
-    def learn(self, trajectories: Trajectories, logprobs: LogProbs, credit: Outcome) -> Update:
+    def learn(self, trajectories: TrajectoryBatch, logprobs: LogProbs, credit: Outcome) -> Update:
         """Takes every optimiser step of one rollout batch."""
         with self.timer("update"):
             batch = Batch(
@@ -74,7 +74,7 @@ class Learner:
 
     def update(
         self,
-        trajectories: Trajectories,
+        trajectories: TrajectoryBatch,
         batch: Batch,
         trains: torch.Tensor,
         *,
@@ -101,7 +101,7 @@ class Learner:
 
     def optimizer_step(
         self,
-        trajectories: Trajectories,
+        trajectories: TrajectoryBatch,
         batch: Batch,
         rows: torch.Tensor,
         *,
@@ -119,8 +119,8 @@ class Learner:
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         loss, metrics, weights = 0.0, [], []
-        for chosen in self.scorer.micro_batches(trajectories, rows[has_gradient(batch.advantage[rows], c.objective)]):
-            scores = self.scorer(self.model, trajectories, chosen)
+        for chosen in self.forward.micro_batches(trajectories, rows[has_gradient(batch.advantage[rows], c.objective)]):
+            scores = self.forward(self.model, trajectories, chosen)
             result = micro_batch_loss(
                 scores.logprob,
                 scores.entropy,

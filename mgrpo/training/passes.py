@@ -13,7 +13,7 @@ import torch
 
 import mgrpo_kernels as K
 from mgrpo.config import Config
-from mgrpo.models.forward import Scorer, TokenScores
+from mgrpo.models.forward import Forward, TokenLogProbs
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum, borrowed_weights
 from mgrpo.observe.step import mean
@@ -22,7 +22,7 @@ from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.parity import check_parity
 from mgrpo.rollout.source import RolloutBatch
 from mgrpo.training.schedule import is_due
-from mgrpo.types import Metrics, Source, Trajectories, WeightTag
+from mgrpo.types import Metrics, Source, TrajectoryBatch, WeightTag
 
 # After its first updates an engine is compared with the trainer at every step; later now and then.
 PARITY_STEPS = 2
@@ -41,7 +41,7 @@ class LogProbs:
     self_certainty: torch.Tensor | None  # [B, G] fp32
     parity: Metrics  # differences between the engine's log-probs and these, where they were due
 
-    def not_finite(self, trajectories: Trajectories) -> torch.Tensor:
+    def not_finite(self, trajectories: TrajectoryBatch) -> torch.Tensor:
         """[B, G] bool, trajectories with a number, at response tokens, that is NaN or infinite."""
         tokens = [self.old, trajectories.rollout_logprob, *([] if self.reference is None else [self.reference])]
         finite = torch.stack([(values.isfinite() | ~trajectories.mask).all(1) for values in tokens]).all(0)
@@ -55,7 +55,7 @@ class Passes:
         config: of the run.
         loaded: the policy.
         momentum: the momentum model.
-        scorer: runs a forward pass.
+        forward: runs a forward pass.
         engine: whose log-probs are held against these.
         initial: weights that the run started from, where they are needed.
         timer: adds up `score`.
@@ -67,13 +67,13 @@ class Passes:
         config: Config,
         loaded: LoadedModel,
         momentum: Momentum,
-        scorer: Scorer,
+        forward: Forward,
         engine: Engine,
         *,
         initial: Mapping[str, torch.Tensor] | None,
         timer: Timer,
     ):
-        self.config, self.loaded, self.momentum, self.scorer = config, loaded, momentum, scorer
+        self.config, self.loaded, self.momentum, self.forward = config, loaded, momentum, forward
         self.engine, self.initial, self.timer = engine, initial, timer
 
     @torch.no_grad()
@@ -82,27 +82,27 @@ class Passes:
         with self.timer("score"):
             return self._run(batch.step, batch.trajectories)
 
-    def _run(self, step: int, t: Trajectories) -> LogProbs:
+    def _run(self, step: int, t: TrajectoryBatch) -> LogProbs:
         c = self.config
-        policy = self.score(t, self_certainty=c.objective.reward == "self-certainty")
+        policy = self.logprobs(t, self_certainty=c.objective.reward == "self-certainty")
         filter_entropy = policy.entropy
         if c.filter.score == "source" and c.rollout.num_momentum:
             rows = t.is_momentum.flatten().nonzero().flatten()
             with self.momentum.swapped():
-                filter_entropy = filter_entropy.index_copy(0, rows, self.score(t, rows=rows).entropy[rows])
+                filter_entropy = filter_entropy.index_copy(0, rows, self.logprobs(t, rows=rows).entropy[rows])
         initial = reference = kl_initial = None
         uses_reference = c.objective.kl_coef > 0
         if (uses_reference and c.objective.kl_reference == "initial") or is_due(c.log.kl_initial_every, step, c.steps):
             assert self.initial is not None
             with borrowed_weights(self.loaded.model, self.initial):
-                initial = self.score(t).logprob
+                initial = self.logprobs(t).logprob
             difference = (initial - policy.logprob)[t.by_policy]
             kl_initial = mean(difference.exp() - difference - 1)
         if uses_reference and c.objective.kl_reference == "initial":
             reference = initial
         elif uses_reference:
             with self.momentum.swapped():
-                reference = self.score(t).logprob
+                reference = self.logprobs(t).logprob
         certainty = policy.self_certainty
         return LogProbs(
             old=policy.logprob,
@@ -114,11 +114,11 @@ class Passes:
             parity=self._compare(step, t, policy.logprob),
         )
 
-    def score(self, trajectories: Trajectories, **options: Any) -> TokenScores:
+    def logprobs(self, trajectories: TrajectoryBatch, **options: Any) -> TokenLogProbs:
         """Log-probs and entropies under the weights that the model holds just now."""
-        return self.scorer.score(self.loaded.model, trajectories, **options)
+        return self.forward.run(self.loaded.model, trajectories, **options)
 
-    def _compare(self, step: int, t: Trajectories, old: torch.Tensor) -> Metrics:
+    def _compare(self, step: int, t: TrajectoryBatch, old: torch.Tensor) -> Metrics:
         """Holds a few log-probs of the engine under both weights against the trainer's, where due; {} where not."""
         c, engine = self.config.rollout, self.engine
         due = step <= PARITY_STEPS or (c.parity_every > 0 and step % c.parity_every == 0)
@@ -142,10 +142,10 @@ class Passes:
         if c.num_momentum:
             rows = from_momentum.nonzero().flatten()[:PARITY_ROWS]
             with self.momentum.swapped():
-                metrics["parity_momentum"] = compare(rows, self.score(t, rows=rows).logprob, "momentum")
+                metrics["parity_momentum"] = compare(rows, self.logprobs(t, rows=rows).logprob, "momentum")
         return metrics
 
-    def _per_trajectory(self, values: torch.Tensor, t: Trajectories, reduce: str = "mean") -> torch.Tensor:
+    def _per_trajectory(self, values: torch.Tensor, t: TrajectoryBatch, reduce: str = "mean") -> torch.Tensor:
         """Token values [R, L] to one number a trajectory, [B, G]."""
         backend = self.config.kernels.backend
         return K.trajectory_entropy(values, mask=t.mask, reduce=reduce, backend=backend).view(t.truncated.shape)

@@ -15,7 +15,7 @@ from mgrpo.config import Config
 from mgrpo.data.load import load_prompts, require_answers, require_prompts
 from mgrpo.data.prompts import Dataset
 from mgrpo.data.sampler import Sampler
-from mgrpo.models.forward import Scorer
+from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel, load_model
 from mgrpo.models.momentum import Momentum
 from mgrpo.observe.retention import Retention
@@ -46,7 +46,7 @@ class Trainer:
         self.data, self.probe = self._load_data()
         self.sampler = Sampler(len(self.data), config.rollout.num_prompts, config.seed)
         self.grader = Grader(config, self.loaded.tokenizer, stop, self.timer)
-        self.scorer = Scorer(
+        self.forward = Forward(
             self.loaded,
             temperature=config.rollout.temperature,
             kernels=config.kernels,
@@ -56,9 +56,9 @@ class Trainer:
             self.engine = make_engine(self.loaded, config)
         else:
             self.engine = start_engine(self.loaded, config.engine, stop=stop, max_length=self._longest())
-        publish = self.loaded.dtype if config.engine.name == "vllm" else None
+        publish = None if self.engine.weights_are_shared else self.loaded.dtype
         self.momentum = Momentum(self.model, config.momentum, seed=config.seed, kernels=config.kernels, publish=publish)
-        self.learner = Learner(config, self.loaded, self.momentum, self.scorer, self.timer)
+        self.learner = Learner(config, self.loaded, self.momentum, self.forward, self.timer)
         self.generator = Generator(
             self.engine, config.rollout, weights=self.weights, seed=config.seed, timer=self.timer
         )
@@ -70,7 +70,7 @@ class Trainer:
         )
         initial = self._copy_initial() if needs_initial(config) else None
         self.passes = Passes(
-            config, self.loaded, self.momentum, self.scorer, self.engine, initial=initial, timer=self.timer
+            config, self.loaded, self.momentum, self.forward, self.engine, initial=initial, timer=self.timer
         )
         self.evaluator = Evaluator(config, self.loaded, self.probe, self.generator, self.grader)
         self.describer = Describer(config, self.loaded.tokenizer)

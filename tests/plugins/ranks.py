@@ -47,11 +47,11 @@ def main(folder: Path) -> None:
     trainer = MGRPOTrainer(BASE, args=args, train_dataset=Dataset.from_list(problems()))
     verdicts, take = [], MGRPOTrainer._take
 
-    def note(self, verdict):
-        judged = verdict.judged
-        verdicts.append({"answers": judged.answers, "labels": judged.labels, "keep": judged.keep.tolist()})
-        verdicts[-1] |= {"rewards": judged.rewards.tolist(), "accuracy": verdict.metrics["accuracy"]}
-        take(self, verdict)
+    def note(self, credit):
+        credit = credit.credit
+        verdicts.append({"answers": credit.answers, "labels": credit.labels, "keep": credit.keep.tolist()})
+        verdicts[-1] |= {"rewards": credit.rewards.tolist(), "accuracy": credit.metrics["accuracy"]}
+        take(self, credit)
 
     MGRPOTrainer._take = note
     trainer.train()

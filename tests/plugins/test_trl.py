@@ -109,8 +109,8 @@ def test_labels_are_read_as_the_trainer_reads_them(make_trainer):
     trainer.model.train()
     for label in (r"So \boxed{5}.", "five\n#### 5", 5, 5.0, ["4", "5"], [5]):
         label = trainer.read_label({"answer": label})
-        verdict = trainer.judge(rollouts([*"5556"] * 4), rollouts(["5", "7"] * 4), [label] * 16)
-        assert verdict.metrics["vote_accuracy"] == 1.0
+        credit = trainer.assign_credit(rollouts([*"5556"] * 4), rollouts(["5", "7"] * 4), [label] * 16)
+        assert credit.metrics["vote_accuracy"] == 1.0
     assert trainer.read_label({}) is None and trainer.read_label({"answer": None}) is None
     deep = [{"prompt": row["prompt"], "truth": {"value": f"is {row['answer']}."}} for row in rows]
     other = make_trainer(deep, data_answer_key="truth.value", answer_label_extract="last-number")
@@ -149,9 +149,9 @@ def test_a_dropped_trajectory_neither_votes_nor_trains(make_trainer, monkeypatch
 def test_the_pool_decides_who_elects(make_trainer, pool, label):
     trainer = make_trainer(vote_pool=pool, filter_applies_to="none")
     trainer.model.train()
-    judged = trainer.judge(rollouts([*"5556"] * 4), rollouts(["6", "7"] * 4), [None] * 16).judged
-    assert judged.labels == [label] * 4
-    assert judged.rewards[0, :4].tolist() == [float(answer == label) for answer in "5556"]
+    credit = trainer.assign_credit(rollouts([*"5556"] * 4), rollouts(["6", "7"] * 4), [None] * 16).credit
+    assert credit.labels == [label] * 4
+    assert credit.rewards[0, :4].tolist() == [float(answer == label) for answer in "5556"]
 
 
 def test_further_rewards_are_added_with_their_weights(make_trainer):
@@ -266,10 +266,10 @@ def test_logits_that_are_not_finite_are_dropped_and_counted_and_never_all(make_t
     trainer = make_trainer()
     trainer.model.train()
     nan = float("nan")
-    verdict = trainer.judge(rollouts(["7"] * 16, [nan, *[1.0] * 15]), rollouts(["7"] * 8), [None] * 16)
-    assert verdict.metrics["nonfinite_share"] == 1 / 24 and not verdict.judged.keep[0, 0]
+    credit = trainer.assign_credit(rollouts(["7"] * 16, [nan, *[1.0] * 15]), rollouts(["7"] * 8), [None] * 16)
+    assert credit.metrics["nonfinite_share"] == 1 / 24 and not credit.credit.keep[0, 0]
     with pytest.raises(FloatingPointError, match="the policy's logits must be finite, got none"):
-        trainer.judge(rollouts(["7"] * 16, [nan] * 16), rollouts(["7"] * 8, [nan] * 8), [None] * 16)
+        trainer.assign_credit(rollouts(["7"] * 16, [nan] * 16), rollouts(["7"] * 8, [nan] * 8), [None] * 16)
 
 
 def test_frozen_weights_are_the_policys_own(make_trainer):
@@ -290,8 +290,8 @@ def test_collapse_is_told_and_stops_where_asked(make_trainer, caplog):
     for step in range(30):
         trainer.state.global_step = step
         answers = ["99"] * 16 if step > 12 else [answer for answer in spread for _ in range(4)]
-        verdict = trainer.judge(rollouts(answers), rollouts(answers[::2]), [None] * 16)
-        trainer._take(verdict)
+        credit = trainer.assign_credit(rollouts(answers), rollouts(answers[::2]), [None] * 16)
+        trainer._take(credit)
         if trainer.control.should_training_stop:
             break
     assert 13 < step < 25

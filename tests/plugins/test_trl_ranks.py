@@ -42,9 +42,9 @@ def run(name: str, folder: Path, world: int) -> list[dict]:
 def test_two_processes_elect_what_one_does(tmp_path):
     (alone,), pair = run("ranks.py", tmp_path / "one", 1), run("ranks.py", tmp_path / "two", 2)
     assert pair[0]["verdicts"] == pair[1]["verdicts"] == alone["verdicts"]
-    assert [len(verdict["labels"]) for verdict in alone["verdicts"]] == [3, 3]
-    assert len({str(verdict["labels"]) for verdict in alone["verdicts"]}) == 2
-    assert any(not all(row) for verdict in alone["verdicts"] for row in verdict["keep"])  # the filter had work to do
+    assert [len(credit["labels"]) for credit in alone["verdicts"]] == [3, 3]
+    assert len({str(credit["labels"]) for credit in alone["verdicts"]}) == 2
+    assert any(not all(row) for credit in alone["verdicts"] for row in credit["keep"])  # the filter had work to do
     assert pair[0]["weights"] == pair[1]["weights"] and pair[0]["momentum"] == pair[1]["momentum"]
     assert pair[0]["advantage"] == pair[1]["advantage"] == pytest.approx(alone["advantage"])
     for kind in ("weights", "momentum"):

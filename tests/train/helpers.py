@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mgrpo.models.load import LoadedModel
-from mgrpo.types import Trajectories
+from mgrpo.types import TrajectoryBatch
 
 VOCABULARY, PAD, EOS = 24, 0, 1
 # Untied with grouped heads; tied; tied with learned positions; softcapped with a sliding window; head with a bias.
@@ -74,11 +74,11 @@ def make_trajectories(
     *,
     num_policy: int,
     rollout_logprob: torch.Tensor | None = None,
-) -> Trajectories:
+) -> TrajectoryBatch:
     """Trajectories of given prompts [B] and responses [B * G]."""
     width = max(1, *map(len, responses))
     mask = torch.arange(width) < torch.tensor([len(r) for r in responses])[:, None]
-    return Trajectories(
+    return TrajectoryBatch(
         prompts=list(prompts),
         tokens=padded(responses, width, PAD).long(),
         mask=mask,
@@ -90,7 +90,7 @@ def make_trajectories(
 
 def random_trajectories(
     lengths: Sequence[int], *, num_prompts: int, num_policy: int, vocabulary: int = VOCABULARY, seed: int = 0
-) -> Trajectories:
+) -> TrajectoryBatch:
     """Random tokens: prompts of 2, 5, 8, ... tokens, responses of the given lengths."""
     g = torch.Generator().manual_seed(seed)
 
@@ -103,7 +103,7 @@ def random_trajectories(
 
 
 def one_by_one(
-    model: PreTrainedModel, trajectories: Trajectories, temperature: float, rows: Sequence[int] | None = None
+    model: PreTrainedModel, trajectories: TrajectoryBatch, temperature: float, rows: Sequence[int] | None = None
 ):
     """Log-prob, entropy and self-certainty [R, L] from a forward pass of each sequence alone."""
     shape = trajectories.mask.shape

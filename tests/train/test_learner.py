@@ -13,7 +13,7 @@ from helpers import make_trajectories, one_by_one, same_bits, snapshot
 
 from mgrpo.algorithm.loss import Batch
 from mgrpo.config import Config, ObjectiveConfig, OptimConfig
-from mgrpo.models.forward import Scorer
+from mgrpo.models.forward import Forward
 from mgrpo.models.momentum import Momentum
 from mgrpo.observe.timer import Timer
 from mgrpo.presets import mgrpo_arithmetic
@@ -51,15 +51,15 @@ class Setting:
             self.model.get_input_embeddings().weight.mul_(20)  # tied: logits far from flat
         loaded = as_loaded(self.model)
         self.momentum = Momentum(self.model, config.momentum, seed=0, kernels=config.kernels)
-        scorer = Scorer(
+        forward = Forward(
             loaded, temperature=1.1, kernels=config.kernels, micro_batch_tokens=config.optim.micro_batch_tokens
         )
-        self.learner = Learner(config, loaded, self.momentum, scorer)
+        self.learner = Learner(config, loaded, self.momentum, forward, Timer())
         tokenizer = make_tokenizer()
         prompts = [tokenizer.encode(p.prompt) for p in make_problems(NUM_PROMPTS, operands=(2, 3), seed=seed)]
         responses = [torch.randint(2, 17, (length,)).tolist() for length in LENGTHS]
         self.trajectories = make_trajectories(prompts, responses, num_policy=2)
-        old = scorer.score(self.model, self.trajectories).logprob
+        old = forward.run(self.model, self.trajectories).logprob
         self.batch = Batch(
             mask=self.trajectories.mask,
             advantage=ADVANTAGE.flatten(),
@@ -70,7 +70,7 @@ class Setting:
         self.trains = ~self.trajectories.is_momentum
 
     def update(self):
-        return self.learner.update(self.trajectories, self.batch, self.trains, Timer())
+        return self.learner.update(self.trajectories, self.batch, self.trains)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of everything that an update may change."""

@@ -16,7 +16,7 @@ from mgrpo.config import KernelsConfig, ModelConfig
 from mgrpo.errors import EngineError, InputError, ParityError
 from mgrpo.evaluate import main
 from mgrpo.models.determinism import make_deterministic
-from mgrpo.models.forward import Scorer
+from mgrpo.models.forward import Forward
 from mgrpo.models.load import load_model
 from mgrpo.models.save import save_model
 from mgrpo.rollout.choice import choose_way
@@ -68,8 +68,8 @@ def test_samples_are_the_models_own(family, dtype):
     engine.update_weights(model.state_dict(), WeightTag("policy", 0))
     rollouts = engine.generate(PROMPTS, 3, Sampling(max_new_tokens=12, seed=1), WeightTag("policy", 0))
     assert len(rollouts.lengths.unique()) > 3
-    scorer = Scorer(loaded(model, dtype=dtype), temperature=1.0, kernels=KernelsConfig(), micro_batch_tokens=64)
-    difference = (scorer.score(model, join(PROMPTS, rollouts, None)).logprob - rollouts.logprobs)[rollouts.mask]
+    forward = Forward(loaded(model, dtype=dtype), temperature=1.0, kernels=KernelsConfig(), micro_batch_tokens=64)
+    difference = (forward.run(model, join(PROMPTS, rollouts, None)).logprob - rollouts.logprobs)[rollouts.mask]
     assert difference.abs().mean() <= (1e-5 if dtype == torch.float32 else BOUNDS[dtype] / 2)
 
 
@@ -236,7 +236,7 @@ def test_a_wrong_way_ends_an_evaluation(monkeypatch, capsys):
 @pytest.mark.parametrize(("top_p", "above", "passes"), [(1.0, 0.01, False), (0.5, 0.69, True), (0.5, 0.70, False)])
 def test_nucleus_sampling_adds_no_more_than_its_mass(top_p, above, passes):
     engine, mask = torch.full((2, 3), -1.0), torch.ones(2, 3, dtype=torch.bool)
-    options = {"dtype": torch.float32, "source": "policy", "version": 3, "top_p": top_p}
+    options = {"dtype": torch.float32, "tag": WeightTag("policy", 3), "shared": True, "top_p": top_p}
     for difference in (above, *([] if passes else [-0.01])):
         if passes:
             assert check_parity(engine + difference, engine, mask, **options) == 0.0

@@ -186,7 +186,7 @@ def test_a_model_that_can_not_take_a_step_is_refused(refused, monkeypatch, where
         raise IndexError("index out of range\nin self")
 
     target = "mgrpo.rollout.transformers.TransformersEngine.generate"
-    monkeypatch.setattr(target if where == "generate" else "mgrpo.models.forward.Scorer.__call__", fail)
+    monkeypatch.setattr(target if where == "generate" else "mgrpo.models.forward.Forward.__call__", fail)
     message = "must generate a token and have a gradient, got: IndexError: index out of range in self."
     assert refused({}) == f"model: builtin:arithmetic {message}"
 

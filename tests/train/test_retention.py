@@ -118,17 +118,17 @@ def test_resumed_in_either_phase_it_is_the_straight_run(launch, resume, tmp_path
 def test_the_policy_is_asked_with_the_weights_that_the_engine_holds(small, trained, monkeypatch):
     """No weights are published for the sake of watching."""
     loads, asked = [], []
-    load, generate = TransformersEngine.load, TransformersEngine.generate
+    update, generate = TransformersEngine.update_weights, TransformersEngine.generate
 
-    def see_load(engine, weights, **options):
-        loads.append(options["source"])
-        load(engine, weights, **options)
+    def see_update(engine, weights, tag):
+        loads.append(tag.source)
+        update(engine, weights, tag)
 
-    def see_generate(engine, prompts, n, sampling, **options):
-        asked.append((n, sampling.temperature, options["source"]))
-        return generate(engine, prompts, n, sampling, **options)
+    def see_generate(engine, prompts, n, sampling, tag):
+        asked.append((n, sampling.temperature, tag.source))
+        return generate(engine, prompts, n, sampling, tag)
 
-    monkeypatch.setattr(TransformersEngine, "load", see_load)
+    monkeypatch.setattr(TransformersEngine, "update_weights", see_update)
     monkeypatch.setattr(TransformersEngine, "generate", see_generate)
     trained(small(EASY | ASKING), 2)
     assert loads == ["momentum", "policy"] * 2

@@ -1,4 +1,4 @@
-"""The embedded engine against model.generate, the scorer and the distribution it samples from."""
+"""The embedded engine against model.generate, the forward and the distribution it samples from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from helpers import (
 
 from mgrpo.config import KernelsConfig
 from mgrpo.errors import EngineError, StaleWeightsError
-from mgrpo.models.forward import Scorer
+from mgrpo.models.forward import Forward
 from mgrpo.rollout.transformers import TransformersEngine, sample
 from mgrpo.tasks.arithmetic import make_model
 from mgrpo.types import Sampling, WeightTag, join
@@ -125,10 +125,10 @@ def test_sampled_log_probs_are_the_scorers(architecture):
     got = generate(engine, n=6, temperature=temperature, max_new_tokens=14, seed=5)
     assert len(got.lengths.unique()) > 4
     trajectories = join(PROMPTS, got, None)
-    scorer = Scorer(loaded(model), temperature=temperature, kernels=KernelsConfig(), micro_batch_tokens=10**6)
+    forward = Forward(loaded(model), temperature=temperature, kernels=KernelsConfig(), micro_batch_tokens=10**6)
     with torch.no_grad():
         oracle = one_by_one(copy.deepcopy(model).double(), trajectories, temperature)[0]
-    scored = scorer.score(model, trajectories).logprob
+    scored = forward.run(model, trajectories).logprob
     assert_within_budget(got.logprobs, oracle, scored, reduction_length=16 * 4)
 
 

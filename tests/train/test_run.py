@@ -142,10 +142,10 @@ def test_micro_batches_do_not_change_the_gradient(small, trained, reduce):
     gradients, calls = [], []
     for tokens in (64, 16384):
         trainer, _ = trained(small(options | {"optim.micro_batch_tokens": tokens, "optim.grad_clip": math.inf}), 0)
-        score = trainer.learner.scorer.__call__
-        trainer.learner.scorer = Counted(trainer.scorer, score)
+        score = trainer.learner.forward.__call__
+        trainer.learner.forward = Counted(trainer.forward, score)
         trainer.train_step()
-        calls.append(trainer.learner.scorer.calls)
+        calls.append(trainer.learner.forward.calls)
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     assert calls[0] > 5 > calls[1] == 1
     error, size = (gradients[0] - gradients[1]).norm(), gradients[1].norm()
@@ -153,10 +153,10 @@ def test_micro_batches_do_not_change_the_gradient(small, trained, reduce):
 
 
 class Counted:
-    """Counts the forward passes of a scorer."""
+    """Counts the forward passes of a forward."""
 
-    def __init__(self, scorer, score):
-        self.micro_batches, self.score, self.calls = scorer.micro_batches, score, 0
+    def __init__(self, forward, score):
+        self.micro_batches, self.score, self.calls = forward.micro_batches, score, 0
 
     def __call__(self, *args, **options):
         self.calls += 1
@@ -191,9 +191,9 @@ def test_rollouts_come_from_the_weights_they_are_named_for(small, trained):
     trainer, _ = trained(small({"optim.lr": 3e-3, "momentum.decay": 1.0}), 3)
     trainer.train_step()
     trajectories = trainer.generator.roll_out([prompt.ids for prompt in trainer.data.prompts[:4]], 5)
-    under_policy = trainer.passes.score(trajectories).logprob
+    under_policy = trainer.passes.logprobs(trajectories).logprob
     with trainer.momentum.swapped():
-        under_momentum = trainer.passes.score(trajectories).logprob
+        under_momentum = trainer.passes.logprobs(trajectories).logprob
     of_momentum = trajectories.is_momentum.flatten()
     for rows, own, other in (
         (~of_momentum, under_policy, under_momentum),

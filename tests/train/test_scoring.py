@@ -12,7 +12,7 @@ from helpers import ARCHITECTURES, loaded, make_trajectories, one_by_one, random
 
 from mgrpo.config import KernelsConfig
 from mgrpo.models import forward as scoring
-from mgrpo.models.forward import Scorer, has_plain_head
+from mgrpo.models.forward import Forward, has_plain_head
 from mgrpo_kernels.testing import assert_within_budget
 
 TEMPERATURE = 0.7
@@ -22,8 +22,10 @@ TRAJECTORIES = random_trajectories(LENGTHS, num_prompts=2, num_policy=2)
 REDUCTION = 16 * 4
 
 
-def scorer_of(model, *, micro_batch_tokens: int = 10**6, dtype: torch.dtype = torch.float32, pad_id: int = 0) -> Scorer:
-    return Scorer(
+def forward_of(
+    model, *, micro_batch_tokens: int = 10**6, dtype: torch.dtype = torch.float32, pad_id: int = 0
+) -> Forward:
+    return Forward(
         loaded(model, dtype=dtype, pad_id=pad_id),
         temperature=TEMPERATURE,
         kernels=KernelsConfig(),
@@ -52,7 +54,7 @@ def head(request, monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scores_equal_one_forward_a_sequence(architecture, micro_batch_tokens, head):
     model = tiny_model(architecture)
-    scores = scorer_of(model, micro_batch_tokens=micro_batch_tokens).score(model, TRAJECTORIES, self_certainty=True)
+    scores = forward_of(model, micro_batch_tokens=micro_batch_tokens).run(model, TRAJECTORIES, self_certainty=True)
     assert_scores(model, scores, TRAJECTORIES)
 
 
@@ -63,7 +65,7 @@ def test_the_fused_head_is_really_taken(monkeypatch):
     monkeypatch.setattr(scoring.K, "linear_token_logprob", lambda *a, **k: calls.append(1) or fused(*a, **k))
     for architecture in ARCHITECTURES:
         model = tiny_model(architecture)
-        scorer_of(model).score(model, TRAJECTORIES)
+        forward_of(model).run(model, TRAJECTORIES)
     assert len(calls) == len(ARCHITECTURES) - 1  # a softcap needs the model's own logits
 
 
@@ -83,8 +85,8 @@ def test_pad_ids_reach_no_score(architecture):
         TRAJECTORIES, tokens=tokens, prompts=[[6 if t == 5 else t for t in p] for p in TRAJECTORIES.prompts]
     )
     dirty = replace(clean, tokens=tokens.masked_fill(~TRAJECTORIES.mask, 5))
-    usual = scorer_of(model).score(model, clean)
-    poisoned = scorer_of(model, pad_id=5).score(model, dirty)
+    usual = forward_of(model).run(model, clean)
+    poisoned = forward_of(model, pad_id=5).run(model, dirty)
     assert torch.equal(usual.logprob, poisoned.logprob)
     assert torch.equal(usual.entropy, poisoned.entropy)
 
@@ -94,7 +96,7 @@ def test_empty_responses(architecture, head):
     model = tiny_model(architecture)
     trajectories = make_trajectories([[2, 3, 4], [5, 6]], [[], [7, 8], [9], []], num_policy=1)
     for micro_batch_tokens in (1, 10**6):
-        scores = scorer_of(model, micro_batch_tokens=micro_batch_tokens).score(model, trajectories)
+        scores = forward_of(model, micro_batch_tokens=micro_batch_tokens).run(model, trajectories)
         assert_scores(model, scores, trajectories)
         assert scores.logprob[[0, 3]].eq(0).all()
         assert scores.entropy[[0, 3]].eq(0).all()
@@ -103,7 +105,7 @@ def test_empty_responses(architecture, head):
 def test_chosen_rows_alone_are_scored():
     model = tiny_model("llama")
     rows = torch.tensor([4, 1])
-    scores = scorer_of(model).score(model, TRAJECTORIES, rows=rows)
+    scores = forward_of(model).run(model, TRAJECTORIES, rows=rows)
     assert_scores(model, (scores.logprob, scores.entropy, None), TRAJECTORIES, rows.tolist())
     assert scores.self_certainty is None
 
@@ -119,7 +121,7 @@ def test_gradients_equal_one_forward_a_sequence(architecture, head):
     model = tiny_model(architecture)
     weight = torch.randn(TRAJECTORIES.mask.shape, generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([5, 0, 3])
-    packed = scorer_of(model)(model, TRAJECTORIES, rows)
+    packed = forward_of(model)(model, TRAJECTORIES, rows)
     coefficient = weight[rows][TRAJECTORIES.mask[rows]]
     (coefficient * (packed.logprob + 0.3 * packed.entropy)).sum().backward()
     actual = gradients(model)
@@ -139,7 +141,7 @@ def test_gradients_equal_one_forward_a_sequence(architecture, head):
 
 def test_bf16_stays_within_the_error_of_plain_bf16():
     model = tiny_model("qwen3")
-    scores = scorer_of(model, dtype=torch.bfloat16).score(model, TRAJECTORIES)
+    scores = forward_of(model, dtype=torch.bfloat16).run(model, TRAJECTORIES)
     with torch.no_grad():
         oracle = one_by_one(copy.deepcopy(model).double(), TRAJECTORIES, TEMPERATURE)
         reference = one_by_one(copy.deepcopy(model).bfloat16(), TRAJECTORIES, TEMPERATURE)
@@ -150,9 +152,9 @@ def test_bf16_stays_within_the_error_of_plain_bf16():
 
 def test_bf16_scores_do_not_depend_on_the_size_of_the_micro_batch(monkeypatch):
     model = tiny_model("qwen3")
-    small = scorer_of(model, dtype=torch.bfloat16).score(model, TRAJECTORIES).logprob
+    small = forward_of(model, dtype=torch.bfloat16).run(model, TRAJECTORIES).logprob
     monkeypatch.setattr(scoring, "MAX_LOGITS_BYTES", 0)
-    large = scorer_of(model, dtype=torch.bfloat16).score(model, TRAJECTORIES).logprob
+    large = forward_of(model, dtype=torch.bfloat16).run(model, TRAJECTORIES).logprob
     assert_within_budget(small, large.double(), large, reduction_length=REDUCTION)
 
 
@@ -162,7 +164,7 @@ def test_micro_batches_cover_each_row_once_within_the_budget():
     for budget in (1, 15, 24, 40, 10**6):
         groups = [
             group.tolist()
-            for group in scorer_of(model, micro_batch_tokens=budget).micro_batches(TRAJECTORIES, torch.arange(6))
+            for group in forward_of(model, micro_batch_tokens=budget).micro_batches(TRAJECTORIES, torch.arange(6))
         ]
         assert sorted(row for group in groups for row in group) == list(range(6))
         for group in groups:
@@ -175,5 +177,5 @@ def test_micro_batches_cover_each_row_once_within_the_budget():
 
 def test_another_model_of_the_architecture_may_be_scored():
     one, other = tiny_model("llama"), tiny_model("llama", seed=1)
-    scores = scorer_of(one).score(other, TRAJECTORIES)
+    scores = forward_of(one).run(other, TRAJECTORIES)
     assert_scores(other, (scores.logprob, scores.entropy, None), TRAJECTORIES)

@@ -345,7 +345,7 @@ def test_the_process_keeps_its_seeds_and_threads(model):
 
 def test_without_vllm_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EngineError, match=r"vllm must be installed for --rollout\.engine vllm\. pip install vllm"):
+    with pytest.raises(EngineError, match=r"vllm must be installed for --engine\.name vllm\. pip install vllm"):
         start(model="x")
 
 

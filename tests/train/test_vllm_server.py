@@ -33,7 +33,7 @@ from mgrpo.tasks.arithmetic import make_model, make_tokenizer
 from mgrpo.types import Sampling, WeightTag
 
 PROMPTS = [[2, 3, 4], [5, 6]]
-POLICY_0 = {"source": "policy", "version": 0}
+POLICY_0 = WeightTag("policy", 0)
 
 
 class FakeServer(WeightReceiver):
@@ -202,7 +202,7 @@ def test_over_nccl_the_version_is_named_after_the_weights(model, fake, monkeypat
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_nccl_without_vllm_says_what_to_take():
-    with pytest.raises(EngineError, match=r"got ModuleNotFoundError.*Take --rollout\.transfer http"):
+    with pytest.raises(EngineError, match=r"got ModuleNotFoundError.*Take --engine\.transfer http"):
         NcclSender("http://a", "127.0.0.1", 1, torch.bfloat16)
 
 
@@ -321,11 +321,16 @@ def test_a_server_ends_with_its_trainer_even_by_kill_9():
         ({"placement": "server", "servers": ("localhost:1",)}, "must be URLs such as"),
         ({"devices": ("0", "1")}, "must name 2 devices"),
         ({"placement": "two-engines", "devices": ("0",)}, "must name 2 devices"),
-        ({"placement": "two-engines", "momentum": 0}, "--rollout.num-momentum 0 needs one engine or one server"),
-        ({"placement": "two-engines", "engine": "transformers"}, "needs --engine.name vllm"),
+        ({"placement": "two-engines", "name": "transformers"}, "needs --engine.name vllm"),
     ],
 )
 def test_placements_that_make_no_sense(changes, message):
     config = make_preset("arithmetic")
     with pytest.raises(ConfigError, match=message):
         replace(config, engine=replace(config.engine, **({"name": "vllm"} | changes)))
+
+
+def test_two_engines_need_momentum_rollouts():
+    config = make_preset("srt")
+    with pytest.raises(ConfigError, match=r"--rollout\.num-momentum 0 needs one engine or one server"):
+        replace(config, engine=replace(config.engine, name="vllm", placement="two-engines"))

@@ -13,7 +13,7 @@ from mgrpo.config import from_dict
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.integrations.shared import make_truth_reader
-from mgrpo.integrations.verl.groups import Rows, arrange, judge_rows, merge_rows, place_rewards, places_in_groups
+from mgrpo.integrations.verl.groups import Rows, arrange, credit_rows, merge_rows, place_rewards, places_in_groups
 
 M, N = 4, 2
 CONFIG = from_dict(
@@ -63,7 +63,7 @@ def shuffled(rows: Rows, seed: int) -> tuple[Rows, list[int]]:
 
 def run(rows, config=CONFIG):
     with AnswerChecker(mode="exact") as checker:
-        return judge_rows(rows, config, extract=make_extractor(config.answer.extract), checker=checker)
+        return credit_rows(rows, config, extract=make_extractor(config.answer.extract), checker=checker)
 
 
 def by_key(rows, values):
@@ -72,21 +72,21 @@ def by_key(rows, values):
 
 def test_votes_are_of_each_prompt_and_momentum_rollouts_take_part_in_them():
     rows = make_rows()
-    verdict = run(rows)
-    rewards = by_key(rows, verdict.rewards)
+    credit = run(rows)
+    rewards = by_key(rows, credit.rewards)
     # Two of four policy rollouts of `a` say 1; with the momentum model's two votes the label is 2.
-    assert verdict.judged.labels == ["2", "7"]
+    assert credit.credit.labels == ["2", "7"]
     assert [rewards[f"a_{i}_0"] for i in range(M)] == [0, 0, 1, 0]
     assert [rewards[f"a-momentum_{i}_0"] for i in range(N)] == [1, 1]
     assert [rewards[f"b_{i}_0"] for i in range(M)] == [1, 1, 1, 0]
     alone = run(rows, replace(CONFIG, vote=replace(CONFIG.vote, pool="policy")))
-    assert alone.judged.labels == ["1", "7"]
+    assert alone.credit.labels == ["1", "7"]
 
 
 def test_momentum_rollouts_do_not_train_and_advantages_are_the_kernels():
     rows = make_rows()
-    verdict = run(rows)
-    trains, advantage = by_key(rows, verdict.trains), by_key(rows, verdict.advantage)
+    credit = run(rows)
+    trains, advantage = by_key(rows, credit.trains), by_key(rows, credit.advantage)
     assert all(trains[key] == ("momentum" not in key) for key in rows.keys)
     assert all(advantage[key] == 0 for key in rows.keys if "momentum" in key)
     expected = K.group_advantage(torch.tensor([[0.0, 0, 1, 0], [1, 1, 1, 0]]))
@@ -100,11 +100,11 @@ def test_the_order_of_rows_changes_nothing(seed):
     rows = make_rows(true={"a": "2", "b": "8"})
     straight = run(rows)
     mixed, _ = shuffled(rows, seed)
-    verdict = run(mixed)
+    credit = run(mixed)
     for name in ("rewards", "advantage", "trains"):
-        assert by_key(mixed, getattr(verdict, name)) == by_key(rows, getattr(straight, name)), name
-    assert verdict.metrics == pytest.approx(straight.metrics)
-    assert sorted(verdict.judged.labels) == sorted(straight.judged.labels)
+        assert by_key(mixed, getattr(credit, name)) == by_key(rows, getattr(straight, name)), name
+    assert credit.metrics == pytest.approx(straight.metrics)
+    assert sorted(credit.credit.labels) == sorted(straight.credit.labels)
 
 
 def test_a_dropped_trajectory_neither_votes_nor_trains():
@@ -113,15 +113,15 @@ def test_a_dropped_trajectory_neither_votes_nor_trains():
     low = spread | {"a_2_0": 0.01, "a-momentum_0_0": 0.01}
     rows = make_rows(entropy=low)
     config = replace(CONFIG, filter=replace(CONFIG.filter, applies_to="vote-and-loss"))
-    verdict = run(rows, config)
-    trains, advantage = by_key(rows, verdict.trains), by_key(rows, verdict.advantage)
+    credit = run(rows, config)
+    trains, advantage = by_key(rows, credit.trains), by_key(rows, credit.advantage)
     assert not trains["a_2_0"] and advantage["a_2_0"] == 0
     assert trains["a_0_0"] and trains["a_3_0"]
-    assert verdict.judged.labels[0] == "1"
+    assert credit.credit.labels[0] == "1"
     kept = run(make_rows(entropy=spread), config)
-    assert by_key(rows, kept.trains)["a_2_0"] and kept.judged.labels[0] == "2"
+    assert by_key(rows, kept.trains)["a_2_0"] and kept.credit.labels[0] == "2"
     # What padding holds is never read: it is 99 everywhere above.
-    assert verdict.metrics["pruned_share"] == pytest.approx(2 / 12)
+    assert credit.metrics["pruned_share"] == pytest.approx(2 / 12)
 
 
 def test_the_sum_of_entropies_can_be_what_the_filter_looks_at():

@@ -13,7 +13,7 @@ from mgrpo.config import from_dict
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.integrations.verl import queue as verl_queue
 from mgrpo.integrations.verl import trainer as verl_trainer
-from mgrpo.integrations.verl.groups import judge_rows, merge_rows
+from mgrpo.integrations.verl.groups import credit_rows, merge_rows
 from mgrpo.integrations.verl_reward import compute_score
 
 CONFIG = from_dict(
@@ -85,10 +85,10 @@ def batch_of(*rows):
     return KVBatchMeta(keys=list(keys), tags=list(tags), partition_id="train")
 
 
-def judge(policy, momentum, config=CONFIG):
+def assign_credit(policy, momentum, config=CONFIG):
     with AnswerChecker(mode="exact") as checker:
         rows = merge_rows([policy.rows(4), momentum.rows(4)])
-        return judge_rows(rows, config, extract=lambda text: text[0] if text else None, checker=checker)
+        return credit_rows(rows, config, extract=lambda text: text[0] if text else None, checker=checker)
 
 
 def test_rewards_masks_and_advantages_reach_the_rows_they_are_of(queue):
@@ -101,10 +101,10 @@ def test_rewards_masks_and_advantages_reach_the_rows_they_are_of(queue):
     rows = fetched[0].rows(4)
     assert rows.keys == ["a_1_0", "a_0_0"] and rows.texts == ["9bcd", "7b"]
     assert rows.truncated.tolist() == [True, False]
-    verdict = judge(*fetched)
-    assert verdict.judged.labels == ["7"]
-    fetched[0].write_rewards(verdict)
-    fetched[0].write_advantages(verdict)
+    credit = assign_credit(*fetched)
+    assert credit.credit.labels == ["7"]
+    fetched[0].write_rewards(credit)
+    fetched[0].write_advantages(credit)
     found = {key: {n: v.tolist() for n, v in queue.rows[key].items() if n != "reward_model"} for key in policy.keys}
     assert found["a_0_0"]["rm_scores"] == [0, 0, 1] and found["a_1_0"]["rm_scores"] == [0, 0, 0, 0]
     assert found["a_0_0"]["response_mask"] == found["a_0_0"]["loss_mask"] == [1, 1, 1]
@@ -120,8 +120,8 @@ def test_a_row_that_does_not_train_has_no_token_in_either_mask(queue):
     momentum = batch_of(put(queue, "a-momentum_0_0", "7$"))
     fetched = verl_queue.fetch(policy, Tokenizer()), verl_queue.fetch(momentum, Tokenizer())
     masked = from_dict({"rollout": {**vars(CONFIG.rollout), "truncated": "mask"}, "filter": {"applies_to": "none"}})
-    verdict = judge(*fetched, masked)
-    fetched[0].write_rewards(verdict)
+    credit = assign_credit(*fetched, masked)
+    fetched[0].write_rewards(credit)
     assert queue.rows["a_1_0"]["response_mask"].tolist() == queue.rows["a_1_0"]["loss_mask"].tolist() == [0] * 4
     assert queue.rows["a_0_0"]["loss_mask"].tolist() == [1, 1]
     assert queue.rows["a_0_0"]["loss_mask"].dtype == torch.int64  # as verl has it
@@ -131,9 +131,9 @@ def test_tokens_that_a_tool_wrote_are_not_the_models(queue):
     policy = batch_of(put(queue, "a_0_0", "7xy$", mask=[1, 0, 0, 1]), put(queue, "a_1_0", "9$"))
     momentum = batch_of(put(queue, "a-momentum_0_0", "7$"))
     fetched = verl_queue.fetch(policy, Tokenizer()), verl_queue.fetch(momentum, Tokenizer())
-    verdict = judge(*fetched)
-    fetched[0].write_rewards(verdict)
-    fetched[0].write_advantages(verdict)
+    credit = assign_credit(*fetched)
+    fetched[0].write_rewards(credit)
+    fetched[0].write_advantages(credit)
     row = queue.rows["a_0_0"]
     assert row["response_mask"].tolist() == [1, 0, 0, 1] and row["rm_scores"].tolist() == [0, 0, 0, 1]
     assert row["advantages"].tolist()[1:3] == [0, 0] and row["advantages"][3] > 0.5

@@ -20,12 +20,12 @@ from trl.trainer import grpo_trainer
 
 import mgrpo_kernels as K
 from mgrpo.algorithm.advantage import group_advantage
-from mgrpo.algorithm.credit import Judgement, judge
+from mgrpo.algorithm.credit import Credit, assign_credit
 from mgrpo.data.keys import ABSENT, look_up, suggest_key
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.thoughts import decode_responses
-from mgrpo.integrations.shared import judged_metrics, make_truth_reader
+from mgrpo.integrations.shared import credit_metrics, make_truth_reader
 from mgrpo.integrations.trl.config import MGRPOConfig
 from mgrpo.integrations.trl.momentum import MomentumCallback
 from mgrpo.integrations.versions import require
@@ -52,10 +52,10 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class GroupCredit:
     """What the main process makes of all rollouts, and tells the others."""
 
-    judged: Judgement
+    credit: Credit
     metrics: Metrics
     alarms: list[str]
 
@@ -167,13 +167,13 @@ class MGRPOTrainer(_GRPOTrainer):
         policy = gather_object(self._describe(self._prompt_ids, completion_ids_list))
         momentum = gather_object(self._describe(*self._momentum_rollouts))
         answers = gather_object([self.read_label(row) for row in inputs])
-        own = self.judge(policy, momentum, answers) if self.accelerator.is_main_process else None
-        verdict: Any = broadcast_object_list([own])[0]
-        self._take(verdict)
-        judged, num_policy = verdict.judged, verdict.judged.num_policy
-        rewards[:, 0] = judged.rewards[:, :num_policy].flatten().to(rewards.device)
+        own = self.assign_credit(policy, momentum, answers) if self.accelerator.is_main_process else None
+        of_groups: Any = broadcast_object_list([own])[0]
+        self._take(of_groups)
+        credit, num_policy = of_groups.credit, of_groups.credit.num_policy
+        rewards[:, 0] = credit.rewards[:, :num_policy].flatten().to(rewards.device)
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(1).view(-1, num_policy).cpu()
-        keep = judged.keep[:, :num_policy]
+        keep = credit.keep[:, :num_policy]
         self._keep = keep.flatten()
         self._advantage = group_advantage(total, keep, keep, self.recipe.objective).flatten()
         return rewards
@@ -183,7 +183,9 @@ class MGRPOTrainer(_GRPOTrainer):
         value = look_up(row, self.args.data_answer_key)
         return None if value is ABSENT else self.read_truth(value)
 
-    def judge(self, policy: Sequence[Rollout], momentum: Sequence[Rollout], answers: Sequence[Label | None]) -> Verdict:
+    def assign_credit(
+        self, policy: Sequence[Rollout], momentum: Sequence[Rollout], answers: Sequence[Label | None]
+    ) -> GroupCredit:
         """Filter, vote and metrics of whole groups, in the order of the prompts.
 
         Args:
@@ -210,7 +212,7 @@ class MGRPOTrainer(_GRPOTrainer):
             raise FloatingPointError(
                 "MGRPOTrainer: the policy's logits must be finite, got none. Its weights are lost."
             )
-        judged = judge(
+        credit = assign_credit(
             values("answer"),
             entropy,
             num_policy,
@@ -219,8 +221,8 @@ class MGRPOTrainer(_GRPOTrainer):
             objective=c.objective,
             checker=self.checker,
         )
-        metrics = judged_metrics(
-            judged,
+        metrics = credit_metrics(
+            credit,
             lengths=torch.tensor(values("length")),
             truncated=torch.tensor(values("truncated")),
             entropy=torch.tensor(values("mean_entropy")),
@@ -229,18 +231,18 @@ class MGRPOTrainer(_GRPOTrainer):
         )
         metrics |= {"step": self.state.global_step + 1, "nonfinite_share": mean(~entropy.isfinite())}
         alarms = self.monitor.observe(metrics) if self.model.training else []
-        return Verdict(judged=judged, metrics=metrics, alarms=alarms)
+        return GroupCredit(credit=credit, metrics=metrics, alarms=alarms)
 
-    def _take(self, verdict: Verdict) -> None:
+    def _take(self, credit: GroupCredit) -> None:
         """Logs the metrics, and does what an alarm asks for."""
         mode = "train" if self.model.training else "eval"
-        for name, value in verdict.metrics.items():
+        for name, value in credit.metrics.items():
             if isinstance(value, int | float) and name != "step":
                 self._metrics[mode][f"mgrpo/{name}"].append(float(value))
-        if not verdict.alarms:
+        if not credit.alarms:
             return
         if self.accelerator.is_main_process:
-            logger.warning("step %d: %s", verdict.metrics["step"], "; ".join(verdict.alarms))
+            logger.warning("step %d: %s", credit.metrics["step"], "; ".join(credit.alarms))
         if self.args.monitor_on_collapse == "stop":
             self.control.should_training_stop = True
 
@@ -263,7 +265,7 @@ class MGRPOTrainer(_GRPOTrainer):
         )
         mask = response_mask.bool()
         means = K.trajectory_entropy(entropy.float(), mask=mask)
-        judged = means if self.recipe.filter.entropy == "mean" else means * mask.sum(1)
+        entropies = means if self.recipe.filter.entropy == "mean" else means * mask.sum(1)
         ends = {*self.eos_token_ids, pad_id}
         return [
             Rollout(
@@ -273,7 +275,7 @@ class MGRPOTrainer(_GRPOTrainer):
                 length=len(response),
                 truncated=response[-1] not in ends,
             )
-            for text, value, average, response in zip(texts, judged.tolist(), means.tolist(), responses, strict=True)
+            for text, value, average, response in zip(texts, entropies.tolist(), means.tolist(), responses, strict=True)
         ]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 import mgrpo_kernels as K
-from mgrpo.algorithm.credit import Judgement, judge
+from mgrpo.algorithm.credit import Credit, assign_credit
 from mgrpo.config import Config
 from mgrpo.grading.checker import AnswerChecker
-from mgrpo.integrations.shared import judged_metrics, make_truth_reader
+from mgrpo.integrations.shared import credit_metrics, make_truth_reader
 from mgrpo.types import Metrics
 
 # A momentum rollout's prompt, so that no key of verl's queue is that of a policy rollout. It may hold no underscore.
@@ -101,19 +101,19 @@ def merge_rows(parts: Sequence[Rows]) -> Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class GroupCredit:
     """What the vote makes of each row, and of the step."""
 
     rewards: torch.Tensor  # [R] fp32
     advantage: torch.Tensor  # [R] fp32
     trains: torch.Tensor  # [R] bool, enters the loss
-    judged: Judgement
+    credit: Credit
     metrics: Metrics
 
 
-def judge_rows(
+def credit_rows(
     rows: Rows, config: Config, *, extract: Callable[[str], str | None], checker: AnswerChecker, backend: str = "auto"
-) -> Verdict:
+) -> GroupCredit:
     """Filters, votes, rewards and compares within groups, and gives each row its own.
 
     Args:
@@ -140,7 +140,7 @@ def judge_rows(
     if config.rollout.truncated == "mask":
         may_train = may_train & ~rows.truncated[group]
     filtered = entropy if config.filter.entropy == "mean" else entropy * lengths
-    judged = judge(
+    credit = assign_credit(
         [[answers[row] for row in prompt] for prompt in group.tolist()],
         filtered[group],
         num_policy,
@@ -153,19 +153,19 @@ def judge_rows(
         true_answers=true,
         backend=backend,
     )
-    metrics = judged_metrics(
-        judged,
+    metrics = credit_metrics(
+        credit,
         lengths=lengths[group],
         truncated=rows.truncated[group],
         entropy=entropy[group],
         true_answers=true,
         checker=checker,
     )
-    return Verdict(
-        rewards=_by_row(judged.rewards, group),
-        advantage=_by_row(judged.advantage, group),
-        trains=_by_row(judged.trains, group),
-        judged=judged,
+    return GroupCredit(
+        rewards=_by_row(credit.rewards, group),
+        advantage=_by_row(credit.advantage, group),
+        trains=_by_row(credit.trains, group),
+        credit=credit,
         metrics=metrics,
     )
 

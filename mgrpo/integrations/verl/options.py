@@ -34,7 +34,7 @@ MODEL = "actor_rollout_ref.model"
 REQUIRED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("algorithm.adv_estimator", ("mgrpo",), "advantages are those of the vote"),
     ("algorithm.use_kl_in_reward", (False,), "rewards are votes; use actor_rollout_ref.actor.use_kl_loss"),
-    ("algorithm.filter_groups.enable", (False, None), "groups are judged after all rollouts of a step"),
+    ("algorithm.filter_groups.enable", (False, None), "groups get credit after all rollouts of a step"),
     ("algorithm.rollout_correction.bypass_mode", (False, None), "the filter needs the policy's entropies"),
     ("actor_rollout_ref.actor.strategy", ("fsdp2",), "the momentum model is shards of FSDP2"),
     ("actor_rollout_ref.hybrid_engine", (True, None), "one engine rolls out both models"),

@@ -1,4 +1,4 @@
-"""Trajectories in verl's queue: what the vote reads of them, and what it writes back.
+"""Trajectories in verl's queue: the columns that the vote reads, and those that it writes.
 
 Letters: R rows (trajectories) of a batch, padding rows included; L response tokens.
 """
@@ -14,7 +14,7 @@ from tensordict import TensorDict  # pyright: ignore[reportMissingImports]
 from verl.workers.utils.padding import response_to_nested  # pyright: ignore[reportMissingImports]
 
 from mgrpo.grading.thoughts import decode_responses
-from mgrpo.integrations.verl.groups import Rows, Verdict, place_rewards
+from mgrpo.integrations.verl.groups import GroupCredit, Rows, place_rewards
 
 FIELDS = ("prompts", "responses", "response_mask", "entropy", "reward_model")
 
@@ -46,24 +46,24 @@ class Fetched:
             true_answers=[self.true_answers[row] for row in real],
         )
 
-    def write_rewards(self, verdict: Verdict) -> None:
+    def write_rewards(self, credit: GroupCredit) -> None:
         """Rewards at the last token, and masks without the trajectories that do not train.
 
         verl takes the loss's tokens from `response_mask`, and their number from `loss_mask`.
         """
-        mask = self.mask & self._spread(verdict.trains)[:, None]
+        mask = self.mask & self._spread(credit.trains)[:, None]
         masks = mask.to(self.nested_mask.dtype)
         self._put(
-            rm_scores=place_rewards(self._spread(verdict.rewards), self.mask), response_mask=masks, loss_mask=masks
+            rm_scores=place_rewards(self._spread(credit.rewards), self.mask), response_mask=masks, loss_mask=masks
         )
 
-    def write_advantages(self, verdict: Verdict) -> None:
+    def write_advantages(self, credit: GroupCredit) -> None:
         """Advantages at every token of a trajectory that trains."""
-        advantages = self._spread(verdict.advantage)[:, None] * (self.mask & self._spread(verdict.trains)[:, None])
+        advantages = self._spread(credit.advantage)[:, None] * (self.mask & self._spread(credit.trains)[:, None])
         self._put(advantages=advantages, returns=advantages)
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
-        """[R] from the values of the trajectories, which come first in a verdict; 0 for the others."""
+        """[R] from the values of the trajectories, which come first; 0 for the others."""
         out = values.new_zeros(len(self.batch.keys))
         out[self.real] = values[: len(self.real)]
         return out

@@ -24,7 +24,7 @@ from verl.utils.debug import marked_timer  # pyright: ignore[reportMissingImport
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.integrations.verl import plugin
-from mgrpo.integrations.verl.groups import MOMENTUM, Verdict, judge_rows, merge_rows
+from mgrpo.integrations.verl.groups import MOMENTUM, GroupCredit, credit_rows, merge_rows
 from mgrpo.integrations.verl.options import read_options
 from mgrpo.integrations.verl.queue import fetch
 from mgrpo.observe.collapse import Monitor
@@ -137,7 +137,7 @@ class MGRPOTrainer(PPOTrainerSync):
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         """Votes, and puts rewards, masks and advantages in place of what verl's reward function has left."""
         fetched = [fetch(part, self.tokenizer) for part in (batch, self._momentum_batch) if part is not None]
-        verdict = judge_rows(
+        credit = credit_rows(
             merge_rows([part.rows(self.recipe.rollout.max_new_tokens) for part in fetched]),
             self.recipe,
             extract=self.extract,
@@ -145,19 +145,19 @@ class MGRPOTrainer(PPOTrainerSync):
             backend=self.recipe.kernels.backend,
         )
         policy = fetched[0]
-        policy.write_rewards(verdict)
+        policy.write_rewards(credit)
         batch = super()._compute_advantage(batch, metrics)
         # The estimator has not seen the momentum rollouts, with which objective.advantage_over all compares.
-        policy.write_advantages(verdict)
+        policy.write_advantages(credit)
         if self._momentum_batch is not None:
             tq.kv_clear(keys=self._momentum_batch.keys, partition_id=self._momentum_batch.partition_id)
             self._momentum_batch = None
-        self._observe(verdict, metrics)
+        self._observe(credit, metrics)
         return batch
 
-    def _observe(self, verdict: Verdict, metrics: dict[str, Any]) -> None:
+    def _observe(self, credit: GroupCredit, metrics: dict[str, Any]) -> None:
         """Logs the step, and does what an alarm asks for."""
-        found = verdict.metrics | {"step": self.global_steps}
+        found = credit.metrics | {"step": self.global_steps}
         for name, value in found.items():
             if isinstance(value, int | float) and name != "step":
                 metrics[f"mgrpo/{name}"] = float(value)
