@@ -1,8 +1,8 @@
-"""What auto may take on a GPU, and the README's table of support, from records: `python -m bench.verified`.
+"""What auto may take on a GPU, and the table of support of docs/kernels.md, from records: `python -m bench.verified`.
 
 Reads records/*/verification.json, which `pytest -m gpu --verify-record DIR` writes, and the times beside them; writes
-mgrpo_kernels/verified.json and the part of README.md between its marks. `--records DIR` adds a folder of records, as
-`make gpu` does with its own.
+mgrpo_kernels/verified.json and the part of docs/kernels.md between its marks. `--records DIR` adds a folder of records,
+as `make gpu` does with its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mgrpo_kernels.operations import OPERATIONS, source_hash
 from mgrpo_kernels.verified import FILE
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "kernels.md"
 MARKS = ("<!-- support: python -m bench.verified -->\n", "<!-- support ends -->\n")
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "int64"}
 
@@ -76,7 +76,7 @@ def _cell(results: Sequence[dict[str, Any]], op: str, backend: str) -> str:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The README's table."""
+    """The table of support in docs/kernels.md."""
     lines = ["| operation | `cpu` | `cuda` | `triton` |", "|---|---|---|---|"]
     for op in OPERATIONS:
         cells = (_cell(results, op, backend) for backend in ("cpu", "cuda", "triton"))
@@ -90,9 +90,9 @@ def main() -> None:
     results = read([ROOT / "bench" / "records", *parser.parse_args().records])
     runs = verified_runs(results)
     FILE.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
-    before, rest = README.read_text().split(MARKS[0])
-    README.write_text(before + MARKS[0] + table(results) + MARKS[1] + rest.split(MARKS[1])[1])
-    print(f"{FILE.name}: {len(runs)} verified; README.md: table of support")
+    before, rest = PAGE.read_text().split(MARKS[0])
+    PAGE.write_text(before + MARKS[0] + table(results) + MARKS[1] + rest.split(MARKS[1])[1])
+    print(f"{FILE.name}: {len(runs)} verified; docs/kernels.md: table of support")
     print(table(results))
 
 
