@@ -39,7 +39,7 @@ MOVED = {
     "json_files": "data.json_files",
     "judging": "algorithm.credit",
     "keys": "data.keys",
-    "labels": "types grading.label_text",
+    "labels": "grading.label_text",
     "learner": "training.schedule training.learner",
     "messages": "data.messages",
     "metrics": "types observe.catalogue errors observe.timer observe.step observe.trackers process.disk",

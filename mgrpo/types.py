@@ -14,8 +14,6 @@ import torch
 from torch.nn.functional import pad
 
 Source = Literal["policy", "momentum"]
-Label = str | tuple[str, ...]
-"""A true answer, or several of which any is right."""
 Metrics = dict[str, Any]
 """Numbers of a step by name; None where one does not apply."""
 

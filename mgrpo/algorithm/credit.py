@@ -12,12 +12,12 @@ import torch
 
 from mgrpo.algorithm.advantage import group_advantage
 from mgrpo.algorithm.filter import filter_trajectories
-from mgrpo.algorithm.reward import Evidence, reward
+from mgrpo.algorithm.reward import REWARDS, Evidence
 from mgrpo.algorithm.vote import Vote, first_of_class
 from mgrpo.algorithm.vote import vote as elect
 from mgrpo.config import FilterConfig, ObjectiveConfig, VoteConfig
 from mgrpo.grading.checker import AnswerChecker
-from mgrpo.types import Label
+from mgrpo.grading.label_text import Label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,8 @@ def assign_credit(
         filter, vote, objective: how; of `objective`, reward and advantage.
         checker: decides which answers are the same.
         may_train: [B, G] bool, rollouts that the loss may take; the policy's by default.
-        mean_entropy: [B, G] fp32, mean token entropies, for objective.reward "entropy"; `entropy` by default.
-        self_certainty: [B, G] fp32, for objective.reward "self-certainty".
-        true_answers: [B], for objective.reward "labels" and nothing else.
+        mean_entropy: [B, G] fp32, mean token entropies, for the reward "entropy"; `entropy` by default.
+        self_certainty, true_answers: [B, G] fp32 and [B], for the rewards "self-certainty" and "labels" alone.
         backend: backend of mgrpo_kernels.
 
     Raises:
@@ -69,33 +68,19 @@ def assign_credit(
 
     Source: arXiv 2512.13070, algorithm 1; docs/algorithm.md has every choice.
     """
-    shape = (len(answers), len(answers[0]) if answers else 0)
-    if tuple(entropy.shape) != shape or any(len(row) != shape[1] for row in answers):
-        raise ValueError(
-            f"assign_credit: entropy must be [B, G] = {list(shape)} as answers are, got {list(entropy.shape)} and rows "
-            f"of {sorted({len(row) for row in answers})} answers. Whole groups get credit at once."
-        )
-    needs = {"labels": true_answers, "self-certainty": self_certainty}
-    if objective.reward in needs and needs[objective.reward] is None:
-        name = "true_answers" if objective.reward == "labels" else "self_certainty"
-        raise ValueError(f"assign_credit: {name} must be given for objective.reward {objective.reward!r}, got None.")
+    reward = REWARDS[objective.reward]
+    shape = _check(answers, entropy, objective, {"correct": true_answers, "self_certainty": self_certainty})
     answer_ids = torch.tensor(checker.group_classes(answers)).view(shape)
     keep = filter_trajectories(entropy, filter, backend=backend)
     voters = torch.ones_like(keep) if filter.applies_to == "loss" else keep
     elected = elect(answer_ids, voters, num_policy, vote, backend=backend)
-    correct = None
-    if objective.reward == "labels":
-        assert true_answers is not None
-        correct = torch.tensor(
-            [[checker.is_correct(a, true) for a in row] for row, true in zip(answers, true_answers, strict=True)]
-        )
     evidence = Evidence(
         answer_ids=answer_ids,
         entropy=entropy if mean_entropy is None else mean_entropy,
         self_certainty=self_certainty,
-        correct=correct,
+        correct=_grade(answers, true_answers or (), checker) if "correct" in reward.needs else None,
     )
-    rewards = reward(objective.reward, elected, evidence)
+    rewards = reward.compute(elected, evidence)
     if may_train is None:
         may_train = (torch.arange(shape[1]) < num_policy).expand(shape)
     trains = keep & may_train
@@ -109,4 +94,32 @@ def assign_credit(
         rewards=rewards,
         advantage=group_advantage(rewards, keep, trains, objective, backend=backend),
         num_policy=num_policy,
+    )
+
+
+def _check(
+    answers: list[list[str | None]], entropy: torch.Tensor, objective: ObjectiveConfig, given: dict[str, object]
+) -> tuple[int, int]:
+    """[B, G] of the answers; ValueError for shapes that disagree, and for a reward whose needs are not given."""
+    shape = (len(answers), len(answers[0]) if answers else 0)
+    if tuple(entropy.shape) != shape or any(len(row) != shape[1] for row in answers):
+        raise ValueError(
+            f"assign_credit: entropy must be [B, G] = {list(shape)} as answers are, got {list(entropy.shape)} and rows "
+            f"of {sorted({len(row) for row in answers})} answers. Whole groups get credit at once."
+        )
+    for need in REWARDS[objective.reward].needs:
+        if given[need] is None:
+            name = "true_answers" if need == "correct" else need
+            raise ValueError(
+                f"assign_credit: {name} must be given for objective.reward {objective.reward!r}, got None."
+            )
+    return shape
+
+
+def _grade(
+    answers: list[list[str | None]], true_answers: Sequence[Label | None], checker: AnswerChecker
+) -> torch.Tensor:
+    """[B, G] bool, answers that equal the true one of their prompt."""
+    return torch.tensor(
+        [[checker.is_correct(a, true) for a in row] for row, true in zip(answers, true_answers, strict=True)]
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -101,25 +102,42 @@ def micro_batch_loss(
         rollout_logprob=pack(batch.rollout_logprob),
         entropy=entropy,
         cu_seqlens=cu_seqlens,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
         kl_coef=config.kl_coef if batch.ref_logprob is not None else 0.0,
-        kl=config.kl,
-        entropy_coef=config.entropy_coef,
-        tis_cap=min(config.tis_cap, torch.finfo(torch.float32).max),
-        ratio=config.ratio,
-        reduce=config.reduce.replace("-", "_"),
         max_length=max_length,
         normalizer=normalizer.to(device),
         backend=backend,
+        **_options(config),
     )
     if penalised is None:
         return result
-    log_ratio = logprob - old_logprob
-    importance = (old_logprob - pack(batch.rollout_logprob)).exp().clamp_max(config.tis_cap)
-    penalty = -importance * advantage * log_ratio.exp() + config.kl_cov_coef * log_ratio.abs()
-    weight = torch.ones_like(logprob)
+    penalty = _kl_cov_penalty(logprob, old_logprob, pack(batch.rollout_logprob), advantage, config)
     if config.reduce == "sequence-mean-token-mean":
-        weight = 1 / torch.repeat_interleave(lengths, lengths).to(device)
-    return result._replace(loss=result.loss + (penalty * weight)[penalised].sum() / normalizer.to(device))
+        penalty = penalty * (1 / torch.repeat_interleave(lengths, lengths).to(device))
+    return result._replace(loss=result.loss + penalty[penalised].sum() / normalizer.to(device))
+
+
+def _options(config: ObjectiveConfig) -> dict[str, Any]:
+    """Options of the loss as the kernel takes them."""
+    return {
+        "clip_low": config.clip_low,
+        "clip_high": config.clip_high,
+        "dual_clip": config.dual_clip,
+        "kl": config.kl,
+        "entropy_coef": config.entropy_coef,
+        "tis_cap": min(config.tis_cap, torch.finfo(torch.float32).max),
+        "ratio": config.ratio,
+        "reduce": config.reduce.replace("-", "_"),
+    }
+
+
+def _kl_cov_penalty(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor,
+    rollout_logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    config: ObjectiveConfig,
+) -> torch.Tensor:
+    """[T] fp32, the loss of a token under KL-Cov: the unclipped objective and a penalty of the change."""
+    log_ratio = logprob - old_logprob
+    importance = (old_logprob - rollout_logprob).exp().clamp_max(config.tis_cap)
+    return -importance * advantage * log_ratio.exp() + config.kl_cov_coef * log_ratio.abs()

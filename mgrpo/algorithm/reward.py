@@ -1,11 +1,13 @@
-"""Rewards of rollouts, with no label but for `labels`.
+"""Rewards of rollouts. A reward is added by a function and its row of REWARDS, and its name in config/objective.py.
 
 Letters: B prompts, G rollouts a prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +16,7 @@ from mgrpo.algorithm.vote import Vote
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a reward may look at; each [B, G] or None where it was not computed."""
+    """Quantities that a reward may use, each [B, G]; None where it was not computed."""
 
     answer_ids: torch.Tensor  # int64, class of the answer, -1 for none
     entropy: torch.Tensor  # fp32, mean token entropy, nats
@@ -22,28 +24,46 @@ class Evidence:
     correct: torch.Tensor | None = None  # bool, equals the true answer
 
 
-def reward(kind: str, vote: Vote, evidence: Evidence) -> torch.Tensor:
-    """Rewards each rollout; by vote, prompts without signal get 0 everywhere, hence no gradient.
+class Reward(NamedTuple):
+    """A reward: [B, G] fp32 from the vote and the evidence."""
 
-    Args:
-        kind: "majority" (1 for the pseudo-label's class), "soft" (share of the own class, SRT and EMPO), "labels"
-            (1 for the true answer), "self-certainty" (Intuitor, arXiv 2505.19590), "entropy" (negative, RENT).
-        vote: the outcome of the vote.
-        evidence: per-rollout quantities.
+    compute: Callable[[Vote, Evidence], torch.Tensor]
+    needs: tuple[str, ...] = ()
+    """Fields of Evidence that are computed for it alone."""
 
-    Returns:
-        [B, G] fp32.
-    """
-    if kind == "labels":
-        assert evidence.correct is not None
-        return evidence.correct.float()
-    if kind == "self-certainty":
-        assert evidence.self_certainty is not None
-        return evidence.self_certainty
-    if kind == "entropy":
-        return -evidence.entropy
-    if kind == "soft":
-        rewards = vote.class_share
-    else:
-        rewards = ((evidence.answer_ids == vote.label[:, None]) & (evidence.answer_ids >= 0)).float()
-    return rewards * vote.signal[:, None]
+
+def agreement(vote: Vote, evidence: Evidence) -> torch.Tensor:
+    """1 for the class of the pseudo-label; 0 in prompts without signal, hence no gradient."""
+    agrees = (evidence.answer_ids == vote.label[:, None]) & (evidence.answer_ids >= 0)
+    return agrees.float() * vote.signal[:, None]
+
+
+def class_share(vote: Vote, evidence: Evidence) -> torch.Tensor:
+    """Share of the votes that the own class has (SRT and EMPO); 0 in prompts without signal."""
+    return vote.class_share * vote.signal[:, None]
+
+
+def correctness(vote: Vote, evidence: Evidence) -> torch.Tensor:
+    """1 for the true answer: the ceiling, with labels."""
+    assert evidence.correct is not None
+    return evidence.correct.float()
+
+
+def self_certainty(vote: Vote, evidence: Evidence) -> torch.Tensor:
+    """The policy's self-certainty (Intuitor, arXiv 2505.19590)."""
+    assert evidence.self_certainty is not None
+    return evidence.self_certainty
+
+
+def negative_entropy(vote: Vote, evidence: Evidence) -> torch.Tensor:
+    """Minus the mean token entropy (RENT, arXiv 2505.22660)."""
+    return -evidence.entropy
+
+
+REWARDS = {
+    "majority": Reward(agreement),
+    "soft": Reward(class_share),
+    "labels": Reward(correctness, needs=("correct",)),
+    "self-certainty": Reward(self_certainty, needs=("self_certainty",)),
+    "entropy": Reward(negative_entropy),
+}

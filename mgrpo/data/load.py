@@ -11,11 +11,11 @@ from mgrpo.data.prompts import Dataset, make_dataset
 from mgrpo.data.records import Record, read_records
 from mgrpo.errors import InputError
 from mgrpo.grading.canonical import canonicalize
+from mgrpo.grading.label_text import Label
 from mgrpo.grading.labels import MAX_PLAIN_CHARS, make_label_reader
 from mgrpo.models.load import LoadedModel, num_embeddings
 from mgrpo.models.tokenizer import Tokenizer
 from mgrpo.presets import PRESETS
-from mgrpo.types import Label
 
 SHOWN_LABELS = 3
 MANY_WORDS = 6  # of an answer

@@ -13,7 +13,7 @@ from mgrpo.data.messages import leave_off_answer
 from mgrpo.data.records import Record
 from mgrpo.data.template import check_template, read_arguments, render
 from mgrpo.errors import InputError
-from mgrpo.types import Label
+from mgrpo.grading.label_text import Label
 
 # Prompts that are encoded in one call, at most.
 ENCODE_CHUNK = 1024
@@ -73,28 +73,18 @@ def make_dataset(
         template_args: arguments of the chat template, each `KEY=VALUE`.
 
     Returns:
-        At least one prompt; an end-of-text token that the tokenizer appends to text is left off. In memory each
-        takes its text, 8 bytes a token and some 300 bytes more.
+        At least one prompt, which takes its text, 8 bytes a token and some 300 bytes more in memory; an end-of-text
+        token that the tokenizer appends to text is left off.
 
     Raises:
         InputError: template and tokenizer or records do not fit, a prompt has no tokens, or prompts are too long.
         ValueError: `overlong` is neither "error" nor "drop".
-
     """
-    if overlong not in ("error", "drop"):
-        raise ValueError(f"{source}: overlong must be 'error' or 'drop', got {overlong!r}. Choose one.")
-    if max_prompt_tokens < 1:
-        raise InputError(
-            f"{source}: max_prompt_tokens must be at least 1, got {max_prompt_tokens}. "
-            "Set a smaller --rollout.max-new-tokens."
-        )
+    _check_limits(overlong, max_prompt_tokens, source)
     template = check_template(template, source)
     arguments = read_arguments(template_args, tokenizer, source)
-    prompts: list[Prompt] = []
-    num_overlong, first_overlong = 0, ""
-    unread: list[str] = []
-    num_answered = 0
-    digest = hashlib.sha256()
+    prompts, unread, digest = list[Prompt](), list[str](), hashlib.sha256()
+    num_overlong, first_overlong, num_answered = 0, "", 0
     shared: dict[int, int] = {}  # one int object a token id in use: a prompt then costs 8 bytes a token
     rendered = ((record, *render(record, tokenizer, template, arguments)) for record in map(_leave_off, records))
     for record, text, ids in _encode(rendered, tokenizer):
@@ -109,20 +99,36 @@ def make_dataset(
         prompts.append(Prompt(ids=ids, text=text, answer=record.label, index=len(prompts)))
         num_answered += record.answered
         unread += [f"{record.origin}: {record.unread!r:.80}"] if record.unread is not None else []
-    if num_overlong and (overlong == "error" or not prompts):
-        raise InputError(
-            f"{source}: prompts must have at most {max_prompt_tokens} tokens, got {num_overlong} of "
-            f"{len(prompts) + num_overlong} longer ones, the first {first_overlong}. "
-            f"Set {'--data.overlong drop or ' if prompts else ''}a smaller --rollout.max-new-tokens."
-        )
-    if not prompts:
-        raise InputError(f"{source}: data set must hold at least one record, got none. Add records.")
+    if not prompts or (num_overlong and overlong == "error"):
+        raise _unusable(len(prompts), num_overlong, first_overlong, max_prompt_tokens, source)
     return Dataset(
         prompts=tuple(prompts),
         num_overlong=num_overlong,
         fingerprint=digest.hexdigest(),
         num_answered=num_answered,
         unread=tuple(unread),
+    )
+
+
+def _check_limits(overlong: str, max_prompt_tokens: int, source: str) -> None:
+    """Raises ValueError or InputError for options that make no sense."""
+    if overlong not in ("error", "drop"):
+        raise ValueError(f"{source}: overlong must be 'error' or 'drop', got {overlong!r}. Choose one.")
+    if max_prompt_tokens < 1:
+        raise InputError(
+            f"{source}: max_prompt_tokens must be at least 1, got {max_prompt_tokens}. "
+            "Set a smaller --rollout.max-new-tokens."
+        )
+
+
+def _unusable(num_prompts: int, num_overlong: int, first: str, max_prompt_tokens: int, source: str) -> InputError:
+    """The error for prompts that do not fit, or for none at all."""
+    if not num_overlong:
+        return InputError(f"{source}: data set must hold at least one record, got none. Add records.")
+    return InputError(
+        f"{source}: prompts must have at most {max_prompt_tokens} tokens, got {num_overlong} of "
+        f"{num_prompts + num_overlong} longer ones, the first {first}. "
+        f"Set {'--data.overlong drop or ' if num_prompts else ''}a smaller --rollout.max-new-tokens."
     )
 
 

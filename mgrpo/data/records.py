@@ -17,10 +17,9 @@ from mgrpo.data.json_files import read_json, read_lines
 from mgrpo.data.keys import ABSENT, Keys, look_up, name_keys, suggest_prompt
 from mgrpo.data.messages import Messages, parse_messages, read_messages
 from mgrpo.errors import InputError, whole
-from mgrpo.grading.label_text import label_text
+from mgrpo.grading.label_text import Label, label_text
 from mgrpo.inputs import MAX_RECORD_BYTES as MAX_RECORD_BYTES
 from mgrpo.inputs import check_unicode, list_names, name_type, too_large
-from mgrpo.types import Label
 
 __all__ = ["InputError", "Record", "check_unicode", "load_records", "read_records"]
 # What a data set may hold, so that no file can fill the memory: bytes of all text, and the number of records.

@@ -10,6 +10,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,10 +19,11 @@ from mgrpo.data.load import describe_unread
 from mgrpo.data.prompts import Dataset
 from mgrpo.errors import InputError
 from mgrpo.grading.checker import AnswerChecker
+from mgrpo.grading.label_text import Label
 from mgrpo.models.load import LoadedModel
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.stop import StopTexts, read_texts
-from mgrpo.types import Label, Rollouts, Sampling, WeightTag
+from mgrpo.types import Rollouts, Sampling, WeightTag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +142,7 @@ def evaluate(
         raise InputError(f"evaluate: samples must be at least 1, got {samples}.")
     prompts = [prompt.ids for prompt in dataset.prompts]
 
-    def answers(rollouts: Rollouts) -> list[list[str | None]]:
-        n = rollouts.num_per_prompt
-        rows = [rollouts.response(row) for row in range(len(prompts) * n)]
-        texts = read_texts(loaded.tokenizer, rows, stop, prompts=[prompts[row // n] for row in range(len(rows))])
-        return [[extract(text) for text in texts[b * n : (b + 1) * n]] for b in range(len(prompts))]
-
+    answers = partial(_read_answers, prompts, tokenizer=loaded.tokenizer, stop=stop, extract=extract)
     rollouts = engine.generate(prompts, samples, sampling, tag)
     if check:
         check(rollouts)
@@ -164,6 +162,21 @@ def evaluate(
         lengths=rollouts.lengths.view(-1, samples),
         greedy_correct=greedy_correct,
     )
+
+
+def _read_answers(
+    prompts: Sequence[Sequence[int]],
+    rollouts: Rollouts,
+    *,
+    tokenizer: Any,
+    stop: StopTexts | None,
+    extract: Callable[[str], str | None],
+) -> list[list[str | None]]:
+    """Answers of every rollout, [B][n]; None where there is none."""
+    n = rollouts.num_per_prompt
+    rows = [rollouts.response(row) for row in range(len(prompts) * n)]
+    texts = read_texts(tokenizer, rows, stop, prompts=[prompts[row // n] for row in range(len(rows))])
+    return [[extract(text) for text in texts[b * n : (b + 1) * n]] for b in range(len(prompts))]
 
 
 def _truths(dataset: Dataset) -> list[Label]:

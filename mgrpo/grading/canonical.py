@@ -6,18 +6,24 @@ import functools
 import itertools
 import re
 import unicodedata
-from fractions import Fraction
 
 from mgrpo.grading.bases import spell_base
 from mgrpo.grading.choices import mark_choice
+from mgrpo.grading.decimals import (
+    DOTTED,
+    EXPONENT,
+    REPEATING,
+    make_fraction,
+    normalize_number,
+    spell_dotted,
+    spell_exponent,
+    spell_repeating,
+)
 from mgrpo.grading.markup import strip_markup
 from mgrpo.grading.phrases import drop_phrase
 from mgrpo.grading.units import UNIT_LETTERS, is_unit, spell_scale
 
 MAX_ANSWER_CHARS = 1000
-# From here on a number with an exponent is not written out.
-MAX_PLAIN_EXPONENT = 20
-
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁱⁿ]+")
 _SUBSCRIPTS = re.compile("[₀-₉₊₋₍₎]+")
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞↉]")
@@ -75,7 +81,7 @@ _GREEK_NAMES = dict(
 # Alone: letters of a Greek word stay.
 _GREEK = re.compile("(?<![\u0370-\u03ff])[α-ωΓΔΘΛΞΠΣΦΨΩ](?![\u0370-\u03ff])")  # noqa: RUF001
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
-_NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
+
 
 _FONTS = (
     "text(?:normal|bf|it|rm|sf|tt|sc|md|up|sl)?|math(?:bf|it|rm|sf|tt|normal|ord|up)|boldsymbol|bold|bm|pmb|mbox|hbox|"
@@ -212,19 +218,7 @@ _UNWRAPS = [
         (rf"^\++|(?:\\\\|\\ldots|\\$|[{_ENDS} ])+$", "end"),
     )
 ]
-_DIGITS = r"(?:(?<![A-Za-z0-9\\.}])|(?<=\\times)|(?<=\\cdot))([0-9]*)\.([0-9]*)"
-_REPEATING = re.compile(
-    _DIGITS + r"(?:\\(?:overline|bar|overbar|widebar)\s*(?:\{([0-9]+)\}|([0-9]))"
-    r"|((?:\\dot\s*(?:\{[0-9]\}|[0-9])){3,})|\\dot\s*\{?([0-9])\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?)(?![0-9.]|\\dot)"
-)
-# 0.333... but not 2.718281828...: one digit three times, or more digits twice behind the point or three times.
-_DOTTED = re.compile(_DIGITS + r"\s*(?:\\[lc]?dots(?![a-z])|\.\.\.|\(?((?:repeating|recurring)(?![a-z]))\)?)\s*")
-_PERIOD = re.compile(r"([0-9]*?)([0-9])\2\2+|()([0-9]{2,})\4+|([0-9]*?)([0-9]{2,})\6\6+")
 _PARENTHESES = re.compile(r"(-?)(?:([0-9]+)\.()\(([0-9]+)\)|(0?)\.([0-9]+)\(([0-9]+)\))")
-_EXPONENT = re.compile(
-    r"(?<![^=,;(\[{ ])([+-]?)([0-9]+\.?[0-9]*|\.[0-9]+)(?: ?(e|E) ?)"
-    r"(?:\{([+-]?)([0-9]{1,9})\}|([+-]?)([0-9]{1,9}))(?![^,;)\] %}\\/*+-])"
-)
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,(?![A-Za-z]))")
 _OTHER_COMMA = re.compile(r",(?![A-Za-z](?:_\{?[0-9A-Za-z]\}?)?=)")
 
@@ -254,17 +248,17 @@ def _canonicalize(answer: str) -> str:
 def _rewrite(text: str) -> str:
     """One pass over all rewrites."""
     text = mark_choice(strip_markup(_spell_symbols(text)))
-    text = _DOTTED.sub(_spell_dotted, text)
+    text = DOTTED.sub(spell_dotted, text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(_SPECIAL.get(replacement, replacement), text)
     text = _TEXT.sub(_mark_unit, text)
     for pattern, replacement in _UNWRAPS:
         text = pattern.sub(_SPECIAL.get(replacement, replacement), text)
     text = spell_base(drop_phrase(_strip_braces(text)))
-    text = _REPEATING.sub(_spell_repeating, text)
+    text = REPEATING.sub(spell_repeating, text)
     if match := _PARENTHESES.fullmatch(text):
-        text = match[1] + _make_fraction(match[2] or match[5], match[3] or match[6] or "", match[4] or match[7])
-    text = _EXPONENT.sub(_spell_exponent, text)
+        text = match[1] + make_fraction(match[2] or match[5], match[3] or match[6] or "", match[4] or match[7])
+    text = EXPONENT.sub(spell_exponent, text)
     text = spell_scale(text)
     if "," in text and not re.search(r"[(\[]|\\\{", text) and not _OTHER_COMMA.search(_THOUSANDS.sub("", text)):
         text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
@@ -339,22 +333,6 @@ def _strip_braces(text: str) -> str:
     return text
 
 
-def _spell_repeating(match: re.Match[str]) -> str:
-    """The exact fraction of a decimal whose last digits are under a bar or between two dots."""
-    whole, prefix, bar, bar_digit, dotted, first, inner, last = match.groups()
-    period = bar or bar_digit or (dotted and re.sub("[^0-9]", "", dotted)) or first + (inner or "") + (last or "")
-    return _make_fraction(whole, prefix, period)
-
-
-def _spell_dotted(match: re.Match[str]) -> str:
-    """The same of a decimal that shows its period and ends in dots; one that does not stays."""
-    whole, decimals, word = match.groups()
-    period = _PERIOD.fullmatch(decimals) or (word and re.fullmatch("()([0-9])", decimals))
-    if not period:
-        return match[0]
-    return _make_fraction(whole, *(group for group in period.groups() if group is not None))
-
-
 def _mark_bare_unit(match: re.Match[str]) -> str:
     r"""Letters that a space parts from a number in brackets, which goes with the other spaces, as \unit{}."""
     value = re.sub(r"\\(?:[dtc]?frac|sqrt|times|cdot|pi|left|right|,|!)(?![A-Za-z])", "", match.string[: match.start()])
@@ -384,38 +362,3 @@ _SPECIAL = {
     "unit": _mark_bare_unit,
     "end": _keep_open_list,
 }
-
-
-def _make_fraction(whole: str, prefix: str, period: str) -> str:
-    """The LaTeX of WHOLE.PREFIX(PERIOD)."""
-    value = Fraction(int(whole + prefix + period or "0") - int(whole + prefix or "0"), 10 ** len(period) - 1)
-    value /= 10 ** len(prefix)
-    return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-
-
-def _spell_exponent(match: re.Match[str]) -> str:
-    """A number with e as a decimal, or with a power of ten; 2e-3 and 2e+3 may be sums with Euler's number and stay."""
-    sign, mantissa, letter, *exponents = match.groups()
-    exponent_sign, digits = exponents[:2] if exponents[1] else exponents[2:]
-    if letter == "e" and exponent_sign and "." not in mantissa and mantissa != "1":
-        return match[0]
-    exponent = int(exponent_sign + digits)
-    if abs(exponent) > MAX_PLAIN_EXPONENT:
-        return rf"{sign}{normalize_number(mantissa)}\times 10^{{{exponent}}}"
-    whole, _, decimals = mantissa.partition(".")
-    number, places = whole + decimals, len(decimals) - exponent
-    if places <= 0:
-        return sign + number + "0" * -places
-    number = number.rjust(places + 1, "0")
-    return f"{sign}{number[:-places]}.{number[-places:]}"
-
-
-def normalize_number(text: str) -> str | None:
-    """The shortest decimal notation of a plain number, None for any other text."""
-    match = _NUMBER.fullmatch(text)
-    if match is None or not (match[2] or match[3]):
-        return None
-    whole = match[2].replace(",", "").replace(" ", "").lstrip("0") or "0"
-    decimals = (match[3] or "").rstrip("0")
-    number = f"{whole}.{decimals}" if decimals else whole
-    return f"-{number}" if match[1] == "-" and number != "0" else number

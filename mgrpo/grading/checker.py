@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from mgrpo.grading.canonical import canonicalize
+from mgrpo.grading.label_text import Label
 from mgrpo.grading.matching import Fingerprint, may_be_equal, read_fingerprint
 from mgrpo.grading.meaning import align, compare_cheaply, rank, reduce_form
 from mgrpo.grading.memo import Memo
 from mgrpo.grading.watch import Watch
 from mgrpo.grading.worker import EquivalenceWorker, WorkerError
 from mgrpo.process.threads import available_cpus
-from mgrpo.types import Label
 
 T = TypeVar("T")
 

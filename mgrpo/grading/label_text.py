@@ -9,8 +9,9 @@ from typing import Any
 
 from mgrpo.errors import InputError
 from mgrpo.inputs import check_unicode, list_names, name_type
-from mgrpo.types import Label
 
+Label = str | tuple[str, ...]
+"""A true answer, or several of which any is right."""
 MAX_ANSWERS = 64  # of one record
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 from mgrpo.errors import InputError
 from mgrpo.grading.extract import make_extractor
-from mgrpo.grading.label_text import join_labels
+from mgrpo.grading.label_text import Label, join_labels
 from mgrpo.inputs import MAX_RECORD_BYTES
-from mgrpo.types import Label
 
 FORMATS = "auto, plain, boxed, hash, last-number or regex:PATTERN"
 # Longer text without a box and without a #### line is a solution, not an answer.

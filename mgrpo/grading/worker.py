@@ -7,7 +7,6 @@ at the top, so that a worker starts in half a second and carries no torch state.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import functools
@@ -16,7 +15,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import resource
 import select
 import selectors
@@ -39,10 +37,6 @@ START_TRIES = 3
 # A worker that gets less than this share of a processor counts as hung.
 LEAST_CPU_SHARE = 1 / 20
 LEAST_HANG_S = 30.0
-# Numbers below this, of which six places show less than two digits, are the same where they agree to this precision.
-LARGEST_TINY = 1e-4
-RELATIVE_PRECISION = 1e-6
-DIGITS = 30
 
 
 class WorkerError(RuntimeError):
@@ -286,71 +280,12 @@ def _read_request(requests: BinaryIO) -> list[str] | None:
 
 def _load_beside(name: str) -> Any:
     """Imports a file of this folder, whatever package of the same name is installed."""
-    package = sys.modules["mgrpo"] = types.ModuleType("mgrpo")
-    package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    here = os.path.dirname(os.path.abspath(__file__))
+    for package, folder in (("mgrpo", os.path.dirname(here)), ("mgrpo.grading", here)):
+        # In place of the packages themselves, which import more than a worker needs.
+        module = sys.modules.setdefault(package, types.ModuleType(package))
+        module.__path__ = [folder]
     return importlib.import_module(f"mgrpo.grading.{name}")
-
-
-def _is_arithmetic(answer: str) -> bool:
-    """Whether the whole answer is one expression of numbers, such as 2**10."""
-    if not re.fullmatch(r"[0-9 .+\-*/^()]+", answer):
-        return False
-    try:
-        ast.parse(answer.replace("^", "**"), mode="eval")
-    except (SyntaxError, MemoryError, RecursionError):
-        return False
-    return True
-
-
-def _approximates(decimal: str, numbers: list[Any]) -> bool:
-    """Whether a decimal agrees in all its digits, and to a relative precision, with a number of no such form."""
-    match = re.fullmatch(r"-?[0-9]+\.([0-9]+)(?:\\times ?10\^\{(-?[0-9]{1,3})\})?", decimal)
-    number: Any = numbers[0] if numbers else None
-    if match is None or getattr(number, "is_number", False) is not True or getattr(number, "is_Float", True):
-        return False
-    import sympy
-
-    exponent = int(match[2] or 0)
-    value, written = number.evalf(DIGITS), sympy.Rational(decimal.split("\\")[0]) * sympy.Integer(10) ** exponent
-    if not value.is_real or not value.is_finite:
-        return False
-    last_place = sympy.Integer(10) ** (exponent - len(match[1]))
-    return bool(abs(value - written) <= min(last_place, RELATIVE_PRECISION * abs(value)))
-
-
-def _tell_apart_tiny_numbers() -> None:
-    """Has math-verify, which rounds to so many places, compare numbers that round to nothing by relative precision."""
-    import sympy
-
-    grader: Any = sys.modules.get("math_verify.grader")
-    if grader is None:
-        return
-    rounded = grader.sympy_numeric_eq
-
-    def is_other(one: Any, other: Any) -> bool:
-        sizes = []
-        for number in (one, other):
-            symbols = sorted(number.free_symbols, key=str)
-            # Any numbers would do: two multiples of a variable differ where they differ at one.
-            value = number.subs({symbol: sympy.Rational(7 + 2 * i, 5) for i, symbol in enumerate(symbols)})
-            value = value.evalf(DIGITS)
-            if not value.is_number or not value.is_finite:
-                return False
-            sizes.append(value)
-        apart, largest = abs(sizes[0] - sizes[1]), max(abs(sizes[0]), abs(sizes[1]))
-        # A number whose digits cancel out has no digit that is sure.
-        sure = all(size == 0 or getattr(size, "_prec", DIGITS) > 1 for size in sizes)
-        return bool(sure and largest < LARGEST_TINY and apart > RELATIVE_PRECISION * largest)
-
-    def equal(one: Any, other: Any, *precision: int) -> bool:
-        if not rounded(one, other, *precision):
-            return False
-        try:
-            return not is_other(one, other)
-        except (AttributeError, TypeError, ValueError, ArithmeticError):
-            return True
-
-    grader.sympy_numeric_eq = equal
 
 
 def _keep_letters(config: Any) -> Any:
@@ -369,8 +304,8 @@ def _load_comparison() -> Callable[..., Any]:
     from sympy.core.random import seed
 
     logging.disable(logging.CRITICAL)
-    _tell_apart_tiny_numbers()
-    fingerprint = _load_beside("fingerprint").fingerprint
+    precision, fingerprint = _load_beside("precision"), _load_beside("fingerprint").fingerprint
+    precision.tell_apart_tiny_numbers()
 
     def attempt(step: Callable[[], Any], failed: Any) -> Any:
         """What math-verify does on errors, but for those that say nothing about the answer."""
@@ -391,7 +326,7 @@ def _load_comparison() -> Callable[..., Any]:
     def parse_answer(answer: str) -> list[Any]:
         parsed = parse_as(f"${answer}$", latex)
         # On other text the plain parser would pick one number out of many.
-        if not any(isinstance(item, sympy.Basic) for item in parsed) and _is_arithmetic(answer):
+        if not any(isinstance(item, sympy.Basic) for item in parsed) and precision.is_arithmetic(answer):
             return parse_as(answer, ExprExtractionConfig()) or parsed
         return parsed
 
@@ -400,7 +335,7 @@ def _load_comparison() -> Callable[..., Any]:
 
     def compare(first: str, second: str) -> bool:
         one, other = parse_answer(first), parse_answer(second)
-        if attempt(lambda: _approximates(first, other) or _approximates(second, one), False):
+        if attempt(lambda: precision.approximates(first, other) or precision.approximates(second, one), False):
             return True
         pairs = list(itertools.product(one, other))
         return any(equal(a, b) for a, b in pairs) or any(equal(b, a) for a, b in pairs)

@@ -12,10 +12,10 @@ import torch
 from mgrpo.algorithm.credit import Credit
 from mgrpo.errors import InputError
 from mgrpo.grading.checker import AnswerChecker
-from mgrpo.grading.label_text import label_text
+from mgrpo.grading.label_text import Label, label_text
 from mgrpo.grading.labels import make_label_reader
 from mgrpo.observe.step import Outcome, mean, outcome_metrics
-from mgrpo.types import Label, Metrics
+from mgrpo.types import Metrics
 
 
 def credit_metrics(

@@ -45,13 +45,13 @@ def main(folder: Path) -> None:
         learning_rate=0.1,
     )
     trainer = MGRPOTrainer(BASE, args=args, train_dataset=Dataset.from_list(problems()))
-    verdicts, take = [], MGRPOTrainer._take
+    credits, take = [], MGRPOTrainer._take
 
-    def note(self, credit):
-        credit = credit.credit
-        verdicts.append({"answers": credit.answers, "labels": credit.labels, "keep": credit.keep.tolist()})
-        verdicts[-1] |= {"rewards": credit.rewards.tolist(), "accuracy": credit.metrics["accuracy"]}
-        take(self, credit)
+    def note(self, of_groups):
+        credit = of_groups.credit
+        credits.append({"answers": credit.answers, "labels": credit.labels, "keep": credit.keep.tolist()})
+        credits[-1] |= {"rewards": credit.rewards.tolist(), "accuracy": of_groups.metrics["accuracy"]}
+        take(self, of_groups)
 
     MGRPOTrainer._take = note
     trainer.train()
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
     momentum = {name: weight.double().sum().item() for name, weight in trainer.momentum.started.weights.items()}
     advantage = trainer._advantage.tolist()
     loss = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    found = {"verdicts": verdicts, "weights": weights, "momentum": momentum, "advantage": advantage, "loss": loss}
+    found = {"credits": credits, "weights": weights, "momentum": momentum, "advantage": advantage, "loss": loss}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 

@@ -41,10 +41,10 @@ def run(name: str, folder: Path, world: int) -> list[dict]:
 @pytest.mark.slow
 def test_two_processes_elect_what_one_does(tmp_path):
     (alone,), pair = run("ranks.py", tmp_path / "one", 1), run("ranks.py", tmp_path / "two", 2)
-    assert pair[0]["verdicts"] == pair[1]["verdicts"] == alone["verdicts"]
-    assert [len(credit["labels"]) for credit in alone["verdicts"]] == [3, 3]
-    assert len({str(credit["labels"]) for credit in alone["verdicts"]}) == 2
-    assert any(not all(row) for credit in alone["verdicts"] for row in credit["keep"])  # the filter had work to do
+    assert pair[0]["credits"] == pair[1]["credits"] == alone["credits"]
+    assert [len(credit["labels"]) for credit in alone["credits"]] == [3, 3]
+    assert len({str(credit["labels"]) for credit in alone["credits"]}) == 2
+    assert any(not all(row) for credit in alone["credits"] for row in credit["keep"])  # the filter had work to do
     assert pair[0]["weights"] == pair[1]["weights"] and pair[0]["momentum"] == pair[1]["momentum"]
     assert pair[0]["advantage"] == pair[1]["advantage"] == pytest.approx(alone["advantage"])
     for kind in ("weights", "momentum"):

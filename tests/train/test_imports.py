@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -120,7 +121,7 @@ def test_every_module_is_imported_or_run():
     started = {f"mgrpo.{name}" for name in COMMANDS} | {"mgrpo", "mgrpo_kernels", "mgrpo_kernels.testing"}
     # By name: plug-ins that a host imports, and what runs in a process of a host or of the answer checker.
     started |= {name for name in SOURCES if name.startswith("mgrpo.integrations.")} | {"mgrpo.rollout.worker"}
-    started |= {"mgrpo.grading.fingerprint"}
+    started |= {"mgrpo.grading.fingerprint", "mgrpo.grading.precision"}
     loose = {name for name in SOURCES.keys() - used - started if SOURCES[name].name != "__init__.py"}
     assert not {name for name in loose if name.split(".")[-1] not in {"cpu", "cuda", "native", "triton", "reference"}}
 
@@ -171,3 +172,18 @@ def test_kernels_work_where_nothing_but_torch_is_installed():
 def test_configuration_needs_no_torch():
     result = run_python("import sys, mgrpo.presets; print('torch' in sys.modules, 'transformers' in sys.modules)")
     assert result.stdout == "False False\n", result.stderr
+
+
+def test_nobody_asks_an_engine_for_its_class_outside_of_rollout():
+    asks = re.compile(r"isinstance\([^)]*Engine")
+    for name in (name for name in SOURCES if name.startswith("mgrpo.") and folder(name) != "rollout"):
+        assert not asks.search(SOURCES[name].read_text()), name
+
+
+def test_files_and_functions_are_short():
+    for name, path in SOURCES.items():
+        assert len(path.read_text().splitlines()) <= (500 if name in KERNELS else 400), name
+        most = 150 if name in KERNELS else 60
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < most, f"{name}.{node.name}"

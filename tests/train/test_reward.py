@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 import torch
 
-from mgrpo.algorithm.reward import Evidence, reward
+from mgrpo.algorithm.reward import REWARDS, Evidence
 from mgrpo.algorithm.vote import vote
-from mgrpo.config import VoteConfig
+from mgrpo.config import ObjectiveConfig, VoteConfig
 
 # The last prompt has no parsed answer; the third falls short of a minimum share of 0.5.
 IDS = torch.tensor([[4, 4, 6, -1], [6, 6, 6, 6], [1, 2, 3, 1], [-1, -1, -1, -1]])
@@ -21,7 +23,7 @@ SOFT = [[0.5, 0.5, 0.25, 0], [1, 1, 1, 1], [0.5, 0.25, 0.25, 0.5], [0, 0, 0, 0]]
 def rewards(kind: str, *, correct: torch.Tensor = CORRECT, **config: float) -> torch.Tensor:
     elected = vote(IDS, torch.ones_like(IDS, dtype=torch.bool), 3, VoteConfig(**config))
     evidence = Evidence(answer_ids=IDS, entropy=ENTROPY, self_certainty=CERTAINTY, correct=correct)
-    return reward(kind, elected, evidence)
+    return REWARDS[kind].compute(elected, evidence)
 
 
 @pytest.mark.parametrize(
@@ -62,5 +64,9 @@ def test_a_dropped_rollout_of_the_elected_class_still_matches():
     keep[0, 2] = False
     elected = vote(IDS, keep, 3, VoteConfig())
     evidence = Evidence(answer_ids=IDS, entropy=ENTROPY)
-    assert reward("majority", elected, evidence)[0].tolist() == [1, 1, 0, 0]
-    assert reward("soft", elected, evidence)[0].tolist() == [0.5, 0.5, 0, 0]
+    assert REWARDS["majority"].compute(elected, evidence)[0].tolist() == [1, 1, 0, 0]
+    assert REWARDS["soft"].compute(elected, evidence)[0].tolist() == [0.5, 0.5, 0, 0]
+
+
+def test_every_reward_is_an_option_and_every_option_a_reward():
+    assert typing.get_args(typing.get_type_hints(ObjectiveConfig)["reward"]) == tuple(REWARDS)

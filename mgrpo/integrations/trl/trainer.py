@@ -24,6 +24,7 @@ from mgrpo.algorithm.credit import Credit, assign_credit
 from mgrpo.data.keys import ABSENT, look_up, suggest_key
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
+from mgrpo.grading.label_text import Label
 from mgrpo.grading.thoughts import decode_responses
 from mgrpo.integrations.shared import credit_metrics, make_truth_reader
 from mgrpo.integrations.trl.config import MGRPOConfig
@@ -32,7 +33,7 @@ from mgrpo.integrations.versions import require
 from mgrpo.models.save import make_savable, save_model
 from mgrpo.observe.collapse import Monitor
 from mgrpo.observe.step import mean
-from mgrpo.types import Label, Metrics
+from mgrpo.types import Metrics
 
 __all__ = ["MGRPOConfig", "MGRPOTrainer", "MomentumCallback", "majority_vote"]
 require("trl")
