@@ -60,7 +60,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import safetensors.torch, transformers.modeling_utils
-import mgrpo.training.trainer
+import mgrpo.training.state
 from conftest import small_config
 from mgrpo.run.checkpoint import newest_valid, save_checkpoint, sweep
 from mgrpo.process.disk import step_of
@@ -98,8 +98,8 @@ for last in range(1, 1000):
     if not pid:
         boundaries = Boundaries(last)
         os.fsync = boundaries.around(os.fsync)
-        for module in (mgrpo.training.trainer, transformers.modeling_utils):
-            name = "save_file" if module is mgrpo.training.trainer else "safe_save_file"
+        for module in (mgrpo.training.state, transformers.modeling_utils):
+            name = "save_file" if module is mgrpo.training.state else "safe_save_file"
             setattr(module, name, boundaries.around(getattr(module, name)))
         sys.addaudithook(boundaries)
         save_checkpoint(run_dir, 2, trainer.save)
