@@ -79,7 +79,7 @@ def overrides(model: Path, data: Path, folder: Path, **changes: Any) -> list[str
         "data.max_prompt_length": 32,
         "data.max_response_length": 20,
         "data.dataloader_num_workers": 0,
-        "mgrpo.rollout.momentum": 2,
+        "mgrpo.rollout.num_momentum": 2,
         "mgrpo.answer.extract": r"'regex:#(\d\d)'",
         "mgrpo.answer.equivalence": "exact",
         "reward.num_workers": 1,

@@ -36,7 +36,7 @@ def test_the_named_configuration_is_stock_verls_with_our_trainer(compose):
 
 
 def test_every_option_stands_in_the_configuration_with_the_default_of_the_trainer(compose):
-    listed = OmegaConf.to_container(compose("mgrpo.rollout.momentum=4", "mgrpo.answer.extract=boxed").mgrpo)
+    listed = OmegaConf.to_container(compose("mgrpo.rollout.num_momentum=4", "mgrpo.answer.extract=boxed").mgrpo)
     listed["answer"]["equivalence"] = "math"
     defaults = dataclasses.asdict(Config())
     wanted = {
@@ -55,8 +55,8 @@ def test_stock_configuration_takes_the_options_with_a_plus():
                 "algorithm.adv_estimator=mgrpo",
                 "actor_rollout_ref.actor.strategy=fsdp2",
                 "actor_rollout_ref.rollout.n=12",
-                "+mgrpo.rollout.momentum=3",
-                "+mgrpo.models.momentum.decay=0.999",
+                "+mgrpo.rollout.num_momentum=3",
+                "+mgrpo.momentum.decay=0.999",
             ],
         )
     options = read_options(config)

@@ -54,7 +54,7 @@ def test_the_engine_sleeps_whenever_its_weights_change(make_trainer, calls):
 
 
 def test_without_momentum_rollouts_a_step_is_verls(make_trainer, calls):
-    trainer = make_trainer(rollout={"policy": 4, "momentum": 0, "prompts": 8})
+    trainer = make_trainer(rollout={"num_policy": 4, "num_momentum": 0, "num_prompts": 8})
     trainer.on_sample_end()
     assert calls == ["sleep"] and trainer._momentum_batch is None
 

@@ -38,7 +38,7 @@ class MGRPOTrainer(PPOTrainerSync):
     """verl's synchronous trainer whose rewards are majority votes, with no label.
 
     `actor_rollout_ref.rollout.n` is M. At each step the policy in the engine rolls out M responses a prompt; then the
-    engine is filled with the momentum model, which rolls out `mgrpo.rollout.momentum`. The policy scores all of them.
+    engine is filled with the momentum model, which rolls out `mgrpo.rollout.num_momentum`. The policy scores all of them.
     Trajectories that the IQR filter drops neither vote nor train, and momentum rollouts only vote.
 
     Args:
