@@ -22,6 +22,7 @@ MARKS = {
     "<|channel>thought": "<channel|>",
     "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
 }
+_FIRST = {mark[0] for mark in (*MARKS, *MARKS.values())}
 # Tokens at the end of a prompt that are looked at: a mark that is no token of its own takes some.
 TAIL_TOKENS = 32
 
@@ -31,6 +32,8 @@ def drop_thought(text: str) -> str | None:
 
     A response need not hold the opening mark: chat templates may end the prompt with it.
     """
+    if not any(first in text for first in _FIRST):
+        return text
     start = 0
     for close in MARKS.values():
         start = max(start, text.rfind(close) + len(close) if close in text else 0)
