@@ -38,8 +38,8 @@ class MGRPOTrainer(PPOTrainerSync):
     """verl's synchronous trainer whose rewards are majority votes, with no label.
 
     `actor_rollout_ref.rollout.n` is M. At each step the policy in the engine rolls out M responses a prompt; then the
-    engine is filled with the momentum model, which rolls out `mgrpo.rollout.num_momentum`. The policy scores all of them.
-    Trajectories that the IQR filter drops neither vote nor train, and momentum rollouts only vote.
+    engine is filled with the momentum model, which rolls out `mgrpo.rollout.num_momentum`. The log-probs of all of them
+    are the policy's. Trajectories that the IQR filter drops neither vote nor train, and momentum rollouts only vote.
 
     Args:
         config: verl's configuration, with the key `mgrpo`.
