@@ -437,3 +437,19 @@ def test_what_a_crash_left_of_a_checkpoint_is_swept(resume, run_of_two):
     (left / "state.json").write_text("{")
     assert resume("--stop-after", "3") == 0
     assert not left.exists()
+
+
+def test_the_state_of_an_earlier_release_is_restored(small, trained, tmp_path):
+    """Its counters stood side by side; they belong to parts now."""
+    trainer, _ = trained(small({}), 2)
+    trainer.state.rollbacks, trainer.learner.nonfinite_steps = 1, 3
+    trainer.save(tmp_path)
+    state = json.loads((tmp_path / "state.json").read_text())
+    learner = state.pop("learner")
+    state |= state.pop("train") | {"optimizer_step": learner.pop("step")} | learner
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    again, _ = trained(small({}), 0)
+    again.restore(tmp_path)
+    assert (again.step, again.state.rollbacks) == (2, 1)
+    assert again.learner.state_dict() == trainer.learner.state_dict()
+    assert again.sampler.state_dict() == trainer.sampler.state_dict()
