@@ -82,7 +82,7 @@ def trainer_logprobs(model: torch.nn.Module, rollouts: Rollouts) -> torch.Tensor
 
 def compare(models, rollouts: Rollouts) -> float:
     """The guard that a run has."""
-    pair = (rollouts.logprobs, trainer_logprobs(models[rollouts.source], rollouts), rollouts.mask)
+    pair = (rollouts.logprobs, trainer_logprobs(models[rollouts.tag.source], rollouts), rollouts.mask)
     return check_parity(*pair, dtype=torch.float32, tag=rollouts.tag)
 
 
