@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from mgrpo.process.threads import wait_passively
 
@@ -24,9 +24,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples on every run, so that a failure belongs to a change; `make fuzz` looks for new ones.
-# No example has a deadline, which a busy machine would miss.
-settings.register_profile("fixed", derandomize=True, deadline=None)
-settings.register_profile("fuzz", derandomize=False, print_blob=True, deadline=None)
+# No example has a deadline, nor their making one, which a busy machine would miss.
+PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fixed", derandomize=True, **PATIENT)
+settings.register_profile("fuzz", derandomize=False, print_blob=True, **PATIENT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
