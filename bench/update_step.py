@@ -148,7 +148,7 @@ def ours(problem: Problem) -> Callable[[], dict[str, float]]:
     config, model = problem.config, problem.model
     loaded = _loaded(model, problem.dtype)
     momentum = Momentum(model, config.momentum, seed=0, kernels=config.kernels)
-    learner = Learner(config, loaded, momentum, _forward(config, loaded))
+    learner = Learner(config, loaded, momentum, _forward(config, loaded), Timer())
     batch = Batch(
         mask=problem.trajectories.mask,
         advantage=problem.advantage,
