@@ -32,6 +32,7 @@ from mgrpo.config import Config
 from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
+from mgrpo.observe.timer import Timer
 from mgrpo.presets import make_preset
 from mgrpo.training.learner import Learner
 from mgrpo.types import TrajectoryBatch
