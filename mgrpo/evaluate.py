@@ -65,10 +65,6 @@ TRAINING = ("data.train", *(f"rollout.{name}" for name in ("num_prompts", "num_p
 TRAINING += ("rollout.truncated", "rollout.parity_every")
 
 
-# Below the usual training temperature of 1, yet with the variety that maj@K and pass@K need.
-SAMPLING = RolloutConfig(temperature=0.8, max_new_tokens=MAX_NEW_TOKENS)
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArgs:
     """Prints greedy accuracy, avg@K, maj@K and pass@K of a model with standard errors over prompts.

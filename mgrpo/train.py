@@ -86,18 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print("The model is not loaded and tried here: this machine has less free memory than it takes.")
             return Exit.DONE
         return run(config)
-    except (ConfigError, InputError, CheckpointError) as error:
-        return _fail(Exit.BAD_INPUT, error)
-    except EngineError as error:
-        return _fail(Exit.ENGINE, error)
-    except StorageError as error:
-        return _fail(Exit.STORAGE, error)
-
-
-def _fail(code: Exit, error: Exception) -> Exit:
-    """Says what went wrong on stderr."""
-    Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-    return code
+    except (ConfigError, InputError, CheckpointError, EngineError, StorageError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        return error.exit_code
 
 
 if __name__ == "__main__":

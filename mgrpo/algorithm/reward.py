@@ -67,3 +67,8 @@ REWARDS = {
     "self-certainty": Reward(self_certainty, needs=("self_certainty",)),
     "entropy": Reward(negative_entropy),
 }
+
+
+def needs_labels(reward: str) -> bool:
+    """Whether a reward reads true answers."""
+    return "correct" in REWARDS[reward].needs

@@ -32,11 +32,10 @@ def refuse_renamed(arguments: Sequence[str], renamed: dict[str, str], command: s
     """
     given = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     old = {flag(name): flag(new) for name, new in renamed.items()}
-    old |= {name.replace("--rollout.no-", "--no-rollout."): new for name, new in old.items()}
     problems = [
         f"{command}: {name} is now {old[spelled]}."
         for name in dict.fromkeys(given)
-        if (spelled := name.replace("_", "-")) in old
+        if (spelled := name.replace("_", "-").replace(".no-", ".")) in old
     ]
     if problems:
         raise ConfigError(problems)

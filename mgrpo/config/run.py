@@ -156,9 +156,9 @@ def engine_problems(engine: EngineConfig) -> list[str]:
     return problems
 
 
-def stop_problems(texts: tuple[str, ...] | None, name: str = "config: --rollout.stop") -> list[str]:
+def stop_problems(texts: tuple[str, ...] | None) -> list[str]:
     """Lists what is wrong with stop texts; a single empty one switches them off."""
-    problems = []
+    name, problems = "config: --rollout.stop", []
     for text in texts if texts and texts != ("",) else ():
         if not 0 < len(text) <= MAX_STOP_CHARS:
             problems.append(

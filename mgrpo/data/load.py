@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from mgrpo.algorithm.reward import needs_labels
 from mgrpo.config import AnswerConfig, Config, DataConfig
 from mgrpo.data.prompts import Dataset, make_dataset
 from mgrpo.data.records import Record, read_records
@@ -89,7 +90,7 @@ def require_prompts(data: Dataset, config: Config) -> None:
 def _needs_answers(config: Config, source: str) -> bool:
     """Whether the key of answers must be in the data: where they are used, or the key was given for them."""
     data = config.data
-    if source == data.probe or config.objective.reward == "labels":
+    if source == data.probe or needs_labels(config.objective.reward):
         return True
     usual = PRESETS[config.preset]().data if config.preset in PRESETS else DataConfig()
     # The key may be that of the probe's answers alone, and is missed there if it is wrong. A run that is resumed was

@@ -119,7 +119,10 @@ def num_embeddings(model: torch.nn.Module) -> int | None:
     """Rows of the input embedding, which ids must stay below; None of a model that does not tell."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)  # pyright: ignore
-    except (AttributeError, NotImplementedError):
+    except (
+        AttributeError,
+        NotImplementedError,
+    ):  # transformers raises either of a model whose embedding it can not find
         return None
     return None if weight is None else len(weight)
 

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mgrpo.errors import Interrupted
+from mgrpo.errors import Exit, Interrupted
 
-AGAIN = 75  # exit code of an interruption after which the run can be started again
-KILLED = 130  # exit code of a second Ctrl-C or SIGTERM, which saves nothing
 # What a person sends who wants the process to end; sent again, it has to end at once.
 WISHES = (signal.SIGINT, signal.SIGTERM)
 # A terminal that goes away, and schedulers that warn; they may come in any number.
@@ -57,7 +55,7 @@ class Interrupt:
         if number in WISHES:
             now = time.monotonic()
             if self._wish and not (number == self._wish[0] == signal.SIGTERM and now - self._wish[1] < SAME_WISH_S):
-                os._exit(KILLED)
+                os._exit(Exit.KILLED)
             self._wish = self._wish or (number, now)
         is_first, self.asked = not self.asked, True
         if is_first and not self._deferred:
@@ -73,7 +71,7 @@ def end_early() -> None:
     """Lets each of these signals end the process at once while nothing has begun, with an exit code that says so."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        os._exit(AGAIN)
+        os._exit(Exit.INTERRUPTED)
 
     for number in (*WISHES, *_heeded()):
         signal.signal(number, leave)

@@ -26,6 +26,7 @@ from mgrpo.run.directory import directory_of, held
 from mgrpo.run.preflight import refuse_machine, rehearse
 from mgrpo.run.resume import check_resumable, resume, resumed_config
 from mgrpo.training.observers import StepResult
+from mgrpo.training.schedule import is_due
 from mgrpo.training.trainer import Trainer
 from mgrpo.types import Metrics
 
@@ -86,7 +87,7 @@ def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
                 progress.rewind(trainer.step, f"{message}: {'; '.join(row['alarm'])}")
                 continue
             outcome = _outcome(trainer, row, interrupt.asked and trainer.step < last_step)
-            if outcome or trainer.step == last_step or _due(config.checkpoint.every, trainer.step):
+            if outcome or trainer.step == last_step or is_due(config.checkpoint.every, trainer.step, last_step):
                 session.save()
         session.writer.wait()
         report = write_report([run_dir]) if session.rows else None
@@ -228,11 +229,6 @@ def _spelled(value: Any) -> Any:
     if isinstance(value, list):
         return [_spelled(entry) for entry in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _due(every: int, step: int) -> bool:
-    """Whether `step` is one of every so many."""
-    return every > 0 and step % every == 0
 
 
 def best_steps(rows: list[Metrics], steps: list[int], monitor: Monitor, keep: int) -> list[int]:

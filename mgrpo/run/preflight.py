@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mgrpo.algorithm.reward import needs_labels
 from mgrpo.config import Config
 from mgrpo.data.load import load_prompts, require_answers, require_prompts
 from mgrpo.errors import ConfigError
@@ -47,8 +48,8 @@ def find_problems(config: Config) -> list[str]:
     if tokenizer:
         attempt(lambda: make_stop(config.rollout.stop, config.data.template, tokenizer.tokenizer))
         data = attempt(lambda: load_prompts(config, tokenizer, config.data.train))
-        if data and config.objective.reward == "labels":
-            attempt(lambda: require_answers(data, "--objective.reward labels"))
+        if data and needs_labels(config.objective.reward):
+            attempt(lambda: require_answers(data, f"--objective.reward {config.objective.reward}"))
         if data:
             attempt(lambda: require_prompts(data, config))
         if config.data.probe:

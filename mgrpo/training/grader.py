@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mgrpo.algorithm.credit import assign_credit
-from mgrpo.algorithm.reward import REWARDS
+from mgrpo.algorithm.reward import needs_labels
 from mgrpo.config import Config
 from mgrpo.errors import EngineError
 from mgrpo.grading.checker import AnswerChecker
@@ -66,7 +66,7 @@ class Grader:
             may_train=self._may_train(t),
             mean_entropy=logprobs.entropy,
             self_certainty=logprobs.self_certainty,
-            true_answers=labels if "correct" in REWARDS[c.objective.reward].needs else None,
+            true_answers=labels if needs_labels(c.objective.reward) else None,
             backend=c.kernels.backend,
         )
         return Outcome(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from mgrpo.algorithm.reward import needs_labels
 from mgrpo.config import Config
 from mgrpo.data.load import load_prompts, require_answers, require_prompts
 from mgrpo.data.prompts import Dataset
@@ -152,8 +153,8 @@ class Trainer:
         c = self.config
         data = load_prompts(c, self.loaded, c.data.train)
         probe = load_prompts(c, self.loaded, c.data.probe) if c.data.probe else None
-        if c.objective.reward == "labels":
-            require_answers(data, "--objective.reward labels")
+        if needs_labels(c.objective.reward):
+            require_answers(data, f"--objective.reward {c.objective.reward}")
         if probe is not None:
             require_answers(probe, "--data.probe")
         require_prompts(data, c)
@@ -176,7 +177,7 @@ class Trainer:
 
         return {
             "data.train/prompts": self.data.fingerprint,
-            "data.train/labels": of_answers(self.data) if self.config.objective.reward == "labels" else None,
+            "data.train/labels": of_answers(self.data) if needs_labels(self.config.objective.reward) else None,
             "data.probe/prompts": self.probe.fingerprint if self.probe else None,
             "data.probe/answers": of_answers(self.probe) if self.probe else None,
             "model.path/weights": digest_tensors(initial) if initial else None,

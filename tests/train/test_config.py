@@ -356,6 +356,11 @@ def test_a_renamed_option_fails_and_names_the_new_one(old, new, capsys):
         from_dict({group: {name: 1}})
 
 
+def test_a_renamed_switch_that_is_turned_off_names_the_new_one(capsys):
+    assert main(["arithmetic", "--rollout.no-sleep"]) == 2
+    assert "--rollout.no-sleep is now --engine.sleep." in capsys.readouterr().err
+
+
 def test_the_configuration_of_an_earlier_release_is_read():
     old = {"steps": 3, "rollout": {"prompts": 2, "policy": 5, "momentum": 1, "engine": "vllm", "timeout_s": 9.0}}
     config = from_dict(upgrade(old))
