@@ -44,10 +44,11 @@ DTYPES = tuple(_CODES)
 
 
 def native(like: Tensor) -> Native:
-    """The library for a tensor's device; `resolve` has refused the backend where there is none."""
+    """The library for a tensor's device; RuntimeError where it is missing and the call did not go through `resolve`."""
     device = like.device.type
-    library = _LIBRARIES[device][0]
-    assert library is not None
+    library, reason = _LIBRARIES[device]
+    if library is None:
+        raise RuntimeError(f"mgrpo_kernels: the backend for {device} tensors is unavailable: {reason}")
     return Native(library, torch.get_num_threads() if device == "cpu" else torch.cuda.current_stream().cuda_stream)
 
 

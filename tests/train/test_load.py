@@ -81,7 +81,7 @@ def test_nothing_grows_over_two_hundred_steps(launch, tmp_path, monkeypatch):
     def watch(trainer):
         number = trainer.step + 1
         answers[0] = HANGING if number == 113 else (f"{number}x+1", f"1+{number}*x")
-        row = step(trainer)
+        result = step(trainer)
         (worker,) = trainer.grader.checker.worker_pids or [None]
         if worker not in workers:
             workers.append(worker)
@@ -90,8 +90,8 @@ def test_nothing_grows_over_two_hundred_steps(launch, tmp_path, monkeypatch):
         if number % 10 == 0:
             seen[number] = resident_mib(), held(tmp_path / "run")
         checkers[:] = [trainer.grader.checker]
-        assert row["distinct_answers"] == (2 if number == 113 else 1)
-        return row
+        assert result.metrics["distinct_answers"] == (2 if number == 113 else 1)
+        return result
 
     monkeypatch.setattr(Trainer, "train_step", watch)
     monkeypatch.setattr("mgrpo.training.grader.make_extractor", plant)
