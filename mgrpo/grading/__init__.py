@@ -1,4 +1,4 @@
-"""Answers: taken out of responses and labels, brought to one form, and compared."""
+"""Extracts answers from responses and labels, brings them to one form and compares them."""
 
 from mgrpo.grading.canonical import canonicalize
 from mgrpo.grading.checker import AnswerChecker

@@ -1,4 +1,4 @@
-"""Numbers that are written with their base: as a subscript, in words, or with a prefix of programming languages."""
+"""Numbers with a base: as a subscript, in words, or as a prefix of programming languages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def has_base(form: str) -> bool:
 
 
 def align_bases(first: str, second: str) -> tuple[str, str] | None:
-    """Two forms without the bases that both are written in; None where these are not the same."""
+    """Two forms without the bases that both have; None where the bases differ."""
     if "_" not in first and "_" not in second:
         return first, second
     one, other = _WHOLE.fullmatch(first), _WHOLE.fullmatch(second)

@@ -1,4 +1,4 @@
-"""One form for answers that are written differently and mean the same."""
+"""Brings answers that are written differently and mean the same to one form."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _SYMBOLS = str.maketrans(
     }
 )
 _DOUBLE_STRUCK = re.compile("[\u2102\u2115\u211a\u211d\u2124]")
-# A dash in front of a number, where it is no range.
+# A dash before a number, unless it is a range.
 _DASH = re.compile(r"(?<![^\s=,;(\[{])[\u2010-\u2013](?=[0-9.\\])")
 _GREEK_NAMES = dict(
     zip(
@@ -78,7 +78,7 @@ _GREEK_NAMES = dict(
         strict=True,
     )
 )
-# Alone: letters of a Greek word stay.
+# Single letters; those of a Greek word stay.
 _GREEK = re.compile("(?<![\u0370-\u03ff])[α-ωΓΔΘΛΞΠΣΦΨΩ](?![\u0370-\u03ff])")  # noqa: RUF001
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 
@@ -98,7 +98,7 @@ _SPACES = (
 )
 _UNIT_WRAPPERS = r"\\(?:text(?:normal|bf|it|rm|sf|up)?|math(?:bf|it|rm|sf|up)|mbox|hbox|operatorname\*?)"
 _TEXT = re.compile(_UNIT_WRAPPERS + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-# What may stand behind the first part of a unit: exponents, separators, further wrappers.
+# Text that may follow the first part of a unit: exponents, separators, further wrappers.
 _REST_OF_UNIT = re.compile(
     r"(?:\s|[/*.()]|\\(?:cdot|times|l?dots|,|;|:|!|\\)|(?:\^|\*\*)\s*(?:\{\s*[+-]?\s*[0-9]\s*\}|[+-]?[0-9])|"
     + _UNIT_WRAPPERS
@@ -224,13 +224,13 @@ _OTHER_COMMA = re.compile(r",(?![A-Za-z](?:_\{?[0-9A-Za-z]\}?)?=)")
 
 
 def canonicalize(answer: str) -> str:
-    r"""Rewrites an answer to the form in which equal strings are the same answer; deterministic and idempotent.
+    r"""Rewrites an answer to a canonical form: answers with equal forms are the same; deterministic and idempotent.
 
-    Unicode is composed (NFKC; superscripts become powers, digits of any script those of ASCII), what only changes the
-    looks goes (LaTeX spacing, `$`, \left, fonts, sizes, colours, bold stars, a leading sign for equal or about, a comma
-    or full stop at the end), \dfrac becomes \frac with braces, a repeating decimal the exact fraction, and a plain
-    number loses thousands separators, a plus sign, leading zeros, trailing decimal zeros and an exponent after e. An
-    answer of more than 1,000 characters is only stripped.
+    Unicode is composed (NFKC; superscripts become powers, digits of any script ASCII), typography is removed (LaTeX
+    spacing, `$`, \left, fonts, sizes, colours, bold stars, a leading sign for equal or about, a final comma or full
+    stop), \dfrac becomes \frac with braces, a repeating decimal its exact fraction, and a plain number loses thousands
+    separators, a plus sign, leading zeros, trailing decimal zeros and an exponent after e. An answer of more than 1,000
+    characters is only stripped.
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return answer.strip()
@@ -239,7 +239,7 @@ def canonicalize(answer: str) -> str:
 
 @functools.lru_cache(maxsize=16384)
 def _canonicalize(answer: str) -> str:
-    """Repeats the rewrites until nothing changes, which makes them idempotent."""
+    """Repeats the rewrites until nothing changes, so that they are idempotent."""
     while (rewritten := _rewrite(answer)) != answer:
         answer = rewritten
     return answer
@@ -296,7 +296,7 @@ def _spell_mark(match: re.Match[str]) -> str:
 
 
 def _mark_unit(match: re.Match[str]) -> str:
-    r"""The text behind a value: a known unit as plain text, another as \unit{}, which tells it from a product."""
+    r"""The text behind a value: a known unit as plain text, another as \unit{}, to tell it from a product."""
     before, content = match.string[: match.start()].rstrip(" $"), " ".join(match[1].split())
     if before[-1:].isdigit() and (percent := re.match(r"\\?%\s*(?=\S)", content)):
         return rf"% \text{{{content[percent.end() :]}}}"
@@ -308,7 +308,7 @@ def _mark_unit(match: re.Match[str]) -> str:
     after_digit = re.search(r"(?<![0-9])(?<!\^)(?<!_)(?<!\^-)[0-9]+\Z", before) is not None
     known = is_unit(content, after_digit=after_digit)
     if not _VALUE_BEFORE_UNIT.search(before):
-        # Behind letters only what is surely a unit is one: n even stays.
+        # Behind letters only a known unit is one: n even stays.
         surely = known and re.search(r"(?<![A-Za-z])[A-Za-z]{1,2}\Z", before)
         return rf"\unit{{{content}}}" if surely else _mark_inside(match)
     if known:
@@ -318,13 +318,13 @@ def _mark_unit(match: re.Match[str]) -> str:
 
 
 def _mark_inside(match: re.Match[str]) -> str:
-    """A wrapper that is no unit itself, with the units in it marked."""
+    """A wrapper that is no unit, with the units inside it marked."""
     command = match.string[match.start() : match.start(1)]
     return command + _TEXT.sub(_mark_unit, match[1]) + "}"
 
 
 def _strip_braces(text: str) -> str:
-    """Takes off a pair of braces around the whole text."""
+    """Removes braces around the whole text."""
     while text.startswith("{") and text.endswith("}") and not text.endswith("\\}"):
         depths = itertools.accumulate((char == "{") - (char == "}") for char in text)
         if next(place for place, depth in enumerate([*depths, 0]) if depth == 0) != len(text) - 1:
@@ -334,7 +334,7 @@ def _strip_braces(text: str) -> str:
 
 
 def _mark_bare_unit(match: re.Match[str]) -> str:
-    r"""Letters that a space parts from a number in brackets, which goes with the other spaces, as \unit{}."""
+    r"""Marks letters after a space as \unit{}, because the space is removed later."""
     value = re.sub(r"\\(?:[dtc]?frac|sqrt|times|cdot|pi|left|right|,|!)(?![A-Za-z])", "", match.string[: match.start()])
     if re.search(r"[A-Za-z]", value.partition("=")[2] or value) or not is_unit(match[1], after_digit=True):
         return match[0]
@@ -342,17 +342,17 @@ def _mark_bare_unit(match: re.Match[str]) -> str:
 
 
 def _keep_open_list(match: re.Match[str]) -> str:
-    """Nothing for dots at the end, but for those that go on with a list."""
+    """Drops dots at the end, except those that continue a list."""
     return r",\ldots" if re.match(r" ?, ?(?:\\ldots|\.\.\.)", match[0]) else ""
 
 
 def _spell_half_of_day(match: re.Match[str]) -> str:
-    """The half of the day in two letters."""
+    """Spells the half of the day as am or pm."""
     return " pm" if match[1] is None else " am"
 
 
 def _spell_european(match: re.Match[str]) -> str:
-    """A number whose thousands are parted by full stops, as 1.234,5 and 1.234.567 but not 1.234 are."""
+    """A number with full stops between thousands, such as 1.234,5 and 1.234.567 but not 1.234."""
     return match[4].replace(".", "") if match[4] else f"{match[1]}{match[2].replace('.', '')}.{match[3]}"
 
 

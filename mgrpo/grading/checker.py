@@ -1,4 +1,4 @@
-"""Which answers are mathematically the same, pairs and groups."""
+"""Compares answers mathematically, in pairs and groups."""
 
 from __future__ import annotations
 
@@ -21,55 +21,54 @@ from mgrpo.process.threads import available_cpus
 T = TypeVar("T")
 
 MAX_UNDECIDED = 3
-CACHED_VERDICTS = 65536
+CACHED_PAIRS = 65536
 CACHED_FINGERPRINTS = 16384
-# Each takes about 100 MB, and a step has few prompts that keep one busy for long.
+# Each takes about 100 MB, and few prompts of a step keep one busy for long.
 MAX_DEFAULT_WORKERS = 8
 
 
 def _form_order(form: str) -> tuple[int, int, str]:
-    """Forms that say most come first, then short ones, and so represent their classes."""
+    """The sort key of a form: the first form of a class represents it."""
     return rank(form), len(form), form
 
 
 def _as_compared(first: str, second: str) -> tuple[str, str]:
-    """What a worker gets of two forms."""
+    """Two forms as a worker receives them."""
     one, other = sorted(align(first, second) or (first, second), key=_form_order)
     return one, other
 
 
 def default_workers() -> int:
-    """As many as the cores that this process may use, shared with the other ranks of the machine; at most 8."""
+    """One worker a core that this process may use, shared with the other ranks of the machine; at most 8."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, min(available_cpus() // max(1, int(ranks) if ranks.isdecimal() else 1), MAX_DEFAULT_WORKERS))
 
 
 class AnswerChecker:
-    """Decides which answers are mathematically the same; safe to share between threads.
+    """Decides which answers are mathematically the same; thread-safe.
 
-    Equal canonical forms are equivalent. In mode `math` units and the texts of choices do not count; two other forms
-    are compared exactly where both are rational numbers, as text where both are words, and otherwise by math-verify in
-    both directions in a worker process, so that the verdict is symmetric. It is not transitive (rounding), which
-    `classes` allows for.
-    Forms of more than 300 characters are equivalent only where equal. A pair that hits the limit, or kills its
-    worker, is not equivalent. Where no worker can be started at all, the call raises StartError. Verdicts are kept
-    (the last 65,536 pairs).
+    Equal canonical forms are equivalent. In mode `math`, units and the texts of choices are ignored; two rational
+    numbers are compared exactly, words as text, and other forms by math-verify in both directions in a worker process,
+    so that the result is symmetric. It is not transitive (rounding), which `classes` allows for.
+    Forms of more than 300 characters are equivalent only if equal. A pair that exceeds the time limit or kills its
+    worker is not equivalent. If no worker can be started, the call raises StartError. The results of the last 65,536
+    pairs are kept.
 
-    Many answers of one prompt are first told apart by fingerprints, one for each form and made in a worker, so that
-    few pairs are left to compare: those whose kinds and values at fixed points agree. The classes are the same.
+    The answers of one prompt are first told apart by fingerprints, one a form and made in a worker, so that only pairs
+    whose kinds and values at fixed points agree are compared. The classes are the same.
 
     Args:
         mode: `exact` (equal canonical forms only) or `math`.
-        timeout_s: limit of one pair, or one fingerprint, in a worker, in seconds of processor time, above 0.
+        timeout_s: limit of one pair or fingerprint in a worker, in seconds of CPU time, above 0.
         num_workers: worker processes, at least 1; None for `default_workers`. They start when first needed, and
             `group_classes` uses all of them.
 
     Attributes:
-        timeouts: pairs and fingerprints that hit the limit.
+        timeouts: pairs and fingerprints that exceeded the limit.
         failures: pairs and fingerprints that killed their worker or ran out of memory.
-        skipped: pairs that `classes` left uncompared because a form had no fingerprint, or because the same call
-            already had 3 of the above.
-        watch: called by `group_classes` with the prompts that are done and all of them, where it takes more than 5 s.
+        skipped: pairs that `classes` did not compare because a form had no fingerprint, or because the same call
+            already had 3 timeouts or failures.
+        watch: called by `group_classes` with the numbers of finished and all prompts if it takes more than 5 s.
 
     Raises:
         ValueError: an argument out of range.
@@ -91,7 +90,7 @@ class AnswerChecker:
             self._idle.put(worker)
         self._counters = threading.Lock()
         self.watch: Callable[[int, int], None] | None = None
-        self._verdict = Memo(self._ask_verdict, CACHED_VERDICTS)
+        self._is_equal = Memo(self._ask_equal, CACHED_PAIRS)
         self._fingerprint = Memo(self._ask_fingerprint, CACHED_FINGERPRINTS)
 
     def __enter__(self) -> AnswerChecker:
@@ -101,7 +100,7 @@ class AnswerChecker:
         self.close()
 
     def close(self) -> None:
-        """Ends all worker processes, none of which may be in use; a later pair that needs one starts it again."""
+        """Ends all worker processes, none of which may be in use; a later pair starts one again."""
         for worker in self._workers:
             worker.close()
 
@@ -113,11 +112,11 @@ class AnswerChecker:
     def equivalent(self, first: str, second: str) -> bool:
         """Whether two answers are the same; symmetric."""
         first, second = sorted((self._form(first), self._form(second)), key=_form_order)
-        verdict = self._compare_without_worker(first, second)
-        if verdict is None:
+        equal = self._compare_without_worker(first, second)
+        if equal is None:
             pair = _as_compared(first, second)
-            verdict = not self._are_told_apart(*pair) and self._verdict(*pair)
-        return bool(verdict)
+            equal = not self._are_told_apart(*pair) and self._is_equal(*pair)
+        return bool(equal)
 
     def is_correct(self, answer: str | None, label: Label | None) -> bool:
         """Whether an answer matches the label, or any of several; False where either is None or blank."""
@@ -128,14 +127,14 @@ class AnswerChecker:
         """Class ids of one prompt's answers: equal ids for equivalent answers, numbered from 0 by first appearance.
 
         None and blank answers get -1. The partition does not depend on the order of the answers: the distinct forms
-        are taken by rank (those with a base or a direction first, percentages last), length and alphabet, and each
-        joins the first class whose first form it is equivalent to. A form whose fingerprint could not be made (time
-        limit, dead worker), and after 3 undecided pairs every form, is compared without a worker.
+        are sorted by rank (those with a base or a direction first, percentages last), length and alphabet, and each
+        joins the first class whose first form it is equivalent to. A form without a fingerprint (time limit, dead
+        worker), and every form after 3 undecided pairs, is compared without a worker.
         """
         return self._classify(answers, Watch(1, None))
 
     def group_classes(self, groups: Sequence[Sequence[str | None]]) -> list[list[int]]:
-        """`classes` of each prompt's answers; the prompts are spread over the workers."""
+        """`classes` of each prompt's answers, with the prompts spread over the workers."""
         watch = Watch(len(groups), self.watch)
         if min(len(self._workers), len(groups)) < 2 or self.mode == "exact":
             return [self._classify(group, watch) for group in groups]
@@ -147,7 +146,7 @@ class AnswerChecker:
                 raise
 
     def _form(self, answer: str) -> str:
-        """What an answer is compared by."""
+        """The form by which an answer is compared."""
         form = canonicalize(answer)
         return reduce_form(form) if self.mode == "math" else form
 
@@ -167,15 +166,15 @@ class AnswerChecker:
         undecided = 0
         for form in forms:
             for head in heads:
-                verdict = self._compare_without_worker(head, form)
-                if verdict is None and (undecided >= MAX_UNDECIDED or head in lost or form in lost):
+                equal = self._compare_without_worker(head, form)
+                if equal is None and (undecided >= MAX_UNDECIDED or head in lost or form in lost):
                     with self._counters:
                         self.skipped += 1
-                elif verdict is None:
+                elif equal is None:
                     watch.tick()
-                    verdict = self._compare_with_fingerprints(head, form, lost)
-                    undecided += verdict is None
-                if verdict:
+                    equal = self._compare_with_fingerprints(head, form, lost)
+                    undecided += equal is None
+                if equal:
                     representative[form] = head
                     break
             else:
@@ -184,7 +183,7 @@ class AnswerChecker:
         return representative
 
     def _compare_with_fingerprints(self, head: str, form: str, lost: set[str]) -> bool | None:
-        """The verdict on two sorted forms, with no comparison where their fingerprints differ; None as `_ask` does."""
+        """Whether two sorted forms are equal, decided by their fingerprints where these differ; None as in `_ask`."""
         prints: list[Fingerprint] = []
         pair = _as_compared(head, form)
         for one in pair:
@@ -193,33 +192,33 @@ class AnswerChecker:
                 lost.add(one)
                 return None
             prints.append(found)
-        return may_be_equal(*prints) and self._verdict(*pair)
+        return may_be_equal(*prints) and self._is_equal(*pair)
 
     def _are_told_apart(self, first: str, second: str) -> bool:
-        """Whether fingerprints differ, of which `classes` made one at least: two more would not pay for one pair."""
+        """Whether the fingerprints differ, if one is known; making both would cost more than comparing the pair."""
         if not (self._fingerprint.knows(first) or self._fingerprint.knows(second)):
             return False
         one, other = self._fingerprint(first), self._fingerprint(second)
         return one is not None and other is not None and not may_be_equal(one, other)
 
     def _compare_without_worker(self, first: str, second: str) -> bool | None:
-        """The verdict on two canonical forms where it needs no algebra, else None."""
+        """Whether two canonical forms are equal, None where only algebra can tell."""
         if first == second:
             return True
         if self.mode == "exact" or not first or not second:
             return False
         return compare_cheaply(first, second)
 
-    def _ask_verdict(self, first: str, second: str) -> bool | None:
-        """Has a worker compare two forms."""
+    def _ask_equal(self, first: str, second: str) -> bool | None:
+        """Compares two forms in a worker."""
         return self._ask(lambda worker: worker.compare(first, second))
 
     def _ask_fingerprint(self, form: str) -> Fingerprint | None:
-        """Has a worker make the fingerprint of a form."""
+        """Makes the fingerprint of a form in a worker."""
         return self._ask(lambda worker: read_fingerprint(worker.fingerprint(form)))
 
     def _ask(self, question: Callable[[EquivalenceWorker], T]) -> T | None:
-        """Asks an idle worker; None where it hit the limit, died, or could not say."""
+        """Asks an idle worker; None where it exceeded the limit, died or could not decide."""
         worker = self._idle.get()
         try:
             return question(worker)

@@ -1,4 +1,4 @@
-"""Letters of choices, with the texts of the choices behind them."""
+"""Reads the letter of a multiple-choice answer, with or without the text of the choice."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 
 _BOLD = r"(?:\*\*|__)|\\(?:textbf|text|mathbf|mathrm|textrm|textsf|boldsymbol|bm)\s*\{"
 _GAP = r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))"
-# What makes a letter a part of a formula or of a list.
+# Text that makes the letter a part of a formula or of a list.
 _NO_TEXT = (
     r"(?!and(?![a-z])|or(?![a-z])|[-=^_*+<>'/|&,;!?.:)\]}]|[A-J](?![A-Za-z])"
     r"|\\(?:cdot|times|cap|cup|setminus|to|le|ge|Right|in|mathbf|mathrm|boldsymbol|bm|vec|textbf)(?![a-z])|\*\*[A-J])"
 )
-# **B** the dog and \textbf{B} the dog, whose letter would else be one of a formula.
+# **B** the dog and \textbf{B} the dog, whose letter would else be read as one of a formula.
 _MARKED = re.compile(
     rf"^(?:(?:\*\*|__)\s*\(?([A-J])\)?[.:]?\s*(?:\*\*|__){_GAP}+"
     rf"|\{{\(([A-J])\)\}}{_GAP}*|\\(?:textbf|text)\s*\{{\s*([A-J])\s*\}}{_GAP}+){_NO_TEXT}(?=\S)"
@@ -35,7 +35,7 @@ _WHOLE = re.compile(
 
 
 def mark_choice(text: str) -> str:
-    """The letter of a choice in parentheses where only fonts, dashes or spaces tell it from a factor."""
+    """Puts the letter of a choice in parentheses where only fonts, dashes or spaces tell it from a factor."""
     match = _MARKED.match(text) or _DASHED.match(text) or _STATED.match(text) or _SIGNED.match(text)
     return f"({next(filter(None, match.groups()))}) {text[match.end() :]}" if match else text
 

@@ -1,11 +1,11 @@
-"""Decimals in one notation: plain, repeating, and with a power of ten."""
+"""Brings decimals to one notation: plain ones, repeating ones, and those with a power of ten."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-# From here on a number with an exponent is not written out.
+# A number with a larger exponent is not written out.
 MAX_PLAIN_EXPONENT = 20
 _NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:[ ,][0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
 _DIGITS = r"(?:(?<![A-Za-z0-9\\.}])|(?<=\\times)|(?<=\\cdot))([0-9]*)\.([0-9]*)"
@@ -13,7 +13,7 @@ REPEATING = re.compile(
     _DIGITS + r"(?:\\(?:overline|bar|overbar|widebar)\s*(?:\{([0-9]+)\}|([0-9]))"
     r"|((?:\\dot\s*(?:\{[0-9]\}|[0-9])){3,})|\\dot\s*\{?([0-9])\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?)(?![0-9.]|\\dot)"
 )
-# 0.333... but not 2.718281828...: one digit three times, or more digits twice behind the point or three times.
+# 0.333... but not 2.718281828...: one digit three times, or more digits twice right after the point, else three times.
 DOTTED = re.compile(_DIGITS + r"\s*(?:\\[lc]?dots(?![a-z])|\.\.\.|\(?((?:repeating|recurring)(?![a-z]))\)?)\s*")
 _PERIOD = re.compile(r"([0-9]*?)([0-9])\2\2+|()([0-9]{2,})\4+|([0-9]*?)([0-9]{2,})\6\6+")
 EXPONENT = re.compile(
@@ -30,7 +30,7 @@ def spell_repeating(match: re.Match[str]) -> str:
 
 
 def spell_dotted(match: re.Match[str]) -> str:
-    """The same of a decimal that shows its period and ends in dots; one that does not stays."""
+    """The exact fraction of a decimal that shows its period and ends in dots; others are unchanged."""
     whole, decimals, word = match.groups()
     period = _PERIOD.fullmatch(decimals) or (word and re.fullmatch("()([0-9])", decimals))
     if not period:
@@ -46,7 +46,7 @@ def make_fraction(whole: str, prefix: str, period: str) -> str:
 
 
 def spell_exponent(match: re.Match[str]) -> str:
-    """A number with e as a decimal, or with a power of ten; 2e-3 and 2e+3 may be sums with Euler's number and stay."""
+    """A number with e as a decimal or with a power of ten; 2e-3 and 2e+3, maybe sums with Euler's number, stay."""
     sign, mantissa, letter, *exponents = match.groups()
     exponent_sign, digits = exponents[:2] if exponents[1] else exponents[2:]
     if letter == "e" and exponent_sign and "." not in mantissa and mantissa != "1":

@@ -19,9 +19,9 @@ LARGE_DIGITS = 2600
 
 
 def _place(name: str, k: int) -> Any:
-    """Coordinate of a symbol at point k: below 1, above 1, far above 1, since high powers hide what is beside them.
+    """The coordinate of a symbol at point k: below 1, above 1 or far above 1, because high powers hide the other terms.
 
-    At the last point symbols are even numbers, for powers of -1, sums and large roots.
+    At the last point symbols are even integers, so that powers of -1, sums and large roots have values.
     """
     digest = hashlib.blake2b(f"{name.lower()} {k}".encode(), digest_size=4).digest()
     share = M.mpf(int.from_bytes(digest, "big")) / 2**32
@@ -30,9 +30,9 @@ def _place(name: str, k: int) -> Any:
 
 
 def value_at(item: Any, k: int) -> Any:
-    """The value at point k for JSON: a number, a pair of real and imaginary part, or None where it is not known.
+    """The value at point k for JSON: a number, a pair of real and imaginary part, or None where it is unknown.
 
-    A number may have thousands of digits; beyond 10^300 its place on a logarithmic scale follows.
+    A number may have thousands of digits; beyond 10^300 it is given on a logarithmic scale.
     """
     try:
         value = evaluate(item, k, {})
@@ -48,7 +48,7 @@ def value_at(item: Any, k: int) -> Any:
 
 
 def spell(value: Any) -> Any:
-    """A float, or two."""
+    """A real value as a float, a complex one as two."""
     if isinstance(value, M.mpc):
         return [spell(value.real), spell(value.imag)]
     large = M.mpf(10) ** 300
@@ -58,9 +58,9 @@ def spell(value: Any) -> Any:
 
 
 def evaluate(item: Any, k: int, given: dict[str, Any]) -> Any:
-    """Value of an expression at point k, where `given` may put something else for a symbol.
+    """The value of an expression at point k; `given` replaces the coordinates of symbols.
 
-    Raises UnknownError for what is not on the list of functions, too large, or too near a pole or a jump.
+    Raises UnknownError for an unlisted function, and for a value that is too large or too near a pole or a jump.
     """
 
     def value(part: Any) -> Any:
@@ -71,7 +71,7 @@ def evaluate(item: Any, k: int, given: dict[str, Any]) -> Any:
             name = str(part).lower()
             if name in given:
                 return given[name]
-            # A function of which nothing is known is linear in its arguments: equal where these are.
+            # An undefined function is taken to be linear, so that equal arguments give equal values.
             return _place(str(part.func) if part.args else name, k) + sum(
                 (value(argument) * _place(f"argument {i}", k) for i, argument in enumerate(part.args)), M.mpf(0)
             )
@@ -108,13 +108,13 @@ def evaluate(item: Any, k: int, given: dict[str, Any]) -> Any:
 
 
 def _check(value: Any) -> Any:
-    """A number that is exact enough to go on with; a complex one loses an imaginary part of exactly zero."""
+    """The value if it is exact enough to compute with, without an imaginary part of exactly zero."""
     if isinstance(value, Ratio):
         return value.number() if len(value.top) == len(value.bottom) == 1 else value
     if isinstance(value, M.mpc):
         if value.imag == 0:
             value = value.real
-        elif abs(value.imag) < SMALLEST * abs(value.real):  # on which side of a cut?
+        elif abs(value.imag) < SMALLEST * abs(value.real):  # the side of the branch cut is unknown
             raise UnknownError
     if not M.mag(value) <= _largest_bits():
         raise TooLargeError
@@ -122,12 +122,12 @@ def _check(value: Any) -> Any:
 
 
 def _largest_bits() -> float:
-    """The size of the largest value that leaves 20 decimals."""
+    """Bits of the largest value that leaves 20 correct decimals."""
     return 3.3 * (M.dps - 20)
 
 
 def _add_up(item: Any, k: int, given: dict[str, Any], ends: list[Any]) -> Any:
-    """The value of a sum or product over few whole numbers."""
+    """The value of a sum or product over few integers."""
     if len(item.limits) != 1 or len(ends) != 2 or not all(isinstance(end, M.mpf) and M.isint(end) for end in ends):
         raise UnknownError
     low, high = map(int, ends)
@@ -159,7 +159,7 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 def _away_from_zero(function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """The function with two arguments divided by each other as logarithms are, neither of them near zero."""
+    """A logarithm with an optional base, unknown where its argument or the logarithm of its base is near zero."""
 
     def safe(value: Any, base: Any = None) -> Any:
         below = M.mpf(1) if base is None else function(base)
@@ -171,7 +171,7 @@ def _away_from_zero(function: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def _away_from_integers(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The function of a real number that is an integer, or not near one."""
+    """A rounding function, unknown for a number that is close to an integer without being one."""
 
     def safe(value: Any) -> Any:
         nearest = M.nint(value)
@@ -183,7 +183,7 @@ def _away_from_integers(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _factorial(value: Any) -> Any:
-    """The product of the whole numbers up to a small one."""
+    """The factorial of a small integer."""
     if not 0 <= value <= MAX_FACTORIAL or not M.isint(value):
         raise UnknownError
     return M.mpf(math.factorial(int(value)))

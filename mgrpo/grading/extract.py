@@ -1,4 +1,4 @@
-"""The answer of a response."""
+"""Extraction of the answer from a response."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_PLACEHOLDER_CHARS = 100
 
 
 def make_extractor(spec: str) -> Callable[[str], str | None]:
-    r"""Returns the function that takes the answer out of a response, or None where the response has none.
+    r"""Returns the function that extracts the answer of a response, None where the response has none.
 
     Args:
         spec: `boxed` (the content of the last complete \boxed{...} or \fbox{...}, or the word after a \boxed without
@@ -38,15 +38,15 @@ def make_extractor(spec: str) -> Callable[[str], str | None]:
             sign), or `regex:PATTERN` (the last match; its group where the pattern has one).
 
     Returns:
-        A function of the response that never raises. It reads what follows the last closed thought (`</think>` and
-        its like) and finds no answer where a thought was left open; where the prompt opened it, the mark has to stand
-        before the response (`thoughts.decode_responses`). Answers are stripped; an empty one, or one longer than 1,000
-        characters, is None.
+        A function of the response that never raises. It reads the text behind the last closed thought (such as
+        `</think>`) and finds no answer where a thought is left open; a mark in the prompt that opens the thought has to
+        be put in front of the response (`thoughts.decode_responses`). Answers are stripped; an empty one, or one of
+        more than 1,000 characters, is None.
 
     Raises:
         ValueError: unknown spec, or a pattern that is empty, invalid, or has more than one group.
 
-    Cost: linear in the response, but for `regex:`, whose cost is the pattern's.
+    Cost: linear in the response's length, except for `regex:`, which costs what its pattern does.
     """
     if spec.startswith("regex:"):
         find = functools.partial(_find_pattern, _compile_pattern(spec))
@@ -55,7 +55,7 @@ def make_extractor(spec: str) -> Callable[[str], str | None]:
     else:
         raise InputError(
             f"make_extractor: spec must be boxed, hash, last-number or regex:PATTERN, got {spec!r}. "
-            "Choose how the model is told to mark its answer."
+            "Choose the form in which the prompt asks for the answer."
         )
 
     def extract(text: str) -> str | None:
@@ -91,11 +91,11 @@ def _find_pattern(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _find_boxed(text: str) -> str | None:
-    """The content of the box that starts last among the complete ones with content."""
+    """The content of the complete, non-empty box that starts last."""
     if "boxed" not in text and "fbox" not in text:
         return None
     start, answer = -1, None
-    open_boxes: list[int | None] = []  # one entry an open brace: where its content starts, None for no box
+    open_boxes: list[int | None] = []  # the start of each open brace's content, None where it is no box
     for token in _BOX_OR_BRACE.finditer(text):
         box_brace, bare, brace = token.groups()
         if box_brace:
@@ -106,14 +106,14 @@ def _find_boxed(text: str) -> str | None:
             open_boxes.append(None)
         elif brace == "}" and open_boxes:
             opened = open_boxes.pop()
-            # Slicing every box of a deep nest would be quadratic; a box around the best one is never wanted.
+            # Slicing every nested box would be quadratic; a box around a later one is never the answer.
             if opened is not None and opened > start and not _is_placeholder(text, opened, token.start()):
                 start, answer = opened, text[opened : token.start()]
     return answer
 
 
 def _is_placeholder(text: str, start: int = 0, end: int | None = None) -> bool:
-    """Whether a box is blank, or says no more than that an answer belongs there."""
+    """Whether a box is blank or holds only words such as "your answer here"."""
     end = len(text) if end is None else end
     if end - start > MAX_PLACEHOLDER_CHARS or "\\{" in text[start:end]:
         return False

@@ -1,8 +1,8 @@
 """The fingerprint of a parsed answer: its kinds, and its values at fixed points of the free symbols.
 
-Runs in the worker, on what math-verify parsed; `mgrpo.grading.matching.may_be_equal` tells two fingerprints apart.
-Every way in which math-verify may read an answer is an alternative of its own: 50% is 50 and 0.5, an equation is also
-its right side, an open interval also a pair. What can not be computed is left open, and then compared.
+Runs in the worker, on math-verify's parse; `mgrpo.grading.matching.may_be_equal` compares two fingerprints. Every
+reading that math-verify may give an answer is one alternative: 50% is 50 and 0.5, an equation is also its right side,
+an open interval also a pair. A part that cannot be computed is left open and matches anything.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ANY: list[Any] = ["any"]
 
 
 def fingerprint(items: Sequence[Any]) -> list[Any]:
-    """The alternatives of one answer, as JSON: those of every item that math-verify compares."""
+    """The alternatives of one answer for JSON: those of every item that math-verify compares."""
     return [alternative for item in items for alternative in _alternatives(item)]
 
 
 def _alternatives(item: Any) -> list[Any]:
-    """Every kind of thing that math-verify may take the item for."""
+    """Every kind that math-verify may take the item for."""
     if isinstance(item, str):
         return [["text", item.strip()]]
     for kind, describe in _KINDS:
@@ -43,7 +43,7 @@ def _alternatives(item: Any) -> list[Any]:
 
 
 def _describe_number(item: Any) -> list[Any]:
-    """Values of a scalar, and its spelling where math-verify compares symbols by theirs."""
+    """The values of a scalar, and its spelling, because math-verify compares symbols as text."""
     nodes = list(sympy.preorder_traversal(item))
     if not all(isinstance(node, (sympy.Expr, sympy.Tuple)) and not _is_matrix(node) for node in nodes):
         return [ANY]
@@ -54,24 +54,24 @@ def _describe_number(item: Any) -> list[Any]:
 
 
 def _is_matrix(item: Any) -> bool:
-    """Whether it has elements, or may have."""
+    """Whether the item is a matrix or an expression of matrices."""
     return isinstance(item, (sympy.MatrixBase, sympy.MatrixExpr))
 
 
 def _is_product(item: Any) -> bool:
-    """Whether it is a product of symbols, as words are to math-verify."""
+    """Whether the item is a product of symbols, as math-verify reads words."""
     return item.is_Mul and all(factor.is_Symbol or factor is sympy.E for factor in item.args)
 
 
 def _spelling(item: Any) -> list[Any]:
-    """Symbols are compared as text with anything, products of symbols letter by letter."""
+    """The text that math-verify compares symbols by; a product of symbols is joined letter by letter."""
     if _is_product(item):
         return [["text", "".join(str(factor) for factor in item.args).lower()]]
     return [["text", str(item).lower()]]
 
 
 def _values(item: Any) -> list[Any]:
-    """The value at each point, None where it is not known, or not real though there are symbols."""
+    """The value at each point; None where it is unknown, or not real although there are symbols."""
     sign = {sympy.oo: 1, -sympy.oo: -1}.get(item)
     if sign:
         return [sign * math.inf] * NUM_POINTS
@@ -82,7 +82,7 @@ def _values(item: Any) -> list[Any]:
 
 
 def _describe_set(item: Any) -> list[Any]:
-    """A finite set by its elements, an interval by its ends, any as a region."""
+    """A finite set by its elements, an interval by its ends, and any set as a region."""
     if isinstance(item, sympy.FiniteSet):
         found: list[Any] = [["set", [_alternatives(element) for element in item.args]]]
         if item.args and all(isinstance(element, (Relational, sympy.And)) for element in item.args):
@@ -97,7 +97,7 @@ def _describe_set(item: Any) -> list[Any]:
 
 
 def _describe_region(make: Callable[[], Region], otherwise: list[Any]) -> list[Any]:
-    """The alternatives of a region, others where it is not known."""
+    """The alternatives of a region, `otherwise` where it is unknown."""
     try:
         return make().describe()
     except UnknownError:
@@ -105,10 +105,10 @@ def _describe_region(make: Callable[[], Region], otherwise: list[Any]) -> list[A
 
 
 def _solutions(item: Any) -> dict[str, Any]:
-    """For every symbol the solutions at two points of the other symbols, None where they are not known.
+    """The solutions for each symbol at two points of the other symbols, None where they are unknown.
 
     Two equations are equal to math-verify where they differ by a sign, or where `solve` finds the same for the first
-    symbols that it can solve for; it drops what is real nowhere.
+    symbols that it can solve for; it drops solutions that are real nowhere.
     """
     symbols = item.free_symbols | item.atoms(AppliedUndef)
     solutions = {}
@@ -121,7 +121,7 @@ def _solutions(item: Any) -> dict[str, Any]:
 
 
 def _has_real_solution(item: Any, solutions: dict[str, Any]) -> bool:
-    """Whether a relation surely holds, or has its border, at a real point: a root is one, or the sign changes."""
+    """Whether a relation certainly holds, or has its border, at a real point: at a root, or where the sign changes."""
     known = [roots for roots in solutions.values() if roots is not None]
     if any(real_only(at_point) for roots in known for at_point in roots):
         return True
@@ -137,7 +137,7 @@ def _has_real_solution(item: Any, solutions: dict[str, Any]) -> bool:
 
 
 def _describe_relation(item: Any) -> list[Any]:
-    """An equation by its solutions and its right side, an inequality by its border; both as a region."""
+    """An equation by its solutions and right side, an inequality by its border; both as a region too."""
     kind, solutions = "equation" if isinstance(item, sympy.Eq) else "inequality", _solutions(item)
     strict, real = isinstance(item, (sympy.Lt, sympy.Gt, sympy.Ne)), _has_real_solution(item, solutions)
     spelled = {name: roots and [list(map(spell, at_point)) for at_point in roots] for name, roots in solutions.items()}
@@ -147,8 +147,8 @@ def _describe_relation(item: Any) -> list[Any]:
     if isinstance(item.lhs, sympy.Expr) and isinstance(item.rhs, sympy.Expr):
         sides = (item.lhs - item.rhs, item.rhs - item.lhs)
         found += [text for side in sides if side.is_Symbol or _is_product(side) for text in _spelling(side)]
-    # A relation in two symbols is no set, unless one of them cancels; f(x) < 3 is one in one symbol. An assignment is
-    # read as its right side.
+    # A relation in two symbols is no set, unless one of them cancels; f(x) < 3 has one symbol. An assignment is read as
+    # its right side.
     if item.has(AppliedUndef) or sum(bool(roots and all(roots)) for roots in solutions.values()) < 2:
         is_assignment = kind == "equation" and _is_assigned(item.lhs)
         found += _describe_region(lambda: find_region(item), [] if is_assignment else [["some set"]])
@@ -156,14 +156,14 @@ def _describe_relation(item: Any) -> list[Any]:
 
 
 def _is_assigned(item: Any) -> bool:
-    """Whether a left side makes an equation an assignment to math-verify."""
-    from latex2sympy2_extended import is_expr_of_only_symbols  # slow to load, and there by now
+    """Whether math-verify reads an equation with this left side as an assignment."""
+    from latex2sympy2_extended import is_expr_of_only_symbols  # slow, but loaded by now
 
     return is_expr_of_only_symbols(item)
 
 
 def _describe_chain(item: Any) -> list[Any]:
-    """A chain of equations by its ends, as math-verify cuts it; any by its parts and as a region."""
+    """A chain of equations by its ends, to which math-verify cuts it; any chain by its parts and as a region."""
     parts = list(getattr(item, "_unsorted_args", item.args))
     if not all(isinstance(part, Relational) for part in parts):
         return [ANY]
@@ -181,7 +181,7 @@ def _describe_tuple(item: Any) -> list[Any]:
 
 
 def _describe_matrix(item: Any) -> list[Any]:
-    """A matrix by its shape and elements; one of a single row or column is a tuple too."""
+    """A matrix by its shape and elements; a single row or column is a tuple too."""
     elements = [_alternatives(element) for element in item.flat()]
     return [["matrix", *item.shape, elements], *([["tuple", elements]] if 1 in item.shape else [])]
 

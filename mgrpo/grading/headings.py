@@ -1,10 +1,10 @@
-"""Answers behind ####, which markdown takes for a heading."""
+"""Finds the answer behind ####, which markdown also uses for headings."""
 
 from __future__ import annotations
 
 import re
 
-# A heading may be tried this often from the end of the text on.
+# Headings that are tried, from the end of the text.
 MAX_HEADINGS = 20
 _LABEL = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the |my |our )?(?:final |correct )?"
@@ -12,7 +12,7 @@ _LABEL = re.compile(
     r"(?: (?:is|equals)(?![a-z])|[ *_]*[:=])[ *_:]*",
     re.IGNORECASE,
 )
-# 3. Final Answer, (b) Answer and Step 4: the result are headings of answers, whatever their number.
+# 3. Final Answer, (b) Answer and Step 4: the result are headings of answers despite their numbers.
 _NUMBER_OF_LABEL = re.compile(
     r"^(?:\(?(?:[0-9]{1,2}|[a-z])[.)]|(?:step|part) ?[0-9]{1,2}[:.)])[ *_]*"
     r"(?=(?:so|thus|hence|therefore,? )?(?:the |my |our )?(?:final |correct )?(?:answer|result|solution|conclusion)\b)",
@@ -28,7 +28,7 @@ _NUMBERED = re.compile(
     r"|(?:find|solv|check|count|apply|add|consider|recall|defin|set|us|given|plug)(?:e|ing|ting)? (?![=]).*",
     re.IGNORECASE,
 )
-# Headings where text stands below; an answer where not.
+# Headings if text follows below, else answers.
 _SECTION = re.compile(
     r"(?:day|week|month|year|round|level|scenario|figure|table|equation|task|exercise|item|point|quarter|trial|for)s? "
     r"[^=]*[0-9]+[^=]*",
@@ -51,7 +51,7 @@ _LINE_END = re.compile(r"[\r\n]")
 
 
 def find_hash(text: str) -> str | None:
-    """What stands after the last #### that is no mere heading."""
+    """The answer after the last #### that is no plain heading."""
     end, under_another = len(text), None
     for _ in range(MAX_HEADINGS):
         marker = text.rfind("####", 0, end)
@@ -79,13 +79,13 @@ def find_hash(text: str) -> str | None:
 
 
 def _find_line_end(text: str, start: int, end: int) -> int:
-    """Where the line ends that holds `start`."""
+    """The end of the line that contains `start`."""
     match = _LINE_END.search(text, start, end)
     return match.start() if match else end
 
 
 def _find_below(text: str, start: int, end: int) -> str | None:
-    """The next line with text that is no heading."""
+    """The next non-empty line that is no heading."""
     while match := _WORD.search(text, start, end):
         line_start = 1 + max(text.rfind("\n", start, match.start()), text.rfind("\r", start, match.start()), start - 1)
         start = _find_line_end(text, match.start(), end)
@@ -96,7 +96,7 @@ def _find_below(text: str, start: int, end: int) -> str | None:
 
 
 def _clean(line: str) -> str:
-    """A line without the stars and hashes around it, and without words that announce an answer."""
+    """A line without the stars and hashes around it and without words that announce an answer."""
     line = line.lstrip(" \t*_#`:>").rstrip(" \t*_#`:").removesuffix("\\\\")
     line = _NUMBER_OF_LABEL.sub("", line)
     label = _LABEL.match(line)

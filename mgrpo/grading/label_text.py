@@ -1,4 +1,4 @@
-"""True answers as text, from whatever a data file or a library holds."""
+"""True answers as text, from the values of data files and libraries."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mgrpo.errors import InputError
 from mgrpo.inputs import check_unicode, list_names, name_type
 
 Label = str | tuple[str, ...]
-"""A true answer, or several of which any is right."""
+"""A true answer, or several, any of which is right."""
 MAX_ANSWERS = 64  # of one record
 
 
 def label_text(value: Any, key: str, where: str) -> Label | None:
-    """The text of a true answer; that of each, where there are several.
+    """The text of a true answer, or of each where there are several.
 
     Args:
-        value: text, a number, a list of those, or such values of numpy; null, NaN and blank text are no answer.
+        value: text, a number, a list of those, or the same in numpy; null, NaN and blank text are no answer.
         key: key of the answer, for errors.
         where: place of the record, for errors.
 
@@ -27,7 +27,7 @@ def label_text(value: Any, key: str, where: str) -> Label | None:
         A list's only answer, or all its different ones as a tuple: a response that equals any of them is right.
 
     Raises:
-        InputError: another type, more than 64 answers, or text that is not valid Unicode.
+        InputError: another type, more than 64 answers, or invalid Unicode.
 
     """
     value = _plain(value)
@@ -45,12 +45,12 @@ def label_text(value: Any, key: str, where: str) -> Label | None:
 
 
 def join_labels(labels: list[str]) -> Label | None:
-    """Several answers, the only one, or None."""
+    """Several answers as a tuple, one as text, none as None."""
     return tuple(labels) if len(labels) > 1 else next(iter(labels), None)
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and arrays of numpy as Python's, each with the digits that it is printed with."""
+    """Python values of numpy numbers and arrays, each number with the digits that it prints."""
     if hasattr(value, "astype") and getattr(value.dtype, "kind", "") == "f" and value.dtype.itemsize < 8:
         value = value.astype(str).astype(float)  # 0.1 in fp32 is not 0.1 in fp64
     return value.tolist() if hasattr(value, "tolist") else value

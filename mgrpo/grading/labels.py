@@ -1,4 +1,4 @@
-"""The answer of a label, which has a format of its own: data sets keep worked solutions as well as bare answers."""
+"""Reads the answer of a label, which may be a worked solution as well as a bare answer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mgrpo.grading.label_text import Label, join_labels
 from mgrpo.inputs import MAX_RECORD_BYTES
 
 FORMATS = "auto, plain, boxed, hash, last-number or regex:PATTERN"
-# Longer text without a box and without a #### line is a solution, not an answer.
+# Longer text without a marked answer is a solution, not an answer.
 MAX_PLAIN_CHARS = 200
-# How a solution may end that marks its answer in words alone; looked for near the end.
+# The end of a solution that marks its answer in words alone.
 _ANNOUNCED = re.compile(
     r"(?s:.*)(?:(?<![A-Za-z])(?:answer|ans\.?|(?:correct|right) (?:option|choice))"
     r"(?: +is(?: +equal +to)?(?![A-Za-z]|[ :]+not(?![A-Za-z]))[ :]*|[ *]*[:=]|[ *]*\n)"
@@ -23,22 +23,22 @@ _ANNOUNCED = re.compile(
 )
 _TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.IGNORECASE | re.DOTALL)
 ANNOUNCED_CHARS = 200
-# What is tried, and up to how many characters a text in which nothing is found is the answer itself.
+# Extractors that are tried, and the longest text that is itself the answer where none finds one.
 _READERS = {"auto": ("boxed", "hash"), "plain": ()}
 _PLAIN = {"auto": MAX_PLAIN_CHARS, "plain": MAX_RECORD_BYTES}
 
 
 def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
-    r"""Returns the function that takes the answer out of a label, whatever the format of responses is.
+    r"""Returns the function that extracts the answer of a label; its format may differ from that of responses.
 
     Args:
-        spec: `auto` (the last \boxed{...}, else the line after ####, else the text in <answer> tags, else what follows
-            "answer is" or "Answer:" up to the end, else the whole text of at most 200 characters), `plain` (the whole
-            text), or how `make_extractor` finds an answer in a response.
+        spec: `auto` (the last \boxed{...}, else the line after ####, else the text in <answer> tags, else the text
+            behind "answer is" or "Answer:" up to the end, else the whole text of at most 200 characters), `plain` (the
+            whole text), or a spec of `make_extractor`.
 
     Returns:
-        A function of a label, or of several of which any is right. It returns None for None, and for a label that
-        holds no answer of the format.
+        A function of a label, or of several, any of which is right. It returns None for None and for a label without
+        an answer of the format.
 
     Raises:
         InputError: unknown spec, or an invalid pattern.
@@ -46,7 +46,7 @@ def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
     """
     if not _is_known(spec):
         raise InputError(
-            f"make_label_reader: spec must be {FORMATS}, got {spec!r}. Choose how the data mark a true answer."
+            f"make_label_reader: spec must be {FORMATS}, got {spec!r}. Choose how the data give true answers."
         )
     readers = [make_extractor(name) for name in _READERS.get(spec, (spec,))]
     if spec == "auto":
@@ -66,17 +66,17 @@ def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
 
 
 def _is_known(spec: str) -> bool:
-    """Whether a format has the name."""
+    """Whether the spec names a format."""
     return spec in (*_READERS, "boxed", "hash", "last-number") or spec.startswith("regex:")
 
 
 def _find_tagged(text: str) -> str | None:
-    """The last text between tags of an answer."""
+    """The text of the last <answer> tag."""
     found = _TAGGED.findall(text)
     return found[-1].strip() or None if found else None
 
 
 def _find_announced(text: str) -> str | None:
-    """What a solution says at its end that the answer is."""
+    """The answer that a solution announces at its end."""
     match = _ANNOUNCED.match(text.rstrip()[-ANNOUNCED_CHARS:])
     return match["answer"].strip() or None if match else None

@@ -1,4 +1,4 @@
-"""Markup around an answer that says nothing of it: environments, boxes of LaTeX and HTML, tags, bullets and ticks."""
+"""Removes markup that does not change an answer: LaTeX environments and boxes, HTML tags, bullets and ticks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENVIRONMENTS = (
     "flushleft|eqnarray|large|huge"
 )
 _CURRENCIES = "pounds|yen|euro|rupee|(?:text|math)(?:sterling|euro|yen|won|dollar|rupee)|(?:text)?cents?"
-# Commands whose first arguments say how the last one looks.
+# Commands whose first arguments style the last one.
 _STYLED = r"\\(?:raisebox|scalebox|rotatebox|parbox|enclose|class|cssId|style|href|html[A-Z][a-z]+)"
 _TOMBSTONES = "blacksquare|square|Box|qedsymbol|qedhere|qed|checkmark|hfill|nonumber|notag|newline|par|bigstar"
 # Ticks, boxes, stars and pictures; the suits of cards are answers.
@@ -76,7 +76,7 @@ _BRACKETS = {
 
 
 def strip_markup(text: str) -> str:
-    """The text without markup that only frames or decorates it."""
+    """The text without markup that frames or decorates it."""
     if "&" in text:
         text = _ENTITY.sub(lambda match: html.unescape(match[0]), text)
     for pattern, replacement in _REWRITES:
@@ -85,7 +85,7 @@ def strip_markup(text: str) -> str:
 
 
 def _join_cells(match: re.Match[str]) -> str:
-    """Lines of an environment without their alignment."""
+    """The lines of an environment without their alignment marks."""
     return f" {match[3].replace('&', ' ').strip().removesuffix(chr(92) * 2)} "
 
 
@@ -95,7 +95,7 @@ def _spell_bracket(match: re.Match[str]) -> str:
 
 
 def _first_group(match: re.Match[str]) -> str:
-    """What stands in the brackets that matched."""
+    """The text inside the brackets that matched."""
     return next(group for group in match.groups() if group is not None)
 
 

@@ -1,4 +1,4 @@
-"""Which answers may be equal, by their fingerprints. What math-verify calls equal is never told apart here."""
+"""Compares answers by their fingerprints. Answers that math-verify finds equal always may be equal here."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-# Ten times what math-verify rounds away, absolute and relative.
+# Ten times math-verify's rounding, absolute and relative.
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What `mgrpo.grading.fingerprint` says of one answer, or of one part of it."""
+    """The fingerprint of one answer, or of one part of it, from `mgrpo.grading.fingerprint`."""
 
     texts: frozenset[str]
-    kinds: tuple[tuple[Any, ...], ...]  # the name of the kind, then what it is made of
-    right_sides: tuple[Fingerprint, ...]  # of equations, which these are where the other answer is no equation
+    kinds: tuple[tuple[Any, ...], ...]  # the kind's name, then its parts
+    right_sides: tuple[Fingerprint, ...]  # of equations, compared where the other answer is no equation
 
 
 def read_fingerprint(alternatives: Sequence[Any]) -> Fingerprint:
-    """Reads the worker's reply."""
+    """Parses the worker's reply."""
     texts = frozenset(alternative[1] for alternative in alternatives if alternative[0] == "text")
     kinds = tuple(_read(*alternative) for alternative in alternatives if alternative[0] not in ("text", "right side"))
     sides = tuple(read_fingerprint(alternative[1]) for alternative in alternatives if alternative[0] == "right side")
@@ -29,7 +29,7 @@ def read_fingerprint(alternatives: Sequence[Any]) -> Fingerprint:
 
 
 def _read(kind: str, *rest: Any) -> tuple[Any, ...]:
-    """One alternative; the parts that are answers themselves become fingerprints."""
+    """One alternative; parts that are answers become fingerprints."""
     if kind == "number":
         return kind, _read_values(rest[0])
     if kind in ("equation", "inequality"):
@@ -45,7 +45,7 @@ def _read(kind: str, *rest: Any) -> tuple[Any, ...]:
 
 
 def _read_values(values: Sequence[Any]) -> tuple[complex | None, ...]:
-    """Numbers, of which complex ones are pairs."""
+    """Numbers, where a pair is a complex one."""
     return tuple(complex(*value) if isinstance(value, list) else value for value in values)
 
 
@@ -73,7 +73,7 @@ def _may_match(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _may_be_only_element(one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether the other is a set of the one, however often that holds it, or a tuple of one."""
+    """Whether the other may be a set or a tuple with this answer as its only element."""
     things = tuple(kind for kind in one.kinds if kind[0] not in ("set", "tuple"))
     whole = replace(one, kinds=things)
     return bool(things) and any(
@@ -84,7 +84,7 @@ def _may_be_only_element(one: Fingerprint, other: Fingerprint) -> bool:
 
 
 def _close(one: complex | None, other: complex | None) -> bool:
-    """Whether two values may be the same but for rounding; None may be anything."""
+    """Whether two values are the same up to rounding; None matches anything."""
     if one is None or other is None or one == other:
         return True
     distance = abs(one - other)
@@ -92,7 +92,7 @@ def _close(one: complex | None, other: complex | None) -> bool:
 
 
 def _cover(one: Sequence[Fingerprint], other: Sequence[Fingerprint]) -> bool:
-    """Whether everything in either list has a possible partner in the other."""
+    """Whether every element of either list may equal one of the other."""
     return all(any(may_be_equal(a, b) for b in other) for a in one) and all(
         any(may_be_equal(a, b) for a in one) for b in other
     )
@@ -122,9 +122,10 @@ def _match_regions(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _match_relations(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Relations of the same strictness, with the same real solutions for every symbol, and none for one they lack.
+    """Whether two relations have the same strictness and the same real solutions for every symbol.
 
-    Where both surely have real solutions, at some points they share one for some symbol, real there or not.
+    A symbol that a relation lacks has no solutions. Where both relations certainly have real solutions, they must share
+    a solution for some symbol, real or not.
     """
     (strict, real, solutions), (other_strict, other_real, other_solutions) = one[1:], other[1:]
     if strict != other_strict:
@@ -142,7 +143,7 @@ def _match_relations(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _match_real_roots(one: Sequence[complex], other: Sequence[complex]) -> bool:
-    """Whether every real root is close to one of the others."""
+    """Whether every real root of either is close to one of the other."""
     one, other = ([x for x in roots if not isinstance(x, complex)] for roots in (one, other))
     return all(any(_close(a, b) for b in other) for a in one) and all(any(_close(a, b) for a in one) for b in other)
 

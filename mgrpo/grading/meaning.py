@@ -1,4 +1,4 @@
-"""What a canonical form stands for, alone and beside another: choices, number bases, assignments, units, words."""
+"""Reduces and compares canonical forms by meaning: choices, number bases, assignments, units and words."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SYSTEM = re.compile(
 _EMPTY = re.compile(r"(?:the |an )?(?:empty|null) set|[Nn]ull set", re.IGNORECASE)
 _EXPONENT = re.compile(r"(?<![^,(\[{=])(-?[0-9]+)e([+-][0-9]+)(?![^,)\]}\\])")
 _MERIDIEM = re.compile(r"[0-9] ([ap])m")
-# What math-verify drops.
+# Marks that math-verify drops.
 _OPEN_LIST, _PRIME = re.compile(r"\\ldots"), re.compile(r"[A-Za-z]'")
 _RELATION = re.compile(r"(.*(?:<|>|\\(?:le|ge|leq|geq|lt|gt|ne) ?))(.+)")
-# 5x-7y+4=0, which math-verify takes for an assignment of 0; a+b=0 may be one.
+# 5x-7y+4=0, which math-verify reads as an assignment of 0; a+b=0 may be one.
 _EQUATION = re.compile(r"(?=.*[0-9].*=)(?=.*[A-Za-z])[^=<>]+[+-][^=<>]+=0")
 _ANGLE = re.compile(r"\\(?:measured)?angle ?\{?([A-Z])([A-Z])([A-Z])\}?")
 _AND = re.compile(r",? (?:and|or) ")
@@ -38,7 +38,7 @@ _NOT_A_LIST = re.compile(r"\\(?:begin|end|in|cup|cap|le|ge|text|mid|quad|text)(?
 
 @functools.lru_cache(maxsize=16384)
 def reduce_form(form: str) -> str:
-    """What forms are compared by: a choice without its text, a value without its unit, assignments in order."""
+    """The form for comparison: a choice without its text, a value without its unit, assignments in order."""
     if len(form) > MAX_MATH_CHARS:
         return form
     if letter := read_choice(form):
@@ -55,10 +55,10 @@ def reduce_form(form: str) -> str:
 
 
 def rank(form: str) -> int:
-    """Where a form comes in a group, so that no form joins two that differ.
+    """The rank of a form in its group, lowest first, so that no form joins two that differ.
 
-    What says more than others need to comes first: 234 is 234_5 or 234_7, and 5 is 5 east or 5 west. A percentage,
-    which is 35 as well as 0.35, comes last.
+    Forms that say more come first: 234 may be 234_5 or 234_7, and 5 may be 5 east or 5 west. A percentage, which may be
+    35 or 0.35, comes last.
     """
     if form.endswith("%"):
         return 2
@@ -66,7 +66,7 @@ def rank(form: str) -> int:
 
 
 def _spell_tuple(form: str) -> str:
-    """A tuple with commas where it has semicolons."""
+    """A tuple with commas in place of semicolons."""
     return form.replace(";", ",") if "," not in form and re.fullmatch(r".*\([^()]*;[^()]*\)", form) else form
 
 
@@ -87,7 +87,7 @@ def _read_points(form: str) -> str | None:
 
 
 def align(first: str, second: str) -> tuple[str, str] | None:
-    """Two reduced forms as they can be compared; None where they differ by a base, a variable or half of the day."""
+    """Two reduced forms, ready to compare; None where they differ by a base, a variable or half of the day."""
     if (pair := align_bases(first, second)) is None:
         return None
     first, second = pair
@@ -117,10 +117,10 @@ def align(first: str, second: str) -> tuple[str, str] | None:
 
 
 def compare_cheaply(first: str, second: str) -> bool | None:
-    """The verdict on two different reduced forms where it needs no algebra, else None."""
+    """Whether two different reduced forms are equal, None where only algebra can tell."""
     if max(len(first), len(second)) > MAX_MATH_CHARS:
         return False
-    # Most answers are plain numbers, and nearly all pairs of a group that come here are different ones.
+    # Most answers are plain numbers, and nearly all pairs of a group that get here differ.
     one, other = read_value(first), read_value(second)
     if one is not None and other is not None:
         return same_values(one, other)
@@ -137,7 +137,7 @@ def compare_cheaply(first: str, second: str) -> bool | None:
         return one[2] == other[2] and {one[1], one[3]} == {other[1], other[3]}
     words, words_too = _are_words(first), _are_words(second)
     if words and words_too:
-        # To an algebra system words are products of letters, and anagrams equal.
+        # An algebra system reads words as products of letters, so that anagrams are equal.
         return _spell_words(first) == _spell_words(second)
     if (words or words_too) and _letters(first) != _letters(second):
         return False
@@ -152,7 +152,7 @@ def compare_cheaply(first: str, second: str) -> bool | None:
 
 
 def _compare_numbers(first: str, second: str) -> bool | None:
-    """The verdict on two numbers, None where one is none; 50% is 50, for the sign is left off, and 1/2."""
+    """Whether two numbers are equal, None where one is no number; 50% equals 50, without its sign, and 1/2."""
     is_percentage, is_percentage_too = first.endswith("%"), second.endswith("%")
     first, second = first.removesuffix("%"), second.removesuffix("%")
     if first == second:
@@ -160,28 +160,28 @@ def _compare_numbers(first: str, second: str) -> bool | None:
     one, other = read_value(first), read_value(second)
     if one is None or other is None:
         return None
-    verdict = same_values(one, other)
+    equal = same_values(one, other)
     if is_percentage and not is_percentage_too:
-        verdict = verdict or same_values(_hundredth(one), other)
+        equal = equal or same_values(_hundredth(one), other)
     elif is_percentage_too and not is_percentage:
-        verdict = verdict or same_values(one, _hundredth(other))
-    return verdict
+        equal = equal or same_values(one, _hundredth(other))
+    return equal
 
 
 def _hundredth(value: Value) -> Value:
-    """A percentage as the number that it is."""
+    """The number that a percentage stands for."""
     return replace(value, exact=value.exact / 100, last_place=value.last_place and value.last_place / 100)
 
 
 def _spell_exponent(form: str, other: str) -> str:
-    """2e-3 as a number, alone or in a list, but for a form beside it that has Euler's number too."""
+    """Reads 2e-3 as a number, alone or in a list, unless the other form has Euler's number too."""
     if not _EXPONENT.search(form) or re.search(r"(?<![A-Za-z\\])e(?![A-Za-z0-9])", other):
         return form
     return _EXPONENT.sub(lambda match: rf"{match[1]}\times 10^{{{int(match[2])}}}", form)
 
 
 def _are_words(form: str) -> bool:
-    """Whether a form is letters only, two or more of which stand together, and no list of variables."""
+    """Whether a form consists of words: letters only, and no list of variables."""
     parts = re.split(r"[ ,.:;!?'()/\-’]+", form)  # noqa: RUF001
     if not all(part.isalpha() or not part for part in parts):
         return False
@@ -189,30 +189,30 @@ def _are_words(form: str) -> bool:
 
 
 def _spell_words(form: str) -> list[str]:
-    """Words in lower case and without a plural s, lists of them in alphabetical order."""
+    """Words in lower case without a plural s; lists in alphabetical order."""
     parts = re.split(r",? (?:and|or) |[,;]", form.casefold())
     words = [re.sub(r"(?<=[^\W\d_]{3})s(?!\w)|[ .:!?()]", "", part) for part in parts]
     return words if form.startswith("(") else sorted(words)
 
 
 def _is_list(form: str) -> bool:
-    """Whether it is values between commas, in no brackets."""
+    """Whether a form is several values between commas, without brackets."""
     return not form.startswith(("(", "[", "\\")) and len(_split(_AND.sub(",", form))) > 1
 
 
 def _letters(form: str) -> set[str]:
-    """The letters of a form that are no LaTeX command, in lower case."""
+    """The letters of a form outside LaTeX commands, in lower case."""
     return set(re.sub(r"\\[A-Za-z]+|[^\w]|[\d_]", "", form).casefold())
 
 
 def _join(assigned: dict[str, str]) -> str:
-    """The values alone, as a tuple where there are several."""
+    """The assigned values, as a tuple where there are several."""
     values = ",".join(assigned.values())
     return f"({values})" if len(assigned) > 1 else values
 
 
 def _variable_order(item: tuple[str, str]) -> tuple[bool, str]:
-    """Latin letters come before Greek ones, as in (r, theta)."""
+    """The sort key of a variable: Latin letters before Greek ones, as in (r, theta)."""
     return item[0].startswith("\\"), item[0]
 
 
@@ -247,7 +247,7 @@ def _split_tuple(form: str) -> list[str] | None:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between the commas that are in no bracket; nothing where brackets do not match."""
+    """The parts between commas outside brackets; empty where brackets do not match."""
     parts, depth, start = [], 0, 0
     for place, char in enumerate(text):
         depth += (char in "([{") - (char in ")]}")

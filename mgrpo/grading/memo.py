@@ -1,4 +1,4 @@
-"""Results that are computed once, however many threads ask."""
+"""A cache that computes each result once for all threads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class Memo(Generic[T]):
-    """Calls a function once for each key, and keeps the last results; a thread that asks meanwhile waits.
+    """Calls a function once for each key and keeps the latest results; other threads wait for a result under way.
 
     Args:
-        compute: the function; what it raises is raised to every caller that waits, and not kept.
+        compute: the function; an error is raised to every caller that waits, and not kept.
         size: results kept.
     """
 
@@ -25,7 +25,7 @@ class Memo(Generic[T]):
         self._lock = threading.Lock()
 
     def knows(self, *key: str) -> bool:
-        """Whether the result is kept, or being computed."""
+        """Whether the result is kept or being computed."""
         with self._lock:
             return key in self._results
 

@@ -1,4 +1,4 @@
-"""Words around an answer that say that it is one, or that it is about right."""
+"""Drops words that announce an answer or call it approximate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ANNOUNCEMENT = re.compile(
     r"(?=[^\s.,;:])",
     re.IGNORECASE,
 )
-# In Chinese, Japanese and Korean; and those of Europe, which need a colon.
+# Chinese, Japanese and Korean; European languages need a colon or a verb.
 _FOREIGN = re.compile(
     r"(?:故|所以|因此|综上,?)?(?:最终|正确|最后)?(?:的)?(?:答案|結果|结果|答え|正解|정답|답|答|解)"
     r"(?:选项|選項)?\s?(?:为|為|是|は|은|는|应为|:)\s?:?\s?(?:选项|選項|选|選)?\s?(?=\S)"
@@ -40,7 +40,7 @@ _ABOUT = re.compile(
 
 
 def drop_phrase(text: str) -> str:
-    """The answer without words that announce it; a text of nothing else stays."""
+    """The answer without words that announce it; a text of such words alone is unchanged."""
     for pattern in (_ANNOUNCEMENT, _FOREIGN, _ABOUT):
         if match := pattern.match(text):
             text = text[match.end() :]

@@ -1,4 +1,4 @@
-"""Numbers that math-verify compares by rounding, compared by relative precision; loaded in the worker process."""
+"""Compares by relative precision numbers that math-verify rounds; loaded in the worker process."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 import sys
 from typing import Any
 
-# Numbers below this, of which six places show less than two digits, are the same where they agree to this precision.
+# Six decimal places show less than two digits of numbers below this, which are equal up to this relative precision.
 LARGEST_TINY = 1e-4
 RELATIVE_PRECISION = 1e-6
 DIGITS = 30
 
 
 def is_arithmetic(answer: str) -> bool:
-    """Whether the whole answer is one expression of numbers, such as 2**10."""
+    """Whether the whole answer is one arithmetic expression, such as 2**10."""
     if not re.fullmatch(r"[0-9 .+\-*/^()]+", answer):
         return False
     try:
@@ -25,7 +25,7 @@ def is_arithmetic(answer: str) -> bool:
 
 
 def approximates(decimal: str, numbers: list[Any]) -> bool:
-    """Whether a decimal agrees in all its digits, and to a relative precision, with a number of no such form."""
+    """Whether a decimal agrees in all its digits, and to a relative precision, with a number that is not a decimal."""
     match = re.fullmatch(r"-?[0-9]+\.([0-9]+)(?:\\times ?10\^\{(-?[0-9]{1,3})\})?", decimal)
     number: Any = numbers[0] if numbers else None
     if match is None or getattr(number, "is_number", False) is not True or getattr(number, "is_Float", True):
@@ -41,7 +41,7 @@ def approximates(decimal: str, numbers: list[Any]) -> bool:
 
 
 def tell_apart_tiny_numbers() -> None:
-    """Has math-verify, which rounds to so many places, compare numbers that round to nothing by relative precision."""
+    """Makes math-verify compare numbers that it would round to zero by relative precision."""
     import sympy
 
     grader: Any = sys.modules.get("math_verify.grader")
@@ -53,14 +53,14 @@ def tell_apart_tiny_numbers() -> None:
         sizes = []
         for number in (one, other):
             symbols = sorted(number.free_symbols, key=str)
-            # Any numbers would do: two multiples of a variable differ where they differ at one.
+            # Any numbers would do: multiples of a variable that differ at one value differ.
             value = number.subs({symbol: sympy.Rational(7 + 2 * i, 5) for i, symbol in enumerate(symbols)})
             value = value.evalf(DIGITS)
             if not value.is_number or not value.is_finite:
                 return False
             sizes.append(value)
         apart, largest = abs(sizes[0] - sizes[1]), max(abs(sizes[0]), abs(sizes[1]))
-        # A number whose digits cancel out has no digit that is sure.
+        # A number whose digits cancel has no digit that is certain.
         sure = all(size == 0 or getattr(size, "_prec", DIGITS) > 1 for size in sizes)
         return bool(sure and largest < LARGEST_TINY and apart > RELATIVE_PRECISION * largest)
 

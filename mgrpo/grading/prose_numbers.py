@@ -1,4 +1,4 @@
-"""The last number in prose, with all that belongs to it."""
+"""Finds the last number in prose, with its sign, fraction, power or root."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _GROUP = r"\{(?:[^{}]|\{[^{}]{0,60}\}){0,60}\}"
 _FRACTION = rf"\\[dtc]?frac ?(?:{_GROUP}|[0-9]) ?(?:{_GROUP}|[0-9])"
 _ROOT = r"(?:\\sqrt(?:\[[0-9]+\])? ?(?:\{[0-9 +\-*/^.]{1,40}\}|[0-9])|√ ?(?:[0-9]+|\([0-9]+\)))(?:/[0-9]+(?![0-9]))?"
 _ELEMENT = "(?:H|He|Li|Be|B|C|N|O|F|Ne|Na|Mg|Al|Si|P|S|Cl|Ar|K|Ca|Cr|Mn|Fe|Co|Ni|Cu|Zn|Br|Ag|Sn|I|Ba|Pt|Au|Hg|Pb|U)"
-# Powers of units, and what counts atoms, are no numbers of their own.
+# Powers of units and counts of atoms are not separate numbers.
 _FORMULA = rf"(?<![A-Za-z0-9])(?:(?:{_ELEMENT}_?(?:[0-9]+|\{{[0-9]+\}})?){{2,}}|(?:H|N|O|F|Cl|Br|I)_?2)(?![A-Za-z0-9])"
 _LAST_NUMBER = re.compile(
-    # Fractions of letters, exponents, indices and units are no numbers of their own.
+    # Fractions of letters, exponents, indices and units are not separate numbers.
     r"\\[dtc]?frac ?\{[^{}0-9]{0,60}\} ?\{[^{}0-9]{0,60}\}"
     rf"|(?:{_RAISED}|(?<=[A-Za-z0-9)}}\]])_) ?(?:{_GROUP}|{_INTEGER_POWER})|{_FORMULA}"
     r"|(?<![A-Za-z])(?:[kcdm]?m|ft|in|yd|mi|sec|s)[23](?![0-9])"

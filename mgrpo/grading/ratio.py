@@ -8,10 +8,10 @@ import mpmath
 
 MAX_DEGREE = 8
 
-# 120 digits, and no value above 10^100: what cancels is still known to 20 decimals.
+# 120 digits, and no value above 10^100: after cancellation 20 decimals are still correct.
 M: Any = mpmath.MPContext()
 M.dps = 120
-SMALLEST = M.mpf(10) ** -15  # a divisor below is taken for a zero that was not exact
+SMALLEST = M.mpf(10) ** -15  # a smaller divisor is taken for an inexact zero
 _ROOTS: Any = mpmath.MPContext()
 _ROOTS.dps = 40
 
@@ -21,11 +21,11 @@ class UnknownError(Exception):
 
 
 class TooLargeError(UnknownError):
-    """A value that more digits may hold."""
+    """A value that may be computed with more digits."""
 
 
 class Ratio:
-    """A quotient of two polynomials in one symbol, their coefficients from the lowest."""
+    """A quotient of two polynomials in one symbol; coefficients start with the lowest degree."""
 
     def __init__(self, top: list[Any], bottom: list[Any]):
         if max(len(top), len(bottom)) > MAX_DEGREE + 1:
@@ -35,7 +35,7 @@ class Ratio:
         self.top, self.bottom = top, bottom
 
     def number(self) -> Any:
-        """The value of a constant one."""
+        """The value of a constant quotient."""
         if abs(self.bottom[0]) < SMALLEST:
             raise UnknownError
         return self.top[0] / self.bottom[0]
@@ -61,7 +61,7 @@ class Ratio:
     __radd__, __rmul__ = __add__, __mul__
 
     def at(self, x: Any) -> tuple[Any, Any]:
-        """Values of the two polynomials."""
+        """Values of the two polynomials at a point."""
         return M.polyval(self.top[::-1], x), M.polyval(self.bottom[::-1], x)
 
     def roots(self) -> list[Any]:
@@ -98,7 +98,7 @@ def _product(one: list[Any], other: list[Any]) -> list[Any]:
 
 
 def trim(coefficients: list[Any]) -> list[Any]:
-    """Without leading coefficients that are zero but for rounding; empty for the zero polynomial."""
+    """The coefficients without leading ones that are zero up to rounding; empty for the zero polynomial."""
     sizes = [abs(c) for c in coefficients]
     if any(M.mpf(10) ** -60 < size < M.mpf(10) ** -20 for size in sizes):
         raise UnknownError
@@ -107,7 +107,7 @@ def trim(coefficients: list[Any]) -> list[Any]:
 
 
 def find_roots(coefficients: list[Any]) -> list[Any]:
-    """The zeros of a polynomial, real ones first; none of the zero polynomial, as `solve` has it."""
+    """The zeros of a polynomial, real ones first; none for the zero polynomial, as in `sympy.solve`."""
     coefficients = trim(coefficients)
     if len(coefficients) < 2:
         return []
@@ -127,7 +127,7 @@ def find_roots(coefficients: list[Any]) -> list[Any]:
     real, others = [], []
     for x in found:
         off = abs(x.imag) / (1 + abs(x.real))
-        if 1e-8 < off < 1e-4:  # real or not?
+        if 1e-8 < off < 1e-4:  # too close to tell whether it is real
             raise UnknownError
         if off <= 1e-8:
             real.append(M.mpf(x.real))
@@ -137,5 +137,5 @@ def find_roots(coefficients: list[Any]) -> list[Any]:
 
 
 def real_only(roots: list[Any]) -> list[Any]:
-    """The real ones."""
+    """The real roots."""
     return [x for x in roots if isinstance(x, M.mpf)]

@@ -1,4 +1,4 @@
-"""Sets of real numbers, by their breakpoints."""
+"""Sets of real numbers, represented by their breakpoints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mgrpo.grading.ratio import M, Ratio, UnknownError, as_ratio, find_roots, re
 
 
 class Region:
-    """A set of real numbers: breakpoints, and which of the cells before, at, between and behind them it holds.
+    """A set of real numbers: breakpoints, and for each cell before, at, between and after them whether it is inside.
 
-    Breakpoints that change nothing are left out, so that equal sets have equal ones.
+    Breakpoints that change nothing are left out, so that equal sets have equal breakpoints.
     """
 
     def __init__(self, breaks: list[Any], cells: list[bool]):
@@ -28,23 +28,23 @@ class Region:
             raise UnknownError
 
     def holds(self, x: Any) -> bool:
-        """Whether a number is in it."""
+        """Whether the region contains a number."""
         return self.cells[sum((b < x) + (b <= x) for b in self.breaks)]
 
     def describe(self) -> list[Any]:
-        """Its alternatives: finitely many points are a set like any other."""
+        """The alternatives of a fingerprint: finitely many points are also a finite set."""
         if self.breaks and not any(self.cells[::2]):
             return [["set", [[["number", [float(b)] * NUM_POINTS]] for b in self.breaks]]]
         return [["region", [float(b) for b in self.breaks], self.cells]]
 
 
 def combine(regions: Sequence[Region], rule: Callable[[Iterator[bool]], bool]) -> Region:
-    """The region whose cells follow from those of the given ones."""
+    """The region whose cells follow by `rule` from those of the given regions."""
     breaks: list[Any] = []
     for b in sorted(b for region in regions for b in region.breaks):
         if not breaks or b - breaks[-1] > M.mpf(10) ** -30 * (1 + abs(b)):
             breaks.append(b)
-    # A point of each cell; a break that is another one but for rounding must not fall between the two.
+    # Breaks that differ only by rounding become one, so that no test point falls between them.
     regions = [Region([min(breaks, key=lambda c: abs(c - b)) for b in r.breaks], r.cells) for r in regions]
     inside = [(a + b) / 2 for a, b in itertools.pairwise(breaks)]
     if not breaks:
@@ -64,7 +64,7 @@ _RELATIONS: dict[Any, Callable[[Any], Any]] = {
 
 
 def from_ratio(ratio: Ratio, kind: type) -> Region:
-    """Where a quotient fulfils a relation to zero."""
+    """The region where a quotient is in the given relation to zero."""
     zeros, poles = real_only(ratio.roots()), real_only(find_roots(ratio.bottom))
     breaks = sorted([*zeros, *poles])
     distinct = [b for i, b in enumerate(breaks) if not i or b - breaks[i - 1] > M.mpf(10) ** -12 * (1 + abs(b))]
@@ -112,12 +112,12 @@ def _real(item: Any) -> Any:
 
 
 def _point_region(x: Any) -> Region:
-    """One point."""
+    """The region of one point."""
     return Region([x], [False, True, False])
 
 
 def _interval_region(item: Any) -> Region:
-    """Between two numbers."""
+    """The region between two numbers."""
     parts = []
     if item.start != -sympy.oo:
         parts.append(Region([_real(item.start)], [False, not item.left_open, True]))

@@ -1,11 +1,11 @@
-"""Responses of models that think: where the thought ends, and texts of token ids that keep its marks."""
+"""Responses with a thought: finds where it ends, and decodes token ids with its marks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-# What opens a thought and what closes it, by model family.
+# The mark that opens a thought, and the one that closes it, by model family.
 MARKS = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
@@ -23,14 +23,14 @@ MARKS = {
     "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
 }
 _FIRST = {mark[0] for mark in (*MARKS, *MARKS.values())}
-# Tokens at the end of a prompt that are looked at: a mark that is no token of its own takes some.
+# Tokens decoded at the end of a prompt: a mark may consist of several.
 TAIL_TOKENS = 32
 
 
 def drop_thought(text: str) -> str | None:
-    """What follows the last closed thought, the text itself where it has none; None where one is opened and left open.
+    """The text after the last closed thought, all of it if there is none, and None if a thought is left open.
 
-    A response need not hold the opening mark: chat templates may end the prompt with it.
+    A response may lack the opening mark, because chat templates may end the prompt with it.
     """
     if not any(first in text for first in _FIRST):
         return text
@@ -42,26 +42,26 @@ def drop_thought(text: str) -> str | None:
 
 
 def opened_thought(prompt: str) -> str:
-    """The mark with which a prompt ends that opens the model's thought, else nothing."""
+    """The opening mark at the end of a prompt, else an empty string."""
     end = prompt.rstrip()
     return next((mark for mark in MARKS if end.endswith(mark)), "")
 
 
 def _is_of_mark(token: str, marks: set[str]) -> bool:
-    """Whether a token is a mark, or one of several that a mark consists of."""
+    """Whether a token is a mark or a part of one."""
     return token in marks or (token.startswith("<|") and any(token in mark for mark in marks))
 
 
 def decode_responses(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
-    """Texts of responses, given as token ids, as an extractor has to see them.
+    """Decodes responses for an extractor.
 
-    Special tokens are left out, but for marks of a thought; a mark that opens one at the end of the prompt comes first,
-    so that a response that never closes it has no answer.
+    Special tokens are left out, except the marks of a thought. An opening mark at the end of the prompt is put in front
+    of the response, so that a response that never closes the thought has no answer.
 
     Args:
         tokenizer: a transformers tokenizer.
         prompts: token ids of each response's prompt.
-        responses: as many.
+        responses: token ids of each response.
     """
     marks = {*MARKS, *MARKS.values()}
     added = getattr(tokenizer, "added_tokens_decoder", {})

@@ -1,6 +1,6 @@
-r"""Units and other words behind a value, which is compared without them.
+r"""Drops units and other words behind a value, so that values are compared without them.
 
-Forms are those of `canonicalize`, where \unit{...} marks a text that can not be told from a product by its letters.
+Forms come from `canonicalize`, where \unit{...} marks text whose letters alone could also be a product.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from fractions import Fraction
 
 MAX_UNIT_CHARS = 300
-# Letters that are a unit where they are set as text; others stay variables.
+# Letters that are a unit where they are typeset as text; others stay variables.
 UNIT_LETTERS = frozenset("msghlLNJWVAKCFTHMtdDSu")
 
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
@@ -22,7 +22,7 @@ _SHORT = (
     "hr|hrs|day|days|wk|wks|yr|yrs|mo|mos|lb|lbs|oz|ton|tons|gal|qt|qts|pt|pts|cup|cups|cc|ha|deg|rad|sq|cu|atm|bar|"
     "psi|amu|dB|hp|mmHg|mt|mtr|mtrs|USD|EUR|GBP|CNY|INR|Rs|rs|yen|fl|au|ly|pc|nC|mC|kHz|mW|GW|kmol|mmol|rev|ppm|ppb|Km|KM|Kms|CM|Cm|Kg|KG|MM|Hrs|Mins|US"
 )
-# Those that are no product where no space parts them from the number: 3ab, 60t, 2mg and 5m are.
+# Units that may touch their number. 3ab, 60t, 2mg and 5m are products.
 _GLUED_SHORT = (
     "kg|kgs|cm|cms|mm|km|kms|ml|mL|kW|kWh|kN|kJ|MHz|GHz|kHz|THz|Hz|kPa|MPa|hPa|eV|keV|MeV|GeV|mol|kcal|ft|mph|kmh|kph|"
     "kmph|mpg|rpm|fps|sec|secs|min|mins|hr|hrs|days?|yrs?|lbs?|oz|tons?|gal|cups?|mmHg|USD|EUR|GBP|CNY|INR|yen"
@@ -62,14 +62,14 @@ _UNIT = re.compile(
     rf"|(?:(?<=[0-9}})\]%!' ])|(?<=\\pi)) ?(?:\(?(?:{_GLUED}|{_MARKED}){_POWER}{_MORE}|{_FRACTION})"
     rf"|(?<=%) ?{_LONG}{_MORE}|(?<=[A-Za-z.])\\unit\{{[^{{}}]*\}}{_POWER}{_MORE}){_END}"
 )
-# Words that make another value or a statement of it.
+# Words that change the value or make a statement of it.
 _MEANT = re.compile(
     r"(?<![A-Za-z])(?:and|or|if|when|where|is|are|not|no|mod|than|to|but|with|plus|minus|times|over|root|pi|sqrt|"
     r"squared|cubed|choose|factorial|infinity|sin|cos|tan|log|ln|exp|base|half|halves|thirds?|quarters?|fourths?|"
     rf"fifths?|tenths?|remainder|repeating|recurring|"
     rf"January|February|March|April|May|June|July|August|September|October|November|December|{'|'.join(_SCALES)})(?![A-Za-z])"
 )
-# Of a quantity that has a direction: 5 m/s north, 10% more. Where both are written they must be the same.
+# The direction of a quantity: 5 m/s north, 10% more. Where both answers give one, it must be the same.
 _SENSES = (
     "north|south|east|west|northeast|northwest|southeast|southwest|left|right|upwards?|downwards?|inwards?|outwards?|"
     "clockwise|counter-?clockwise|anti-?clockwise|forwards?|backwards?|above|below|more|less|increases?d?|decreases?d?|"
@@ -84,7 +84,7 @@ _LEFT_OVER = re.compile(r"[0-9}] ?(?:(?<!\\)(?<![A-Za-z\\])[A-Za-z]{2,}|\\unit\{
 
 @functools.lru_cache(maxsize=16384)
 def drop_unit(form: str) -> str:
-    """A canonical form without the units behind its values; itself where it holds several quantities, as 5 ft 3 in."""
+    """A canonical form without the units behind its values; unchanged if it has several quantities, as 5 ft 3 in."""
     if len(form) > MAX_UNIT_CHARS or not re.search(r"[0-9\\]|^-?[A-Za-z] ", form):
         return form
 
@@ -105,7 +105,7 @@ def drop_unit(form: str) -> str:
 
 
 def split_sense(form: str) -> tuple[str, str]:
-    """A form without units and the direction of its quantity, which may be nothing."""
+    """A form without units, split from the direction of its quantity, which may be empty."""
     match = _WITH_SENSE.fullmatch(form)
     return (
         (match[1], (match[2] or match[3]).removesuffix("s")) if match and re.search("[0-9]", match[1]) else (form, "")
@@ -113,7 +113,7 @@ def split_sense(form: str) -> tuple[str, str]:
 
 
 def is_unit(text: str, *, after_digit: bool) -> bool:
-    """Whether plain text behind a value is dropped as its unit, as the letters of a product are not."""
+    """Whether plain text behind a value is its unit, not the letters of a product."""
     text = re.sub(r" ?([^A-Za-z0-9 ]) ?", r"\1", text)
     value = "1 " if after_digit else r"\sqrt{2}"
     return not text.startswith("\\") and drop_unit(value + text) == value.strip()

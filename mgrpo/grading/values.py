@@ -1,4 +1,4 @@
-"""Exact values of numbers as answers write them, and when two of them are the same."""
+"""Exact values of numbers in answers, and their comparison."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-# Beyond these sizes algebra decides.
+# Larger numbers are left to math-verify.
 MAX_FACTORIAL = 1000
 MAX_EXPONENT = 5000
 MAX_BITS = 1 << 16
-# A decimal stands for another number that it agrees with to this precision and in all its digits ...
+# A decimal is equal to a number that it agrees with to this precision and in all its digits ...
 RELATIVE_PRECISION = Fraction(1, 10**6)
-# ... or rounded to six places, as math-verify does it, unless so few digits are left that others round alike.
+# ... or, as in math-verify, rounded to six places, unless so few digits are left that other numbers round alike.
 ROUNDED_PLACES = 6
 LEAST_ROUNDED = Fraction(1, 10**4)
 
@@ -35,10 +35,10 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A rational number, and how it is written."""
+    """A rational number and its notation."""
 
     exact: Fraction
-    plain: bool  # a decimal or whole number, perhaps times a power of ten
+    plain: bool  # a decimal or integer, possibly times a power of ten
     last_place: Fraction | None  # of a plain number with a decimal point
     inexact: bool  # has a decimal point somewhere
 
@@ -71,7 +71,7 @@ def read_value(form: str) -> Value | None:
 
 
 def _spell_python(form: str) -> str:
-    """The form as a Python expression of whole numbers; what is left of LaTeX makes it invalid."""
+    """The form as a Python expression of integers; ValueError where LaTeX is left over."""
     text = _MIXED.sub(r"(\1+\\frac{\2}{\3})", form)
     text = _FACTORIAL.sub(r"factorial(\1)", text)
     before = None
@@ -87,14 +87,14 @@ def _spell_python(form: str) -> str:
 
 
 def _spell_number(match: re.Match[str]) -> str:
-    """A decimal as a quotient of whole numbers."""
+    """A decimal as a quotient of integers."""
     whole, point, decimals = match[0].partition(".")
     digits = (whole + decimals).lstrip("0") or "0"
     return f"({digits}/{10 ** len(decimals)})" if point else digits
 
 
 def _evaluate(node: ast.expr) -> Fraction:
-    """The value of an expression; ValueError where it is too large, or is not arithmetic."""
+    """The value of an expression; ValueError where it is too large or not arithmetic."""
     match node:
         case ast.Constant(value=int(number)):
             return Fraction(number)
@@ -114,7 +114,7 @@ def _evaluate(node: ast.expr) -> Fraction:
 
 
 def _raise(base: Fraction, exponent: Fraction) -> Fraction:
-    """A power with a whole exponent, of bounded size."""
+    """A power with an integer exponent, of bounded size."""
     size = max(base.numerator.bit_length(), base.denominator.bit_length())
     if exponent.denominator != 1 or abs(exponent) > MAX_EXPONENT or size * abs(exponent) > MAX_BITS:
         raise ValueError("too large")
@@ -129,9 +129,9 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 def same_values(one: Value, other: Value) -> bool | None:
-    """Whether two numbers are the same, None where algebra has to round them.
+    """Whether two numbers are the same, None where math-verify has to round them.
 
-    Two plain numbers are the same where they are equal, and a decimal also is another number where it approximates it.
+    Two plain numbers are the same where they are equal; a decimal is also the same as a number that it approximates.
     """
     if one.exact == other.exact:
         return True

@@ -1,4 +1,4 @@
-"""How far a long grouping is, for a person who waits, and its end where it fails."""
+"""Progress of a long grouping, and its stop after a failure."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class StoppedError(Exception):
 
 
 class Watch:
-    """Of one call of `group_classes`; its threads call `tick` before each piece of work.
+    """Progress of one call of `group_classes`; its threads call `tick` before each piece of work.
 
     Args:
         total: prompts to group.
-        show: takes the prompts that are done and `total`, from any thread, one call at a time: once 5 s have passed,
-            then about every second, and at the end where it was called before. None for nobody.
+        show: called with the prompts that are done and `total`, from any thread, one call at a time: after 5 s, then
+            about every second, and at the end if it was called before. None shows nothing.
     """
 
     def __init__(self, total: int, show: Callable[[int, int], None] | None):
@@ -30,28 +30,28 @@ class Watch:
         self._lock = threading.Lock()
 
     def tick(self) -> None:
-        """Shows how far it is where that is due; raises StoppedError after `stop`."""
+        """Shows the progress where it is due; raises StoppedError after `stop`."""
         if self._stopped:
             raise StoppedError
         if self._show is None or time.monotonic() < self._next_s:
             return
         with self._lock:
             if time.monotonic() >= self._next_s:
-                self._tell()
+                self._report()
 
     def finish_one(self) -> None:
-        """Counts a prompt, and shows the last."""
+        """Counts a finished prompt; shows the last."""
         with self._lock:
             self._done += 1
             if self._show is not None and self._shown and self._done == self._total:
-                self._tell()
+                self._report()
 
     def stop(self) -> None:
         """Ends every thread at its next tick."""
         self._stopped = True
 
-    def _tell(self) -> None:
-        """Calls `show`."""
+    def _report(self) -> None:
+        """Calls `show` and sets the time of the next call."""
         assert self._show is not None
         self._show(self._done, self._total)
         self._shown, self._next_s = True, time.monotonic() + SHOWN_EVERY_S

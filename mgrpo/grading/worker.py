@@ -1,8 +1,8 @@
-"""Mathematical equivalence of two answers, and the fingerprint of one, found in a process that can be killed.
+"""Compares two answers, or makes the fingerprint of one, in a process that can be killed.
 
-Both ends of one pipe live here: `EquivalenceWorker` runs in the trainer, `serve` in the worker process, which is
-this file run as a script. Messages are JSON behind a 4-byte big-endian length. Only the standard library is imported
-at the top, so that a worker starts in half a second and carries no torch state.
+`EquivalenceWorker` runs in the trainer, `serve` in the worker process, which runs this file as a script. Each message
+on the pipe is JSON behind a 4-byte big-endian length. Only the standard library is imported at the top, so that a
+worker starts in half a second and holds no torch state.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 MEMORY_LIMIT_BYTES = 2 << 30
-# A worker that holds more than this after a pair would leave less than a fresh one to the next.
+# A worker that holds more than this after a pair is replaced, because it would leave too little for the next.
 MEMORY_KEPT_BYTES = MEMORY_LIMIT_BYTES // 2
-# By the clock, because a stopped process uses no processor time; loading takes about a second of it.
+# Wall-clock time, because a stopped process uses no CPU time; loading takes about a second of CPU time.
 START_LIMIT_S = 300.0
 START_TRIES = 3
 # A worker that gets less than this share of a processor counts as hung.
@@ -40,27 +40,27 @@ LEAST_HANG_S = 30.0
 
 
 class WorkerError(RuntimeError):
-    """A worker process died, or could not decide, on a pair or a form."""
+    """A worker process died on a pair or a form, or could not decide it."""
 
 
 class StartError(RuntimeError):
-    """No worker process can be started, so that no pair can be decided."""
+    """No worker process can be started, so no pair can be decided."""
 
 
 class _LostError(Exception):
-    """A worker process is gone, or does not answer."""
+    """A worker process ended or does not reply."""
 
 
 class EquivalenceWorker:
-    """One worker process, started at the first pair and replaced whenever it is lost. Not for two threads at once.
+    """One worker process, started at the first pair and replaced when it dies or hangs. Not for two threads at once.
 
-    A worker that ran out of memory or stack, or that keeps much memory, is replaced too: no verdict depends on the
-    pairs before it. It has a session of its own, so that a Ctrl-C is the trainer's, and ends when the trainer ends.
+    A worker that ran out of memory or stack, or that keeps much memory, is replaced too, so that no result depends on
+    earlier pairs. It runs in a separate session, so that Ctrl-C reaches the trainer alone, and ends with the trainer.
 
     Args:
-        timeout_s: limit of one pair in seconds of processor time, above 0: a busy machine changes no verdict. Starting
+        timeout_s: limit of one pair in seconds of CPU time, above 0, so that a busy machine changes no result. Starting
             the process does not count.
-        hang_s: limit of one pair in seconds of the clock, for a worker that waits for ever or is stopped.
+        hang_s: limit of one pair in seconds of wall-clock time, for a worker that blocks or is stopped.
     """
 
     def __init__(self, *, timeout_s: float, hang_s: float | None = None) -> None:
@@ -74,10 +74,10 @@ class EquivalenceWorker:
         return self._process.pid if self._process else None
 
     def compare(self, first: str, second: str) -> bool:
-        """verify(first, second) or verify(second, first).
+        """Whether math-verify finds two answers equal, in either order.
 
         Raises:
-            TimeoutError: the limit passed; the process is gone.
+            TimeoutError: the pair took more than `timeout_s`; the process has ended.
             WorkerError: the process died or hung on the pair twice, or ran out of memory or stack.
             StartError: the process died or hung three times in a row while it started.
             ImportError: math-verify is not installed, or does not load.
@@ -85,23 +85,23 @@ class EquivalenceWorker:
         return self._ask(first, second)
 
     def fingerprint(self, form: str) -> list[Any]:
-        """What `mgrpo.grading.matching.read_fingerprint` reads, for one answer; raises as `compare` does."""
+        """The fingerprint of one answer, for `matching.read_fingerprint`; raises as `compare` does."""
         return self._ask(form)
 
     def _ask(self, *forms: str) -> Any:
-        """The reply on a pair, or on one form."""
+        """The reply on a pair or on one form; asks a second time where the process ended."""
         try:
             try:
                 return self._exchange(forms)
             except _LostError:
-                # It may have been killed or stopped from outside, which says nothing about these forms.
+                # It may have been killed or stopped from outside, for no fault of these forms.
                 self.close()
                 return self._exchange(forms)
         except _LostError as error:
             self.close()
             raise WorkerError(f"the worker process {error} on {_join(forms)}") from error
         except BaseException:
-            # A late reply would otherwise be read as the verdict of the next pair, and what ran out is not as it was.
+            # Else a late reply would be read as that of the next pair, and memory or stack may still be short.
             self.close()
             raise
 
@@ -117,7 +117,7 @@ class EquivalenceWorker:
                 pipe.close()
 
     def _exchange(self, forms: tuple[str, ...]) -> Any:
-        """Sends one pair or form and returns the verdict or fingerprint."""
+        """Sends one pair or form and returns the result or fingerprint."""
         process = self._process or self._start()
         assert process.stdin is not None
         try:
@@ -127,7 +127,7 @@ class EquivalenceWorker:
             raise _LostError("hung") from error
         except (BrokenPipeError, EOFError) as error:
             if process.wait() == -signal.SIGPROF:
-                raise TimeoutError(f"no verdict within {self._timeout_s} s of processor time") from error
+                raise TimeoutError(f"no result within {self._timeout_s} s of CPU time") from error
             raise _LostError("died") from error
         if "error" in reply:
             raise WorkerError(f"math-verify failed on {_join(forms)}: {reply['error']}")
@@ -136,24 +136,24 @@ class EquivalenceWorker:
         return reply["answer"]
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """Starts the process, again where it is lost on the way."""
+        """Starts the process, with retries."""
         reasons = []
         for tries in range(START_TRIES):
-            time.sleep(tries / 2)  # what ended the one before may pass
+            time.sleep(tries / 2)  # the cause of the failure may pass
             try:
                 return self._start_once()
             except _LostError as error:
                 self.close()
                 reasons.append(str(error))
         raise StartError(
-            f"AnswerChecker: a worker process must start, got {START_TRIES} in a row that were lost: "
+            f"AnswerChecker: a worker process must start, got {START_TRIES} failures in a row: "
             f"{'; '.join(reasons)}. Free memory and processes, and try python -c 'import math_verify'."
         )
 
     def _start_once(self) -> subprocess.Popen[bytes]:
         """Starts the process and waits until math-verify is loaded."""
-        # -P keeps this folder, whose files may be named like standard modules, off the worker's path. A fixed hash
-        # seed fixes the order of SymPy's sets, and with it the verdicts.
+        # -P keeps this folder, whose files may have names of standard modules, off the worker's path. A fixed hash
+        # seed fixes the order of SymPy's sets, and with it the results.
         try:
             self._process = process = subprocess.Popen(
                 [sys.executable, "-P", __file__, str(self._timeout_s), str(self._hang_s)],
@@ -165,7 +165,7 @@ class EquivalenceWorker:
                 start_new_session=True,
             )
         except OSError as error:
-            raise _LostError(f"no process could be made ({error})") from error
+            raise _LostError(f"no process could be created ({error})") from error
         try:
             reply = _receive(process, START_LIMIT_S)
         except TimeoutError as error:
@@ -216,16 +216,16 @@ def _receive(process: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]
 
 
 def serve(timeout_s: float, hang_s: float) -> None:
-    """Answers pairs and forms from standard input until it closes, which it does when the parent ends."""
+    """Replies to pairs and forms from standard input until it closes, as it does when the parent ends."""
     _end_with_parent()
-    # A terminal and some schedulers send theirs to every process of a run; this one ends with its parent.
+    # A terminal and some schedulers signal every process of a run; this one ends with its parent.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     for limit in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(limit, signal.SIG_DFL)
     requests = sys.stdin.buffer
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    # Whatever the libraries print must not end up between the messages.
+    # Output of the libraries must not mix with the messages.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     with contextlib.suppress(ValueError, OSError):  # macOS refuses the limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
@@ -237,7 +237,7 @@ def serve(timeout_s: float, hang_s: float) -> None:
         return
     replies.write(_pack({"ready": True}))
     while (forms := _read_request(requests)) is not None:
-        # The default action of both ends the process: at the limit, and where it waits on after a dead parent.
+        # By default both signals end the process: at its limit, and where it outlives its parent.
         signal.setitimer(signal.ITIMER_PROF, timeout_s)
         signal.setitimer(signal.ITIMER_REAL, hang_s + 1)
         try:
@@ -250,9 +250,9 @@ def serve(timeout_s: float, hang_s: float) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process as soon as the other end of standard input is closed, whatever it does then."""
+    """Ends this process as soon as the other end of standard input is closed."""
     closed = select.poll()
-    closed.register(0, 0)  # nothing but the hang-up, which is always reported
+    closed.register(0, 0)  # the hang-up alone, which is always reported
 
     def wait() -> None:
         closed.poll()
@@ -262,7 +262,7 @@ def _end_with_parent() -> None:
 
 
 def _address_space() -> int:
-    """Bytes of this process that count for the memory limit, 0 where the system does not say."""
+    """Address space of this process in bytes, which the memory limit bounds; 0 where the system does not report it."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[0]) * resource.getpagesize()
@@ -282,14 +282,14 @@ def _load_beside(name: str) -> Any:
     """Imports a file of this folder, whatever package of the same name is installed."""
     here = os.path.dirname(os.path.abspath(__file__))
     for package, folder in (("mgrpo", os.path.dirname(here)), ("mgrpo.grading", here)):
-        # In place of the packages themselves, which import more than a worker needs.
+        # The packages themselves would import more than a worker needs.
         module = sys.modules.setdefault(package, types.ModuleType(package))
         module.__path__ = [folder]
     return importlib.import_module(f"mgrpo.grading.{name}")
 
 
 def _keep_letters(config: Any) -> Any:
-    """The configuration without math-verify's units, which are products too (3ab, 60t); ours are gone by now."""
+    """The configuration without math-verify's units, which match products too (3ab, 60t); units are dropped before."""
     normalization = getattr(config, "normalization_config", None)
     if normalization is None:
         return config
@@ -297,7 +297,7 @@ def _keep_letters(config: Any) -> Any:
 
 
 def _load_comparison() -> Callable[..., Any]:
-    """Imports math-verify and returns the symmetric comparison of two canonical answers; of one, its fingerprint."""
+    """Imports math-verify; returns a function that compares two canonical answers, or makes the fingerprint of one."""
     import sympy
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     from sympy.core.cache import clear_cache
@@ -308,7 +308,7 @@ def _load_comparison() -> Callable[..., Any]:
     precision.tell_apart_tiny_numbers()
 
     def attempt(step: Callable[[], Any], failed: Any) -> Any:
-        """What math-verify does on errors, but for those that say nothing about the answer."""
+        """The result of a step, `failed` for errors that math-verify too takes for a failure."""
         try:
             return step()
         except (MemoryError, RecursionError):
@@ -318,14 +318,14 @@ def _load_comparison() -> Callable[..., Any]:
 
     latex = _keep_letters(LatexExtractionConfig())
 
-    # The limits of math-verify itself are off throughout: they use the alarm that guards the whole pair.
+    # math-verify's own time limits are off, because they use the alarm that guards the whole pair.
     def parse_as(text: str, config: Any) -> list[Any]:
         return attempt(lambda: parse(text, [config], parsing_timeout=None, raise_on_error=True), [])  # pyright: ignore[reportArgumentType]
 
     @functools.lru_cache(maxsize=512)
     def parse_answer(answer: str) -> list[Any]:
         parsed = parse_as(f"${answer}$", latex)
-        # On other text the plain parser would pick one number out of many.
+        # On other text the plain parser would pick one of several numbers.
         if not any(isinstance(item, sympy.Basic) for item in parsed) and precision.is_arithmetic(answer):
             return parse_as(answer, ExprExtractionConfig()) or parsed
         return parsed
@@ -341,13 +341,13 @@ def _load_comparison() -> Callable[..., Any]:
         return any(equal(a, b) for a, b in pairs) or any(equal(b, a) for a, b in pairs)
 
     def answer(*forms: str) -> Any:
-        # SymPy tests some identities at random points, and what it keeps of earlier pairs saves stack and memory.
+        # SymPy tests some identities at random points, and its cache would make results depend on earlier pairs.
         seed(0)
         clear_cache()
         return fingerprint(parse_answer(*forms)) if len(forms) == 1 else compare(*forms)
 
     for forms in ((r"\frac{x}{2}+\sqrt{3}", r"0.5x+3^{1/2}"), (r"x^{2}=4",)):
-        answer(*forms)  # loads what is loaded late, outside the limit of any pair
+        answer(*forms)  # late imports happen here, outside the limit of any pair
     return answer
 
 

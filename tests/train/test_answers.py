@@ -558,7 +558,7 @@ def test_workers_that_never_start_are_an_error_after_three(fake_math_verify, mon
             # Only the one that is silent is to meet the limit, and not the sound one after it, however slow its start.
             if "not ready" in reason:
                 patch.setattr("mgrpo.grading.worker.START_LIMIT_S", 1.0)
-            with pytest.raises(StartError, match=f"must start, got 3 in a row that were lost: {reason}"):
+            with pytest.raises(StartError, match=f"must start, got 3 failures in a row: {reason}"):
                 fresh.equivalent("x+1", "1+x")
         assert fresh.worker_pids == [] and fresh.failures == 0
         fake_math_verify.write_text(FAKE_MATH_VERIFY)
@@ -571,7 +571,7 @@ def test_a_machine_without_room_for_a_process_is_an_error_after_three(monkeypatc
 
     with AnswerChecker() as fresh:
         monkeypatch.setattr(subprocess, "Popen", refuse)
-        with pytest.raises(StartError, match=r"no process could be made \(\[Errno 11\] Resource temporarily unav"):
+        with pytest.raises(StartError, match=r"no process could be created \(\[Errno 11\] Resource temporarily unav"):
             fresh.equivalent("x+1", "1+x")
 
 

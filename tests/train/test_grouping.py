@@ -134,13 +134,13 @@ def processor_s(checker):
 
 def group(checker, answers):
     """Class ids, comparisons and seconds of processor time."""
-    asked, compute = [], checker._verdict._compute
-    checker._verdict._compute = lambda *pair: asked.append(pair) or compute(*pair)
+    asked, compute = [], checker._is_equal._compute
+    checker._is_equal._compute = lambda *pair: asked.append(pair) or compute(*pair)
     start = processor_s(checker)
     try:
         ids = checker.classes(answers)
     finally:
-        checker._verdict._compute = compute
+        checker._is_equal._compute = compute
     return ids, len(asked), processor_s(checker) - start
 
 
@@ -149,7 +149,7 @@ def compare_both_ways(checker, first, second):
     if checker._compare_without_worker(first, second) is not None:
         return None
     pair = _as_compared(first, second)
-    equal = checker._verdict(*pair)
+    equal = checker._is_equal(*pair)
     assert may_be_equal(*map(checker._fingerprint, pair)) or not equal, pair
     return equal
 
@@ -320,12 +320,12 @@ def test_a_form_without_fingerprint_is_undecided_and_compared_as_text(
 def test_grading_after_grouping_needs_no_comparison(checker):
     answers = make_family(FAMILIES["roots"], 8, seed=5)
     checker.classes(answers)
-    asked, compute = [], checker._verdict._compute
-    checker._verdict._compute = lambda *pair: asked.append(pair) or compute(*pair)
+    asked, compute = [], checker._is_equal._compute
+    checker._is_equal._compute = lambda *pair: asked.append(pair) or compute(*pair)
     try:
         assert not any(checker.is_correct(answer, r"\sqrt{7}+\sqrt{5}") for answer in answers)
     finally:
-        checker._verdict._compute = compute
+        checker._is_equal._compute = compute
     assert asked == []
 
 
