@@ -6,14 +6,15 @@ Letters: B prompts, M policy and N momentum rollouts a prompt, G = M + N; policy
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mgrpo.algorithm.advantage import group_advantage
+from mgrpo.algorithm.evidence import Evidence
 from mgrpo.algorithm.filter import filter_trajectories
-from mgrpo.algorithm.reward import REWARDS, Evidence
-from mgrpo.algorithm.vote import Vote, first_of_class
+from mgrpo.algorithm.reward import REWARDS
+from mgrpo.algorithm.vote import VOTE_RULES, Vote, first_of_class
 from mgrpo.algorithm.vote import vote as elect
 from mgrpo.config import FilterConfig, ObjectiveConfig, VoteConfig
 from mgrpo.grading.checker import AnswerChecker
@@ -56,34 +57,34 @@ def assign_credit(
         answers: [B][G], what `mgrpo.grading.make_extractor` finds in each response; None where there is none.
         entropy: [B, G] fp32 in nats, on the CPU; what the filter looks at.
         num_policy: M; the other G - M rollouts of a prompt are the momentum model's.
-        filter, vote, objective: how; of `objective`, reward and advantage.
+        filter, vote, objective: options; of `objective`, reward and advantage.
         checker: decides which answers are the same.
         may_train: [B, G] bool, rollouts that the loss may take; the policy's by default.
         mean_entropy: [B, G] fp32, mean token entropies, for the reward "entropy"; `entropy` by default.
-        self_certainty, true_answers: [B, G] fp32 and [B], for the rewards "self-certainty" and "labels" alone.
+        self_certainty, true_answers: [B, G] fp32 and [B], for vote rules and rewards that need them.
         backend: backend of mgrpo_kernels.
 
     Raises:
-        ValueError: shapes that disagree, or a reward without its evidence.
+        ValueError: shapes that disagree, or a vote rule or reward without its evidence.
 
     Source: arXiv 2512.13070, algorithm 1; docs/algorithm.md has every choice.
     """
-    reward = REWARDS[objective.reward]
-    shape = _check(answers, entropy, objective, {"correct": true_answers, "self_certainty": self_certainty})
+    needs = needed_evidence(vote, objective)
+    shape = _check(answers, entropy, needs, {"correct": true_answers, "self_certainty": self_certainty})
     answer_ids = torch.tensor(checker.group_classes(answers)).view(shape)
     keep = filter_trajectories(entropy, filter, backend=backend)
     voters = torch.ones_like(keep) if filter.applies_to == "loss" else keep
-    elected = elect(answer_ids, voters, num_policy, vote, backend=backend)
     evidence = Evidence(
         answer_ids=answer_ids,
+        num_policy=num_policy,
         entropy=entropy if mean_entropy is None else mean_entropy,
         self_certainty=self_certainty,
-        correct=_grade(answers, true_answers or (), checker) if "correct" in reward.needs else None,
     )
-    rewards = reward.compute(elected, evidence)
-    if may_train is None:
-        may_train = (torch.arange(shape[1]) < num_policy).expand(shape)
-    trains = keep & may_train
+    elected = elect(evidence, voters, vote, backend=backend)
+    if "correct" in needs:
+        evidence = replace(evidence, correct=_grade(answers, true_answers or (), checker))
+    rewards = REWARDS[objective.reward].compute(elected, evidence)
+    trains = keep & (~evidence.is_momentum if may_train is None else may_train)
     return Credit(
         answers=answers,
         answer_ids=answer_ids,
@@ -97,22 +98,26 @@ def assign_credit(
     )
 
 
+def needed_evidence(vote: VoteConfig, objective: ObjectiveConfig) -> dict[str, str]:
+    """Fields of Evidence that are computed for the vote rule or the reward alone, and the option that needs each."""
+    needed = {need: f"objective.reward {objective.reward}" for need in REWARDS[objective.reward].needs}
+    return needed | {need: f"vote.rule {vote.rule}" for need in VOTE_RULES[vote.rule].needs}
+
+
 def _check(
-    answers: list[list[str | None]], entropy: torch.Tensor, objective: ObjectiveConfig, given: dict[str, object]
+    answers: list[list[str | None]], entropy: torch.Tensor, needs: dict[str, str], given: dict[str, object]
 ) -> tuple[int, int]:
-    """[B, G] of the answers; ValueError for shapes that disagree, and for a reward whose needs are not given."""
+    """[B, G] of the answers; ValueError for shapes that disagree, and for evidence that is needed and not given."""
     shape = (len(answers), len(answers[0]) if answers else 0)
     if tuple(entropy.shape) != shape or any(len(row) != shape[1] for row in answers):
         raise ValueError(
             f"assign_credit: entropy must be [B, G] = {list(shape)} as answers are, got {list(entropy.shape)} and rows "
             f"of {sorted({len(row) for row in answers})} answers. Whole groups get credit at once."
         )
-    for need in REWARDS[objective.reward].needs:
+    for need, option in needs.items():
         if given[need] is None:
             name = "true_answers" if need == "correct" else need
-            raise ValueError(
-                f"assign_credit: {name} must be given for objective.reward {objective.reward!r}, got None."
-            )
+            raise ValueError(f"assign_credit: {name} must be given for {option}, got None.")
     return shape
 
 

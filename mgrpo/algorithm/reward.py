@@ -6,22 +6,12 @@ Letters: B prompts, G rollouts a prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from mgrpo.algorithm.evidence import Evidence
 from mgrpo.algorithm.vote import Vote
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """Quantities that a reward may use, each [B, G]; None where it was not computed."""
-
-    answer_ids: torch.Tensor  # int64, class of the answer, -1 for none
-    entropy: torch.Tensor  # fp32, mean token entropy, nats
-    self_certainty: torch.Tensor | None = None  # fp32, mean of logsumexp(z) - mean(z)
-    correct: torch.Tensor | None = None  # bool, equals the true answer
 
 
 class Reward(NamedTuple):
@@ -57,6 +47,7 @@ def self_certainty(vote: Vote, evidence: Evidence) -> torch.Tensor:
 
 def negative_entropy(vote: Vote, evidence: Evidence) -> torch.Tensor:
     """Minus the mean token entropy (RENT, arXiv 2505.22660)."""
+    assert evidence.entropy is not None
     return -evidence.entropy
 
 

@@ -1,16 +1,19 @@
-"""The majority vote, from answers to pseudo-labels.
+"""Votes, from answers to pseudo-labels. A rule is added by a function and its row of VOTE_RULES, and its name in
+config/vote.py.
 
 Letters: B prompts, M policy rollouts, N momentum rollouts a prompt, G = M + N; policy rollouts come first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 import mgrpo_kernels as K
+from mgrpo.algorithm.evidence import Evidence
 from mgrpo.config import VoteConfig
 
 
@@ -27,28 +30,42 @@ class Vote:
     agreement_known: torch.Tensor  # [B] bool, both elect one
 
 
-def vote(
-    answer_ids: torch.Tensor, keep: torch.Tensor, num_policy: int, config: VoteConfig, *, backend: str = "auto"
-) -> Vote:
-    """Elects each prompt's largest answer class.
+def majority(evidence: Evidence, voters: torch.Tensor, config: VoteConfig, backend: str) -> K.MajorityVote:
+    """The class with most votes, of which a momentum rollout has `momentum_weight`.
 
     A tie goes to the class with more momentum votes, then to the class of the earliest rollout.
+    """
+    is_momentum = evidence.is_momentum
+    weights = torch.where(is_momentum, config.momentum_weight, 1).to(torch.int32)
+    return K.majority_vote(evidence.answer_ids, keep=voters, weights=weights, tie_break=is_momentum, backend=backend)
+
+
+class VoteRule(NamedTuple):
+    """A way to elect a pseudo-label."""
+
+    elect: Callable[[Evidence, torch.Tensor, VoteConfig, str], K.MajorityVote]
+    """From the evidence, the [B, G] bool rollouts that vote, the options and the backend of mgrpo_kernels."""
+    needs: tuple[str, ...] = ()
+    """Fields of Evidence that are computed for it alone; never `correct`."""
+
+
+VOTE_RULES = {"majority": VoteRule(majority)}
+
+
+def vote(evidence: Evidence, keep: torch.Tensor, config: VoteConfig, *, backend: str = "auto") -> Vote:
+    """Elects each prompt's pseudo-label by the rule of the options.
 
     Args:
-        answer_ids: [B, G] int64, class of each rollout's answer, -1 for none; policy rollouts first.
+        evidence: answers, and what the rule needs.
         keep: [B, G] bool, rollouts that may vote.
-        num_policy: M.
-        config: pool, weight of momentum votes, least share and margin.
+        config: rule, pool, weight of momentum votes, least share and margin.
         backend: backend of mgrpo_kernels.
     """
-    is_momentum = (torch.arange(answer_ids.shape[1]) >= num_policy).expand_as(answer_ids)
+    is_momentum, ids = evidence.is_momentum, evidence.answer_ids
     pool = {"both": keep, "policy": keep & ~is_momentum, "momentum": keep & is_momentum}
-    weights = torch.where(is_momentum, config.momentum_weight, 1).to(torch.int32)
-    elected = K.majority_vote(
-        answer_ids, keep=pool[config.pool], weights=weights, tie_break=is_momentum, backend=backend
-    )
-    by_policy = K.majority_vote(answer_ids, keep=pool["policy"], backend=backend).label
-    by_momentum = K.majority_vote(answer_ids, keep=pool["momentum"], backend=backend).label
+    elected = VOTE_RULES[config.rule].elect(evidence, pool[config.pool], config, backend)
+    by_policy = K.majority_vote(ids, keep=pool["policy"], backend=backend).label
+    by_momentum = K.majority_vote(ids, keep=pool["momentum"], backend=backend).label
     return Vote(
         label=elected.label,
         share=elected.share,

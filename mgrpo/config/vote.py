@@ -10,8 +10,10 @@ from mgrpo.config.option import option
 
 @dataclass(frozen=True, kw_only=True)
 class VoteConfig:
-    """Majority vote, the pseudo-label."""
+    """The vote that elects the pseudo-label."""
 
+    rule: Literal["majority"] = "majority"
+    """How the pseudo-label is elected."""
     pool: Literal["both", "policy", "momentum"] = "both"
     """Whose rollouts vote."""
     momentum_weight: int = option(1, least=1, most=10**6)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mgrpo.algorithm.credit import Credit
+from mgrpo.algorithm.credit import Credit, needed_evidence
+from mgrpo.config import Config
 from mgrpo.errors import InputError
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.label_text import Label, label_text
@@ -49,6 +50,14 @@ def credit_metrics(
         checker.is_correct(given, answer) for b, answer in known for given in credit.answers[b][: credit.num_policy]
     ]
     return outcome_metrics(outcome) | {"accuracy": mean(right) if right else None}
+
+
+def missing_evidence(config: Config, *, host: str) -> list[str]:
+    """A line for each vote rule or reward that reads what `host` does not compute."""
+    needed = needed_evidence(config.vote, config.objective)
+    return [
+        f"{option} needs {need}, which {host} does not compute." for need, option in needed.items() if need != "correct"
+    ]
 
 
 logger = logging.getLogger(__name__)

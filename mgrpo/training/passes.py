@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import mgrpo_kernels as K
-from mgrpo.algorithm.reward import REWARDS
+from mgrpo.algorithm.credit import needed_evidence
 from mgrpo.config import Config
 from mgrpo.models.forward import Forward, TokenLogProbs
 from mgrpo.models.load import LoadedModel
@@ -85,7 +85,7 @@ class Passes:
 
     def _run(self, step: int, t: TrajectoryBatch) -> LogProbs:
         c = self.config
-        policy = self.logprobs(t, self_certainty="self_certainty" in REWARDS[c.objective.reward].needs)
+        policy = self.logprobs(t, self_certainty="self_certainty" in needed_evidence(c.vote, c.objective))
         filter_entropy = policy.entropy
         if c.filter.score == "source" and c.rollout.num_momentum:
             rows = t.is_momentum.flatten().nonzero().flatten()

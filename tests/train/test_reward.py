@@ -7,7 +7,8 @@ import typing
 import pytest
 import torch
 
-from mgrpo.algorithm.reward import REWARDS, Evidence
+from mgrpo.algorithm.evidence import Evidence
+from mgrpo.algorithm.reward import REWARDS
 from mgrpo.algorithm.vote import vote
 from mgrpo.config import ObjectiveConfig, VoteConfig
 
@@ -21,8 +22,8 @@ SOFT = [[0.5, 0.5, 0.25, 0], [1, 1, 1, 1], [0.5, 0.25, 0.25, 0.5], [0, 0, 0, 0]]
 
 
 def rewards(kind: str, *, correct: torch.Tensor = CORRECT, **config: float) -> torch.Tensor:
-    elected = vote(IDS, torch.ones_like(IDS, dtype=torch.bool), 3, VoteConfig(**config))
-    evidence = Evidence(answer_ids=IDS, entropy=ENTROPY, self_certainty=CERTAINTY, correct=correct)
+    evidence = Evidence(answer_ids=IDS, num_policy=3, entropy=ENTROPY, self_certainty=CERTAINTY, correct=correct)
+    elected = vote(evidence, torch.ones_like(IDS, dtype=torch.bool), VoteConfig(**config))
     return REWARDS[kind].compute(elected, evidence)
 
 
@@ -62,8 +63,8 @@ def test_a_dropped_rollout_of_the_elected_class_still_matches():
     keep = torch.ones_like(IDS, dtype=torch.bool)
     keep[0, 1] = False
     keep[0, 2] = False
-    elected = vote(IDS, keep, 3, VoteConfig())
-    evidence = Evidence(answer_ids=IDS, entropy=ENTROPY)
+    evidence = Evidence(answer_ids=IDS, num_policy=3, entropy=ENTROPY)
+    elected = vote(evidence, keep, VoteConfig())
     assert REWARDS["majority"].compute(elected, evidence)[0].tolist() == [1, 1, 0, 0]
     assert REWARDS["soft"].compute(elected, evidence)[0].tolist() == [0.5, 0.5, 0, 0]
 

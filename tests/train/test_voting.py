@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import random
+import typing
+from functools import partial
 
 import pytest
 import torch
 
+import mgrpo_kernels as K
+from mgrpo.algorithm.credit import assign_credit, needed_evidence
+from mgrpo.algorithm.evidence import Evidence
 from mgrpo.algorithm.filter import filter_trajectories
-from mgrpo.algorithm.vote import first_of_class, vote
-from mgrpo.config import FilterConfig, VoteConfig
+from mgrpo.algorithm.vote import VOTE_RULES, VoteRule, first_of_class, vote
+from mgrpo.config import FilterConfig, ObjectiveConfig, VoteConfig
+from mgrpo.grading.checker import AnswerChecker
 
 
 def elect(ids: list[int], num_policy: int, *, dropped: tuple[int, ...] = (), **config: object):
     """Vote of one prompt."""
     keep = torch.tensor([[i not in dropped for i in range(len(ids))]])
-    return vote(torch.tensor([ids]), keep, num_policy, VoteConfig(**config))
+    return vote_on(torch.tensor([ids]), keep, num_policy, VoteConfig(**config))
+
+
+def vote_on(ids: torch.Tensor, keep: torch.Tensor, num_policy: int, config: VoteConfig):
+    return vote(Evidence(answer_ids=ids, num_policy=num_policy), keep, config)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +103,14 @@ def test_without_votes_there_is_no_label_and_no_signal():
 
 def test_agreement_compares_what_each_source_elects_alone():
     ids = torch.tensor([[1, 1, 2, 1], [1, 1, 2, 2], [1, 1, -1, -1], [-1, -1, -1, -1]])
-    elected = vote(ids, torch.ones_like(ids, dtype=torch.bool), 2, VoteConfig(pool="momentum"))
+    elected = vote_on(ids, torch.ones_like(ids, dtype=torch.bool), 2, VoteConfig(pool="momentum"))
     assert elected.agreement_known.tolist() == [True, True, False, False]
     # The first prompt's momentum tie falls to its earliest, 2.
     assert elected.agreement.tolist() == [False, False, False, False]
-    agreeing = vote(ids.flip(1), torch.ones_like(ids, dtype=torch.bool), 2, VoteConfig())
+    agreeing = vote_on(ids.flip(1), torch.ones_like(ids, dtype=torch.bool), 2, VoteConfig())
     assert agreeing.agreement.tolist() == [True, False, False, False]
     dropped = torch.tensor([[True, True, False, True]] * 4)
-    assert vote(ids, dropped, 2, VoteConfig()).agreement.tolist()[0]
+    assert vote_on(ids, dropped, 2, VoteConfig()).agreement.tolist()[0]
 
 
 def count(ids, keep, num_policy, config):
@@ -130,7 +140,7 @@ def test_vote_equals_a_plain_count(pool, weight):
     config = VoteConfig(pool=pool, momentum_weight=weight, min_share=0.4, min_margin=0.2)
     ids = [[rng.randrange(-1, 4) for _ in range(7)] for _ in range(200)]
     keep = [[rng.random() < 0.8 for _ in range(7)] for _ in range(200)]
-    elected = vote(torch.tensor(ids), torch.tensor(keep), 4, config)
+    elected = vote_on(torch.tensor(ids), torch.tensor(keep), 4, config)
     for b in range(200):
         label, share, margin, tie = count(ids[b], keep[b], 4, config)
         assert elected.label[b] == label
@@ -194,3 +204,42 @@ def test_filter_applies_to_none_keeps_everything():
     assert filter_trajectories(entropy, FilterConfig(applies_to="none")).all()
     for applies_to in ("vote-and-loss", "loss"):
         assert filter_trajectories(entropy, FilterConfig(applies_to=applies_to)).tolist()[0] == [False] + [True] * 4
+
+
+def test_every_rule_is_an_option_and_every_option_a_rule():
+    assert typing.get_args(typing.get_type_hints(VoteConfig)["rule"]) == tuple(VOTE_RULES)
+    assert not any("correct" in rule.needs for rule in VOTE_RULES.values())  # a pseudo-label without labels
+
+
+def test_a_rule_gets_what_it_needs_and_no_true_answer(monkeypatch):
+    """A rule that elects the answer of the most certain rollout; true answers are known, for the reward."""
+    seen = []
+
+    def most_certain(evidence, voters, config, backend):
+        seen.append(evidence.correct)
+        weights = evidence.self_certainty.argsort().argsort().int()
+        return K.majority_vote(evidence.answer_ids, keep=voters, weights=weights, backend=backend)
+
+    monkeypatch.setitem(VOTE_RULES, "majority", VoteRule(most_certain, needs=("self_certainty",)))
+    config, objective = VoteConfig(), ObjectiveConfig(reward="labels")
+    assert needed_evidence(config, objective) == {
+        "correct": "objective.reward labels",
+        "self_certainty": "vote.rule majority",
+    }
+    credit = partial(
+        assign_credit,
+        [["7", "7", "9", "9"]],
+        torch.ones(1, 4),
+        4,
+        filter=FilterConfig(applies_to="none"),
+        vote=config,
+        objective=objective,
+        checker=AnswerChecker(mode="exact"),
+        true_answers=["7"],
+    )
+    certainty = torch.tensor([[0.1, 0.2, 0.3, 5.0]])
+    assert credit(self_certainty=certainty).labels == ["9"]
+    assert credit(self_certainty=certainty.flip(1)).labels == ["7"]
+    assert seen == [None, None]
+    with pytest.raises(ValueError, match=r"self_certainty must be given for vote\.rule majority, got None"):
+        credit()

@@ -77,7 +77,10 @@ def test_what_verl_knows_is_taken_from_verl():
         ({"momentum": {"decay": 2.0}}, r"momentum.decay must be in \[0, 1\], got 2.0"),
         ({"momentum": {"decay": "high"}}, r"momentum.decay must be float, got 'high'"),
         ({"vote": {"pool": "momentum"}, "rollout": {"num_momentum": 0}}, r"--vote.pool momentum needs"),
-        ({"objective": {"reward": "self-certainty"}}, r"mgrpo.objective.reward must be majority"),
+        (
+            {"objective": {"reward": "self-certainty"}},
+            r"mgrpo.objective.reward self-certainty cannot be used: verl does not",
+        ),
         ({"filter": {"score": "source"}}, r"mgrpo.filter.score must be policy, got source"),
         ({"momentum": {"device": "cpu"}}, r"mgrpo.momentum.device must be same, got cpu"),
         ({"monitor": {"on_collapse": "rollback"}}, r"mgrpo.monitor.on_collapse must be warn or stop"),

@@ -10,6 +10,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from mgrpo.config import Config, from_dict
 from mgrpo.errors import ConfigError
+from mgrpo.integrations.shared import missing_evidence
 
 ADVANTAGE = {"group": "std", "none": "mean"}  # by scale_rewards
 
@@ -38,6 +39,7 @@ class MGRPOConfig(GRPOConfig):
     filter_applies_to: str = _option("vote-and-loss", "What a dropped trajectory leaves: vote-and-loss, loss or none.")
     filter_two_sided: bool = _option(False, "Also drop above Q3 + k (Q3 - Q1).")
     filter_entropy: str = _option("mean", "Entropy of a trajectory: mean or sum of its tokens'.")
+    vote_rule: str = _option("majority", "How the pseudo-label is elected: a vote rule of mgrpo.train.")
     vote_pool: str = _option("both", "Whose rollouts vote: both, policy or momentum.")
     vote_momentum_weight: int = _option(1, "Votes of one momentum rollout.")
     vote_min_share: float = _option(0.0, "A majority with a smaller share of the votes gives no signal.")
@@ -66,9 +68,10 @@ class MGRPOConfig(GRPOConfig):
             if getattr(self, name) not in known:
                 problems.append(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
         try:
-            self.recipe()
+            refused = missing_evidence(self.recipe(), host="TRL")
         except ConfigError as error:
-            problems += [_FLAG.sub(_as_field, problem) for problem in error.problems]
+            refused = error.problems
+        problems += [_FLAG.sub(_as_field, problem) for problem in refused]
         assert self.steps_per_generation and self.num_generations  # filled in by TRL
         rows = self.per_device_train_batch_size * self.steps_per_generation
         if rows * self.num_momentum_generations % self.num_generations:

@@ -13,6 +13,7 @@ from typing import Any
 from mgrpo.config import Config, from_dict
 from mgrpo.config.renamed import RENAMED
 from mgrpo.errors import ConfigError
+from mgrpo.integrations.shared import missing_evidence
 
 # What `mgrpo.` takes; the rest of a run is verl's own. None stands for every option of the group.
 GROUPS: dict[str, tuple[str, ...] | None] = {
@@ -104,9 +105,7 @@ def read_options(config: Any, *, total_training_steps: int | None = None) -> Opt
 
 def _check(recipe: Config) -> None:
     """Raises ConfigError for what `mgrpo.train` can and the plug-in can not."""
-    problems = []
-    if recipe.objective.reward == "self-certainty":
-        problems.append("objective.reward must be majority, soft, labels or entropy, got self-certainty.")
+    problems = missing_evidence(recipe, host="verl")
     if recipe.filter.score == "source":
         problems.append("filter.score must be policy, got source.")
     if recipe.momentum.device != "same":
