@@ -49,6 +49,14 @@ def test_long_lines_are_smoothed():
     assert running_mean([4.0] * 50) == pytest.approx([4.0] * 50)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("norm", "scale"), [(0.0, "linear"), (0.5, "log")])
+def test_a_gradient_that_is_always_zero_is_drawn_without_a_logarithm(norm, scale):
+    figure = draw_figures([make_run([make_row(step) | {"grad_norm": norm} for step in range(1, 7)])])["optimisation"]
+    assert [axes.get_yscale() for axes in figure.axes if axes.get_lines()] == [scale]
+    assert line_values(figure, "gradient norm")[1] == [norm] * 6
+
+
 def test_the_first_alarm_is_marked():
     rows = [make_row(step) | {"alarm": ["bad"] if step > 3 else []} for step in range(1, 7)]
     figure = draw_figures([make_run(rows)])["reward"]
