@@ -1,4 +1,4 @@
-"""M-GRPO in stock TRL on the built-in task, with our kernels under it: `python examples/trl_mgrpo.py --max-steps 100`.
+"""M-GRPO in stock TRL on the built-in task, with mgrpo_kernels: `python examples/trl_mgrpo.py --max-steps 100`.
 
 For your own model and data, replace `model` and `load`; every option of TRL's GRPOConfig works too.
 """
@@ -16,13 +16,13 @@ from mgrpo.tasks.arithmetic import make_problems
 
 
 def load(count: int, seed: int) -> Dataset:
-    """Prompts; the column `answer` feeds metrics alone and may be missing."""
+    """Prompts of the built-in task; the column `answer` is used for metrics only and may be missing."""
     problems = make_problems(count, operands=(3, 4, 5, 6, 7), seed=seed)
     return Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in problems])
 
 
 def main() -> None:
-    """Trains and evaluates."""
+    """Trains, evaluates and saves the momentum model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--max-steps", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=16, help="prompts a step")
