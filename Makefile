@@ -18,7 +18,7 @@ test: $(VENV)/.built
 # Real vLLM on the CPU, in an environment of its own, with the library that the other one has built.
 VLLM := .venv-vllm
 test-vllm: $(VENV)/.built $(VLLM)/.made
-	PYTHONPATH=. VLLM_LOGGING_LEVEL=ERROR $(VLLM)/bin/python -m pytest tests/engines $(ARGS)
+	PYTHONPATH=. VLLM_LOGGING_LEVEL=ERROR $(VLLM)/bin/python -m pytest tests/hosts/vllm $(ARGS)
 
 $(VLLM)/.made: requirements.txt requirements-vllm.txt
 	$(PYTHON) -m venv --clear $(VLLM)
@@ -29,7 +29,7 @@ $(VLLM)/.made: requirements.txt requirements-vllm.txt
 # Stock verl with the plug-in on the CPU, likewise; the plug-in is found as an installed one is.
 VERL := .venv-verl
 test-verl: $(VENV)/.built $(VERL)/.made
-	$(VERL)/bin/python -m pytest tests/verl_plugin $(ARGS)
+	$(VERL)/bin/python -m pytest tests/hosts/verl $(ARGS)
 
 $(VERL)/.made: requirements-verl.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(VERL)

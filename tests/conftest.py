@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from mgrpo.process.threads import wait_passively
 wait_passively()
 
 import torch  # noqa: E402
+
+# Tests import bench/ too. Last, so that a copy of the package under test stays ahead of the one beside bench/.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # Under nohup a hang-up is ignored, by every process that a test starts too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

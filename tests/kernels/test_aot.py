@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-# Last, so that a copy of the package under test stays ahead of the one beside bench/.
-sys.path.append(str(ROOT))
+from bench import aot
 
-from bench import aot  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

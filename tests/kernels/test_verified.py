@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import mgrpo_kernels
+from bench.verified import MARKS, current_hash, read, table, verified_runs
 from mgrpo_kernels import _sources, verified
 from mgrpo_kernels._common import native
 from mgrpo_kernels.backends import Availability, resolve
@@ -18,9 +19,6 @@ from mgrpo_kernels.operations import OPERATIONS, source_hash
 from mgrpo_kernels.verified import Run, find
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-from bench.verified import MARKS, current_hash, read, table, verified_runs  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -252,7 +250,7 @@ def test_the_record_of_a_run_says_what_passed_and_what_failed(tmp_path):
         str(ROOT / "pyproject.toml"),
     ]
     command += ["--verify-record", str(tmp_path / "out"), str(tmp_path / "test_x.py")]
-    environment = {"PATH": "", "PYTHONPATH": f"{ROOT / 'tests'}"}
+    environment = {"PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     results = json.loads((tmp_path / "out" / "verification.json").read_text())["results"]

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_config
 from safetensors.torch import load_file, save_file
+from small_training import small_config
 
 import mgrpo
 from mgrpo.errors import Exit, InputError, StorageError
@@ -35,8 +35,8 @@ from mgrpo.training.state import copy_tensors, optimizer_tensors
 from mgrpo.training.trainer import Trainer
 
 WEIGHTS = ("policy/model.safetensors", "momentum/model.safetensors", "optimizer.safetensors")
-FOLDER = Path(__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{Path(mgrpo.__file__).parents[1]}:{FOLDER}", "OMP_NUM_THREADS": "1"}
+SUPPORT = Path(__file__).parents[1] / "support"
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{Path(mgrpo.__file__).parents[1]}:{SUPPORT}", "OMP_NUM_THREADS": "1"}
 
 
 def weights(run_dir, step):
@@ -61,7 +61,7 @@ import torch
 torch.set_num_threads(1)
 import safetensors.torch, transformers.modeling_utils
 import mgrpo.training.state
-from conftest import small_config
+from small_training import small_config
 from mgrpo.run.checkpoint import newest_valid, save_checkpoint, sweep
 from mgrpo.process.disk import step_of
 from mgrpo.training.trainer import Trainer

@@ -115,7 +115,7 @@ def test_any_of_several_answers_is_right(checker):
 @pytest.mark.parametrize("name", ["gsm8k_test", "math500_test"])
 def test_labels_of_published_data(name):
     """Every worked solution of GSM8K and MATH500 has a label, and that of MATH is the published answer."""
-    folder = os.environ.get("MGRPO_DATA") or Path(__file__).parents[2].parent / "shared" / "data"
+    folder = os.environ.get("MGRPO_DATA") or Path(__file__).parents[4] / "shared" / "data"
     path = Path(folder) / f"{name}.jsonl"
     if not path.is_file():
         pytest.skip(f"{path} is not there")

@@ -23,7 +23,7 @@ from mgrpo.grading.memo import Memo
 from mgrpo.grading.watch import StoppedError, Watch
 from mgrpo.observe.console import GroupingLine
 
-DATA = Path(os.environ.get("MGRPO_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("MGRPO_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
 # Two spellings of one formula; no two formulas are equal.
 PAIRS = [

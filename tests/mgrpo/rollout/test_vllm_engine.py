@@ -1,4 +1,4 @@
-"""The vLLM engine against a fake that records its calls; tests/engines has the real one."""
+"""The vLLM engine against a fake that records its calls; tests/hosts/vllm has the real one."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("trl")
 
+SUPPORT = Path(__file__).parents[2] / "support"
+
 
 def run(name: str, folder: Path, world: int) -> list[dict]:
     """Starts `name` once for each process; what each has written."""
@@ -20,9 +22,9 @@ def run(name: str, folder: Path, world: int) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    script = Path(__file__).with_name(name)
+    script = SUPPORT / name
     shared = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(script.parents[2])}
+    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(SUPPORT.parents[1])}
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(folder)],

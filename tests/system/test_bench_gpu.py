@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2]))
 
 from bench import gpu
 from bench.gpu import Stage, main, run, run_all, stages, summary

@@ -10,7 +10,7 @@ import mgrpo.algorithm.advantage
 import mgrpo.algorithm.loss
 import mgrpo.training.schedule
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).with_name("golden")
 specification = importlib.util.spec_from_file_location("golden", GOLDEN / "make.py")
 golden = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(golden)
@@ -43,7 +43,9 @@ def differences(expected, actual):
 @pytest.fixture(scope="module")
 def expected():
     content = json.loads((GOLDEN / "metrics.json").read_text())
-    assert content["base"] == golden.base_digest(), "the shipped model is another one: python tests/golden/make.py"
+    assert content["base"] == golden.base_digest(), (
+        "the shipped model is another one: python tests/system/golden/make.py"
+    )
     return content
 
 

@@ -1,4 +1,4 @@
-"""Rollouts from vLLM servers against one that a thread here plays; tests/engines has the real one."""
+"""Rollouts from vLLM servers against one that a thread here plays; tests/hosts/vllm has the real one."""
 
 from __future__ import annotations
 

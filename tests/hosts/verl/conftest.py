@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from threads import one_thread  # noqa: F401
 
 HERE = Path(__file__).parent
 # What needs no verl is tested without it too.
@@ -20,20 +19,11 @@ HAS_VERL = find_spec("verl") is not None
 collect_ignore = [] if HAS_VERL else sorted(p.name for p in HERE.glob("test_*.py") if p.name not in PURE)
 
 if HAS_VERL:
-    sys.path.insert(0, str(HERE))
     # Before anything imports verl, which asks at once what machine it is on.
     os.environ["VERL_USE_EXTERNAL_MODULES"] = "cpu_platform,tiny_rollout"
     warnings.filterwarnings("ignore", message=".* engine is not available")
     # In this order: an import of a submodule of verl that is not there yet would load the plug-in half-way.
     import verl  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

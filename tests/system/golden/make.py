@@ -1,8 +1,8 @@
 """Makes rollouts.safetensors and metrics.json: ten steps of a small run on the shipped model, to be replayed.
 
 The replay computes everything but the sampling: scores, filter, vote, advantages, loss, update and average. Run
-`python tests/golden/make.py` after a deliberate change of the shipped model or of what a step computes, and look at
-what changed in metrics.json.
+`python tests/system/golden/make.py` after a deliberate change of the shipped model or of what a step computes, and look
+at what changed in metrics.json.
 """
 
 from __future__ import annotations

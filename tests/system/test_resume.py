@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call
 from safetensors.torch import load_file, save_file
+from small_training import call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mgrpo.errors import CheckpointError, ConfigError, Exit

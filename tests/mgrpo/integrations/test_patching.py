@@ -107,7 +107,7 @@ def test_other_packages_have_no_kernels_to_patch():
 
 
 def test_the_extras_ask_for_the_versions_that_are_supported():
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
     for package in ("trl", "verl"):

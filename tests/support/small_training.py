@@ -1,4 +1,4 @@
-"""Shared by the tests of training: a small fast run on the shipped model, and ways to start and to read one."""
+"""A small fast run on the shipped model, and ways to start and to read one; conftest.py names the fixtures it takes."""
 
 from __future__ import annotations
 
@@ -69,15 +69,6 @@ def make_flags(run_dir: Path, changes: dict[str, Any]) -> list[str]:
 def deterministic(row: dict[str, Any]) -> dict[str, Any]:
     """A row of metrics without its clock readings."""
     return {key: v for key, v in row.items() if not key.startswith("time_") and key not in ("step_s", "tokens_per_s")}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small spend more time waking a second thread than computing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
