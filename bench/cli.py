@@ -30,7 +30,7 @@ def docstrings(group: type) -> dict[str, str]:
 
 
 def values(hint: Any) -> str:
-    """What an option may be, as a command line takes it."""
+    """Values of an option, as a command line takes them."""
     if typing.get_origin(hint) is typing.Annotated:
         return values(typing.get_args(hint)[0])
     arguments = typing.get_args(hint)
@@ -40,11 +40,11 @@ def values(hint: Any) -> str:
         return f"{values(arguments[0])} ..."
     if arguments:
         return " or ".join(values(argument) for argument in arguments if argument is not type(None))
-    return {str: "text", int: "integer", float: "number", bool: "on, or off as `no-`", Path: "path"}[hint]
+    return {str: "text", int: "integer", float: "number", bool: "switch", Path: "path"}[hint]
 
 
 def table(name: str, group: type) -> list[str]:
-    """The rows of one group."""
+    """Heading, description and table of one group."""
     texts, hints, prefix = (
         docstrings(group),
         typing.get_type_hints(group, include_extras=True),
@@ -56,13 +56,16 @@ def table(name: str, group: type) -> list[str]:
         if field.name not in texts or field.name == "preset":
             continue
         default = field.default if isinstance(field.default, str) else repr(field.default)
-        cells = [f"`{flag(prefix + field.name)}`", values(hints[field.name]), f"`{default}`", texts[field.name]]
+        allowed = values(hints[field.name])
+        if allowed == "switch":
+            allowed += f", off by `{flag(f'{prefix}no_{field.name}')}`"
+        cells = [f"`{flag(prefix + field.name)}`", allowed, f"`{default}`", texts[field.name]]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*rows, ""]
 
 
 def make_page(page: str) -> str:
-    """The page with its tables as the code has them."""
+    """The page with its tables written anew from the code."""
     hints = typing.get_type_hints(Config)
     groups = {field.name: hints[field.name] for field in dataclasses.fields(Config)}
     groups = {"": Config} | {name: hint for name, hint in groups.items() if dataclasses.is_dataclass(hint)}

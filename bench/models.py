@@ -1,6 +1,6 @@
-"""Which decoder families of transformers train with the embedded engine: `python -m bench.models` asks all of them.
+"""Tests which decoder families of transformers train with the embedded engine: `python -m bench.models`.
 
-Each family is a tiny random model (bench/families.py) in a folder, which the trainer takes two steps from.
+Each family is a tiny random model (bench/families.py) in a folder, with which the trainer takes two steps.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ TABLE = ROOT / "docs" / "models.md"
 SPECIAL = {"<s>": "bos_token", "</s>": "eos_token", "<pad>": "pad_token"}
 PROMPTS = ("1+1", "What is 2+3?", "Add 12 and 33.", "4+5=")
 STEPS = 2
-# Matrices this much larger than at the start give logits that tell tokens apart.
+# Matrices are scaled by this, because fresh weights give nearly flat logits.
 GAIN = 3.0
-# Of the mean importance weight between engine and trainer from 1, in fp32.
+# Largest difference of the mean importance weight between engine and trainer from 1, in fp32.
 MAX_TIS_ERROR = 1e-3
 MAX_REASON = 240  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a family."""
+    """Result of one family."""
 
     family: str
     built: bool
@@ -66,12 +66,12 @@ class Outcome:
 
     @property
     def trains(self) -> bool:
-        """Whether it took every step, with rollouts of its own distribution."""
+        """Whether every step succeeded with rollouts of the model's distribution."""
         return self.built and not self.reason
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, and nothing else."""
+    """A tokenizer of single bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -126,7 +126,7 @@ def try_family(family: str, folder: Path, tokenizer: PreTrainedTokenizerFast, da
 
 
 def _fault(rows: Sequence[dict[str, Any]]) -> str:
-    """What is wrong with the steps of a run that went through."""
+    """The first fault in the metrics of a finished run; empty where there is none."""
     for row in rows:
         if row["nonfinite_steps"]:
             return "its loss or gradient is not finite"
@@ -138,7 +138,7 @@ def _fault(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _shorten(text: str) -> str:
-    """The first sentences of a reason."""
+    """A reason, cut at MAX_REASON characters."""
     return text if len(text) <= MAX_REASON else text[:MAX_REASON].rpartition(" ")[0] + " ..."
 
 
@@ -168,13 +168,15 @@ def try_all(families: Sequence[str] = FAMILIES) -> Iterator[Outcome]:
 
 HEAD = """# Models
 
-Written by `python -m bench.models`; a test asks every family again and fails where one no longer trains.
+This page lists the model families of transformers that can be trained. `python -m bench.models` writes it; a test
+trains every family again and fails where one no longer trains.
 
-Every family of transformers {version} that AutoModelForCausalLM knows, as a random model of a few thousand weights on a
-CPU in fp32: built, saved, loaded, and trained for {steps} steps with the embedded engine. A family trains where every
-step has a finite loss, the engine's log-probs are the trainer's, and the mean importance weight is 1 to {error:g}.
-Of {num_built} families that build, {num_trained} train ({share:.0%}). What the ways of decoding are says
-[rollouts.md](rollouts.md#ways-of-decoding). Fresh weights say nothing of how well a model learns.
+Each family of transformers {version} that AutoModelForCausalLM knows was built as a random model of a few thousand
+weights on a CPU in fp32, saved, loaded, and trained for {steps} steps with the embedded engine. A family counts as
+trained if every step has a finite loss, the engine's log-probs equal the trainer's, and the mean importance weight is
+within {error:g} of 1. Of {num_built} families that could be built, {num_trained} train ({share:.0%}).
+[rollouts.md](rollouts.md#ways-of-decoding) explains the ways of decoding. Random weights do not show how well a model
+learns.
 """
 
 
@@ -194,7 +196,7 @@ def render(outcomes: Sequence[Outcome]) -> str:
     text += "".join(f"| {way.lower()} | {', '.join(families)} |\n" for way, families in ways.items())
     for title, chosen in (
         ("Do not train", [o for o in built if not o.trains]),
-        ("Build no tiny model", [o for o in outcomes if not o.built]),
+        ("No tiny model could be built", [o for o in outcomes if not o.built]),
     ):
         text += f"\n## {title}\n\n| family | reason |\n|---|---|\n"
         text += "".join(f"| {o.family} | {o.reason.replace('|', '/')} |\n" for o in chosen)
@@ -202,16 +204,16 @@ def render(outcomes: Sequence[Outcome]) -> str:
 
 
 def read_table(text: str) -> dict[str, str]:
-    """Way of decoding by family that trains, as the document has it."""
+    """Way of decoding of each family that trains, read from the document."""
     part = text.partition("## Train\n")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")][1:]
     return {family: way for way, families in rows for family in families.split(", ")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tries the families given, or all and writes the table."""
+    """Tries the given families, or all of them and writes the document."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help="only these, and no table")
+    parser.add_argument("families", nargs="*", help="try only these, and do not write the document")
     chosen = parser.parse_args(argv).families
     torch.set_num_threads(1)
     outcomes, start = [], time.process_time()

@@ -53,12 +53,12 @@ _HEADER = ["candidate", "ms", "rate", "of roof", "peak MiB", "temporary MiB", "e
 
 
 def _columns(result: dict[str, Any]) -> list[str]:
-    """Headings of a case's table; host times were taken of some."""
+    """Headings of a case's table, with host times where they were measured."""
     return _HEADER + ["host ms"] * any(row.get("host_ms") is not None for row in result["rows"])
 
 
 def _title(result: dict[str, Any]) -> str:
-    """What was run, in a line."""
+    """Title of a case's table: operation, mode, dtype, shape, state of the cache, roof and load."""
     parts = [result["op"], result["mode"], result["dtype"], result["shape"], "cold" if result["cold"] else "warm"]
     if result["roof"] is not None:
         kind = "mm" if result["unit"].endswith("FLOP/s") else "copy"
@@ -85,7 +85,7 @@ def table(result: Result) -> str:
 
 
 def write(results: Sequence[Result], device: str = "cpu", folder: Path = RECORDS) -> list[Path]:
-    """A record for every op of the run, in place of the former one, in the device's folder; returns their paths."""
+    """Replaces the record of every operation of the run, in the device's folder; returns the paths."""
     used = meter(device)
     packages = {row.package for result in results for row in result.rows if row.package}
     header = {
@@ -130,7 +130,7 @@ def _machine(device: dict[str, Any]) -> str:
 
 
 def _section(record: dict[str, Any], name: str) -> list[str]:
-    """Markdown of one op."""
+    """Markdown of one operation."""
     changed = " with changes" if record["modified"] else ""
     peers = ", ".join(f"{package} {found or 'not installed'}" for package, found in record["packages"].items())
     lines = [
@@ -152,7 +152,7 @@ def _section(record: dict[str, Any], name: str) -> list[str]:
 
 
 def load_records(folder: Path = RECORDS) -> dict[Path, dict[str, Any]]:
-    """Every record of a benchmark under a folder; what else lies there has no cases."""
+    """Every record of a benchmark under a folder; files without `cases` are left out."""
     found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))}
     return {path: record for path, record in found.items() if isinstance(record, dict) and "cases" in record}
 

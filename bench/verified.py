@@ -1,4 +1,4 @@
-"""What auto may take on a GPU, and the table of support of docs/kernels.md, from records: `python -m bench.verified`.
+"""Lists the backends that "auto" may take on a GPU, from records of passed tests: `python -m bench.verified`.
 
 Reads records/*/verification.json, which `pytest -m gpu --verify-record DIR` writes, and the times beside them; writes
 mgrpo_kernels/verified.json and the part of docs/kernels.md between its marks. `--records DIR` adds a folder of records,
@@ -44,12 +44,12 @@ def _ms(result: dict[str, Any]) -> float:
 
 
 def current_hash(op: str, backend: str) -> str:
-    """Of the sources as they lie here, whatever the library was compiled from."""
+    """Hash of the sources in this checkout, whatever the library was compiled from."""
     return source_hash(op, backend, {path.stem: hash_cpp(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu")})
 
 
 def verified_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Entries of verified.json: what passed whole on a GPU from these sources, an operation's fastest backend first."""
+    """Entries of verified.json: backends that passed all tests on a GPU with these sources, the fastest first."""
     passed = [result for result in results if result["machine"]["capability"] and not result["failed"]]
     passed = [result for result in passed if result["sources"] == current_hash(result["op"], result["backend"])]
     order = list(OPERATIONS)
@@ -64,7 +64,7 @@ def verified_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _cell(results: Sequence[dict[str, Any]], op: str, backend: str) -> str:
-    """Dtypes that passed, and where; of the newest record."""
+    """Cell of the table: dtypes that passed in the newest record, and the device."""
     found = [result for result in results if result["op"] == op and result["backend"] == backend]
     if not found:
         return "no GPU run"
