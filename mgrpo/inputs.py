@@ -1,4 +1,4 @@
-"""What is wrong with an input: its error, and the words for keys, types and sizes in messages."""
+"""Limits and parsing of input data, and the words of its error messages."""
 
 from __future__ import annotations
 
@@ -8,35 +8,51 @@ import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mgrpo.errors import InputError
 
-# The bytes of one record, and of a file that is parsed as one, which may take 25 times its size meanwhile.
+# Limits of a data set, so that no file can fill the memory: bytes of all text, and records.
+MAX_TEXT_BYTES = 1 << 30
+MAX_RECORDS = 10_000_000
+# Bytes of one record, and of a file that is parsed as a whole, which may take 25 times its size in memory.
 MAX_RECORD_BYTES = 4 << 20
 MAX_WHOLE_BYTES = 64 << 20
 MAX_LITERAL_CHARS = 1 << 16  # of a value as Python prints it
 NAMED_KEYS = 20  # in messages
 
 
-class Budget(Protocol):
-    """What may still be read; each method raises an error that names `where` if more is asked for."""
+class Budget:
+    """The data of a source that may still be read; beyond it each method raises an InputError that names `where`."""
+
+    def __init__(self) -> None:
+        self.bytes_read = self.records_read = 0
 
     def spend(self, num_bytes: int, where: str) -> None:
-        """Takes bytes off."""
-        ...
+        """Counts the bytes of data that is read up to a place."""
+        self.bytes_read += num_bytes
+        if self.bytes_read > MAX_TEXT_BYTES:
+            raise too_large(f"{where}: data up to here", MAX_TEXT_BYTES)
 
     def expect(self, num_bytes: int, where: str) -> None:
-        """Asks for bytes that are taken off later."""
-        ...
+        """Checks the bytes that a file claims to hold, which are counted as they are read."""
+        if self.bytes_read + num_bytes > MAX_TEXT_BYTES:
+            raise too_large(f"{where}: data up to the end of the file", MAX_TEXT_BYTES)
 
     def check_record(self, num_bytes: int, where: str) -> None:
-        """Asks for one record of that many bytes."""
-        ...
+        """Checks the bytes of one record."""
+        if num_bytes > MAX_RECORD_BYTES:
+            raise too_large(f"{where}: record", MAX_RECORD_BYTES)
 
     def check_records(self, num_records: int, where: str) -> None:
-        """Asks for that many records."""
-        ...
+        """Checks the records that a file claims to hold."""
+        if self.records_read + num_records > MAX_RECORDS:
+            raise InputError(f"{where}: data set must have at most {MAX_RECORDS} records, got more. Split the data.")
+
+    def spend_record(self, where: str) -> None:
+        """Counts one record."""
+        self.check_records(1, where)
+        self.records_read += 1
 
 
 def too_large(what: str, limit: int) -> InputError:
@@ -78,7 +94,7 @@ def check_unicode(text: str, what: str, where: str) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """The list or object that a text spells in JSON, or as Python prints it; None where it spells none."""
+    """The list or object that a text holds in JSON or as Python prints it, else None."""
     bare = text.strip()
     if bare[:1] + bare[-1:] not in ("{}", "[]"):
         return None
@@ -90,24 +106,24 @@ def parse_value(text: str) -> Any:
 
 
 def _parse_literal(text: str) -> Any:
-    """The value of a Python literal, None where there is none."""
+    """The value of a Python literal, None for any other text."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            warnings.simplefilter("ignore")  # about unknown escapes
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
 
 
 def name_type(value: Any) -> str:
-    """Names a value's type as data files do."""
+    """Names a value's type in the words of data files."""
     return {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}.get(
         type(value), f"{type(value).__name__} {value!r:.40}"
     )
 
 
 def list_names(names: Iterable[str]) -> str:
-    """The first names, each cut short, as a part of a sentence."""
+    """The first names, each shortened, as a part of a sentence."""
     shown = [f"{name:.80}" for name in names]
     return ", ".join(shown[:NAMED_KEYS] + ["..."] * (len(shown) > NAMED_KEYS)) or "no keys"
 

@@ -1,4 +1,4 @@
-"""Prompts: files read record by record, rendered, encoded, and drawn in a reproducible order."""
+"""Reads data record by record, renders and encodes prompts, and draws them in a reproducible order."""
 
 from mgrpo.data.prompts import Dataset, Prompt, make_dataset
 from mgrpo.data.records import Record, load_records, read_records

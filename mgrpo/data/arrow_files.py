@@ -1,4 +1,4 @@
-"""Rows of .arrow files, as `Dataset.save_to_disk`, the cache of the package datasets and pyarrow write them."""
+"""Reads rows of .arrow files from `Dataset.save_to_disk`, the cache of the package datasets or pyarrow."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mgrpo.data.tables import TABLE_CHUNK, choose_columns, pick, unpack
 from mgrpo.errors import InputError
 from mgrpo.inputs import Budget
 
-MAGIC = b"ARROW1\0\0"  # of the form with a footer, in which the stream follows
+MAGIC = b"ARROW1\0\0"  # of the file format, in which the stream follows
 RECORD_BATCH, DICTIONARY = "record batch", "dictionary"
 
 
 def read_arrow(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the wanted values of the rows of an arrow file by key, each row with its position.
 
-    The file is mapped, and every batch is checked before its values are looked at.
+    The file is memory-mapped, and every batch is validated before its values are read.
 
     Raises:
-        InputError: as `read_parquet`; or the file is packed.
+        InputError: as in `read_parquet`, or the file is compressed.
 
     """
     position = 0
@@ -59,23 +59,23 @@ def read_arrow(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, di
 
 
 def _check_packing(source: Any, start: int, path: Path) -> None:
-    """Refuses packed values, which may take any memory once they are unpacked."""
+    """Refuses compressed values, which may take any amount of memory once decompressed."""
     source.seek(start)
     for message in pyarrow.ipc.MessageReader.open_stream(source):
         if message.type in (RECORD_BATCH, DICTIONARY) and _is_packed(message.metadata.to_pybytes()):
             raise InputError(
-                f"{path}: values must be stored as they are, got packed ones. Write the file without compression, or "
-                "as Parquet."
+                f"{path}: values must be uncompressed, got compressed ones. Write the file without compression or as "
+                "Parquet."
             )
 
 
 def _is_packed(header: bytes) -> bool:
-    """Whether the flatbuffer at the head of a batch names a compression."""
+    """Whether the flatbuffer header of a batch names a compression."""
 
     def read(form: str, place: int) -> int:
         return struct.unpack_from("<" + form, header, place)[0]
 
-    def find(table: int, number: int) -> int:  # place of a field, 0 where there is none
+    def find(table: int, number: int) -> int:  # position of a field, 0 if absent
         vtable = table - read("i", table)
         entry = 4 + 2 * number
         offset = read("H", vtable + entry) if entry < read("H", vtable) else 0
@@ -86,6 +86,6 @@ def _is_packed(header: bytes) -> bool:
 
     message = follow(0)
     batch = follow(find(message, 2))
-    if read("B", find(message, 1)) == 2:  # a batch of a dictionary is a batch within
+    if read("B", find(message, 1)) == 2:  # a dictionary batch contains its record batch
         batch = follow(find(batch, 1))
     return find(batch, 3) > 0

@@ -1,4 +1,4 @@
-"""Rows of .csv and .tsv files, whatever separates their fields."""
+"""Reads rows of .csv and .tsv files with any common separator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mgrpo.errors import InputError
 from mgrpo.inputs import MAX_RECORD_BYTES, decode
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-# The line with which spreadsheets name the separator.
+# The line in which spreadsheets name the separator.
 SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?[ \t]*(?:\r\n?|\n)', re.IGNORECASE)
 _OTHER_SEPARATOR = re.compile(r"(?<=\w)[ \"']*[~^:!#@&%*+=\\/\x1c-\x1f¦§·]+[ \"']*(?=\w)")
 MAX_HEADER_CHARS = 1 << 20
@@ -23,8 +23,8 @@ MAX_HEADER_CHARS = 1 << 20
 def read_csv(content: bytes, path: Path, keys: Keys) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields the rows under a header, each with the line at which it begins.
 
-    The header tells the separator: the one with which it has the wanted keys, or else the most fields. Spaces around
-    names do not count, nor do rows without text, nor columns at the end that have no name and no text.
+    The separator is the one with which the header has the wanted keys, else the most fields. Spaces around names, blank
+    rows, and columns at the end without a name and text are ignored.
     """
     csv.field_size_limit(MAX_RECORD_BYTES)
     text, line = decode(content, path), 1
@@ -47,7 +47,7 @@ def read_csv(content: bytes, path: Path, keys: Keys) -> Iterator[tuple[str, dict
 
 
 def _sniff(text: str, given: str, is_named: bool, keys: Keys) -> tuple[str, bool]:
-    """The separator, and whether a space follows it everywhere in the header."""
+    """Returns the separator, and whether a space follows it everywhere in the header."""
     found = {}
     for separator in [given] if is_named else dict.fromkeys([given or ",", *SEPARATORS]):
         reader = csv.reader(io.StringIO(text[:MAX_HEADER_CHARS], newline=""), delimiter=separator, strict=True)
@@ -65,7 +65,7 @@ def _sniff(text: str, given: str, is_named: bool, keys: Keys) -> tuple[str, bool
 
 
 def _read_header(fields: list[str], where: str, keys: Keys) -> list[str]:
-    """Names of the columns, without those at the end that have none."""
+    """Names of the columns, without unnamed ones at the end."""
     names = [field.strip() for field in fields]
     while not names[-1]:
         names.pop()
@@ -81,12 +81,12 @@ def _read_header(fields: list[str], where: str, keys: Keys) -> list[str]:
 
 
 def _is_joined(name: str, key: str) -> bool:
-    """Whether the name of an only column looks like several names with another separator between them."""
+    """Whether a single column's name looks like several names with another separator between them."""
     return len(_OTHER_SEPARATOR.split(name)) > 1 or key in name.split()
 
 
 def _make_row(fields: list[str], names: list[str], separator: str, where: str) -> dict[str, Any]:
-    """The fields by name; columns without one are left out."""
+    """The fields by column name; unnamed columns are left out."""
     while len(fields) > len(names) and not fields[-1].strip():
         fields.pop()
     if len(fields) != len(names):

@@ -1,4 +1,4 @@
-"""Data files: which a source stands for, of what format each is, and how its bytes are read."""
+"""Lists the data files of a source, finds their formats and reads their bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from mgrpo.errors import InputError
 from mgrpo.inputs import MAX_RECORD_BYTES, MAX_WHOLE_BYTES, Budget, list_names, nearest, parse_json
 
-# Files that describe data and hold none; and the names of files that are splits, as test-00000-of-00002.parquet.
+# Files that describe data without holding any; and the file names of splits, such as test-00000-of-00002.parquet.
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev)(?:[-_]\d[\w-]*)?\.")
 _ALIASES: dict[str, str] = dict.fromkeys(("valid", "val", "dev"), "validation")
@@ -23,11 +23,11 @@ TEXT_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".ndjson")
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".ndjson")
 KNOWN = ", ".join(FORMATS[:-1])
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-UNREADABLE = (OSError, EOFError, zlib.error)  # what opening or unpacking a file raises
+UNREADABLE = (OSError, EOFError, zlib.error)  # errors of opening or decompressing a file
 
 
 def format_of(path: Path) -> str | None:
-    """The format that a file's name tells, None where it tells none; text may be packed as .gz."""
+    """The format by the file's name, None if unknown; text files may end in .gz."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         suffix = Path(path.stem).suffix.lower()
@@ -36,7 +36,7 @@ def format_of(path: Path) -> str | None:
 
 
 def list_files(path: Path, split: str) -> list[Path]:
-    """Lists the data files that a file or folder stands for."""
+    """Lists the data files of a file or folder."""
     if not path.is_dir():
         if format_of(path) is None:
             raise InputError(
@@ -50,7 +50,7 @@ def list_files(path: Path, split: str) -> list[Path]:
         return _list_saved(path)
     files = sorted(f for f in path.iterdir() if f.is_file() and format_of(f) and not f.name.startswith("."))
     if (path / "dataset_info.json").is_file() and (tables := [f for f in files if format_of(f) == ".arrow"]):
-        return tables  # the cache of the package datasets, whose .json files describe the tables
+        return tables  # a cache of the package datasets, whose .json files describe the tables
     files = [f for f in files if f.name not in DESCRIPTIONS] or files
     if not files:
         inner = sorted(f.name for f in path.iterdir() if f.is_dir() and any(format_of(g) for g in f.iterdir()))
@@ -62,7 +62,7 @@ def list_files(path: Path, split: str) -> list[Path]:
 
 
 def _of_split(files: list[Path], path: Path, split: str) -> list[Path]:
-    """The files of a split, where the name of every file is that of a split and there are several; else all."""
+    """The files of a split if every file name is that of a split and there are several splits, else all files."""
     names = [match and match[1] for file in files if (match := SPLIT_NAME.match(file.name.lower())) or True]
     if not all(names) or len({_ALIASES.get(str(name), name) for name in names}) < 2:
         return files
@@ -91,18 +91,18 @@ def _pick_split(path: Path, split: str) -> Path:
 
 
 def _list_saved(path: Path) -> list[Path]:
-    """The tables of a folder that Dataset.save_to_disk wrote, in their order."""
+    """The tables of a folder that Dataset.save_to_disk wrote, in order."""
     entries = _read_state(path / "state.json").get("_data_files")
     names = [entry.get("filename") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     if entries == []:
         raise InputError(f"{path}: data set must hold at least one record, got none. Add records or name other data.")
     if not names or not all(_is_plain(name) for name in names):
-        raise InputError(f"{path}/state.json: file must name the tables beside it, got others. Save the data again.")
+        raise InputError(f"{path}/state.json: file must name tables of its folder, got others. Save the data again.")
     return [path / str(name) for name in names]
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """The object in a small file that describes saved data."""
+    """The JSON object of a small file that describes saved data."""
     with path.open("rb") as file:
         content = file.read(MAX_RECORD_BYTES + 1)
     if len(content) > MAX_RECORD_BYTES:
@@ -112,13 +112,13 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether a name is that of an entry of the same folder."""
+    """Whether a name is a plain file name, without folders."""
     return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file, whatever its name: packed by gzip it is unpacked as it is read, and UTF-16 becomes UTF-8."""
+    """Opens a file of any name; gzip is decompressed while reading, and UTF-16 becomes UTF-8."""
     with path.open("rb") as file:
         is_packed = file.peek(2)[:2] == b"\x1f\x8b"
         source: Any = gzip.GzipFile(fileobj=file) if is_packed else file
@@ -126,7 +126,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 def _recode(file: BinaryIO, path: Path) -> BinaryIO:
-    """The bytes of a file in UTF-16, as spreadsheets write it, in UTF-8."""
+    """Converts a file in UTF-16, which spreadsheets write, to UTF-8."""
     content = file.read(MAX_WHOLE_BYTES + 1)
     if len(content) > MAX_WHOLE_BYTES:
         raise InputError(
@@ -139,7 +139,7 @@ def _recode(file: BinaryIO, path: Path) -> BinaryIO:
 
 
 def read_whole(file: BinaryIO, path: Path, budget: Budget, start: bytes = b"") -> bytes:
-    """The bytes of a file that is parsed as one, of which `start` was read before."""
+    """The bytes of a file that is parsed as a whole; `start` was read before."""
     content = start + file.read(max(MAX_WHOLE_BYTES + 1 - len(start), 0))
     if len(content) > MAX_WHOLE_BYTES:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Records of JSON files: one a line, in a list, or in the forms that libraries write tables in."""
+"""Reads records of JSON files: one a line, in a list, or in the table layouts of libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mgrpo.data.messages import ROLE_KEYS
 from mgrpo.errors import InputError
 from mgrpo.inputs import MAX_RECORD_BYTES, Budget, decode, list_names, name_type, parse_json, too_large
 
-FOLLOWING_BYTES = 1 << 16  # where a second line is looked for
+FOLLOWING_BYTES = 1 << 16  # searched for a second line
 REMEDY = "Write a list of objects, or one object a line in a .jsonl file."
 
 
@@ -34,7 +34,7 @@ def read_lines(file: BinaryIO, path: Path, keys: Keys, split: str, budget: Budge
 
 
 def read_json(file: BinaryIO, path: Path, keys: Keys, split: str, budget: Budget) -> Iterator[tuple[str, Any]]:
-    """Yields the records of a .json file, or of its lines where the first is a whole object and others follow."""
+    """Yields the records of a .json file, line by line if the first line is a whole object and more follow."""
     first = file.readline(MAX_RECORD_BYTES + 1)
     while first.isspace() and len(first) < FOLLOWING_BYTES and (line := file.readline(MAX_RECORD_BYTES + 1)):
         first += line
@@ -66,8 +66,10 @@ def _read_content(content: bytes, path: Path, keys: Keys, split: str) -> Iterato
 
 
 def _find_rows(content: Any, path: Path, keys: Keys, split: str) -> Iterable[Any]:
-    """The records in a JSON value: a list; the list under `data`, the split, or the only key that holds one; a table by
-    columns or by rows; or a single record.
+    """Finds the records in a JSON value.
+
+    They are a list; the list under `data`, the split, or the only key with a list; a table by columns or by rows; or
+    a single record.
     """
     if isinstance(content, list):
         return content
@@ -87,7 +89,7 @@ def _find_rows(content: Any, path: Path, keys: Keys, split: str) -> Iterable[Any
     if split in lists:
         return lists[split]
     if content and all(isinstance(row, dict) and look_up(row, keys.prompt) is not ABSENT for row in content.values()):
-        return content.values()  # by names or numbers of rows
+        return content.values()  # a table by row names or numbers
     if len(lists) == 1:
         return next(iter(lists.values()))
     tables = [key for key, value in lists.items() if value and all(isinstance(row, dict) for row in value)]
@@ -109,7 +111,7 @@ def _is_messages(value: Any) -> bool:
 
 
 def _split_rows(columns: list[Any], data: list[Any], path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a table with its column names apart, as pandas' orient="split" has it."""
+    """Records of a table with separate column names, pandas' orient="split"."""
     names = [str(name) for name in columns]
     for i, row in enumerate(data, 1):
         if not isinstance(row, list) or len(row) != len(names):
@@ -119,12 +121,12 @@ def _split_rows(columns: list[Any], data: list[Any], path: Path) -> Iterator[dic
 
 
 def _column_rows(content: dict[str, Any], prompt: Any, path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a table by columns: lists, or objects from rows to values as pandas' orient="columns" has them."""
+    """Records of a table by columns: lists, or objects from rows to values, pandas' orient="columns"."""
     columns = {name: column for name, column in content.items() if type(column) is type(prompt)}
     for name, column in columns.items():
         if len(column) != len(prompt):
             raise InputError(
-                f"{path}: columns must have as many rows as that of the prompt, {len(prompt)}, "
+                f"{path}: columns must have as many rows as the prompt's column, {len(prompt)}, "
                 f"got {len(column)} in {name!r:.80}. {REMEDY}"
             )
     rows: Iterable[Any] = prompt if isinstance(prompt, dict) else range(len(prompt))

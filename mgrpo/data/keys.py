@@ -1,4 +1,4 @@
-"""Keys of prompt and answer: looked up in a record, dots reach into objects, and told apart from those that are not."""
+"""Looks up the keys of prompt and answer in records, where dots reach into objects, and suggests similar keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from mgrpo.errors import InputError
 from mgrpo.inputs import list_names, nearest, parse_value
 
-ABSENT = object()  # what look_up returns for a key that is not there
+ABSENT = object()  # look_up's result for an absent key
 MAX_SEEN = 200
 NESTED = 3  # levels of objects whose keys are listed
 # Other names that data sets have for a prompt.
@@ -16,12 +16,12 @@ PROMPT_NAMES = ("messages", "conversations", "conversation", "question", "proble
 
 
 class Keys:
-    """The keys that are read, and those that were met on the way."""
+    """The keys to read, and the keys that records had."""
 
     def __init__(self, prompt: str, answer: str | None) -> None:
         self.prompt, self.answer = prompt, answer
-        self.seen: dict[str, None] = {}  # in the order in which they came, at most MAX_SEEN
-        self.has_answer = False  # whether any record had the answer's key
+        self.seen: dict[str, None] = {}  # in order of appearance, at most MAX_SEEN
+        self.has_answer = False  # True once a record had the answer's key
 
     @property
     def wanted(self) -> list[str]:
@@ -29,7 +29,7 @@ class Keys:
         return list(dict.fromkeys([self.prompt, *([] if self.answer is None else [self.answer])]))
 
     def note(self, names: Iterable[str]) -> None:
-        """Takes down what keys there are."""
+        """Adds the keys of a record to those seen."""
         if len(self.seen) < MAX_SEEN:
             self.seen.update(dict.fromkeys(names))
 
@@ -52,7 +52,7 @@ class Keys:
 def look_up(row: Mapping[str, Any], key: str) -> Any:
     """The value under a key, or ABSENT; `a.b` is the key `b` of the object `a`, unless there is a key `a.b`.
 
-    The object may be written as text, as tables without objects have it.
+    The object may be written as text, as in tables that cannot hold objects.
     """
     if key in row:
         return row[key]
@@ -69,7 +69,7 @@ def look_up(row: Mapping[str, Any], key: str) -> Any:
 
 
 def name_keys(row: Mapping[Any, Any], prefix: str = "", depth: int = NESTED) -> list[str]:
-    """The keys of a record, those of its objects with dots."""
+    """The keys of a record; those of nested objects with dots."""
     names: list[str] = []
     for key, value in row.items():
         if len(names) > MAX_SEEN:
@@ -82,7 +82,7 @@ def name_keys(row: Mapping[Any, Any], prefix: str = "", depth: int = NESTED) -> 
 
 
 def suggest_key(key: str, names: Iterable[str]) -> str:
-    """The key that is nearest, whole or by its last part, as a sentence that starts with a space; or nothing."""
+    """Suggests the nearest key, whole or by its last part, as a sentence behind a space; or an empty string."""
     names = [f"{name:.80}" for name in names]
     ends = {name.rpartition(".")[2]: name for name in reversed(names)}
     near = nearest(key, names) or ends.get(nearest(key.rpartition(".")[2], ends) or "")
@@ -90,6 +90,6 @@ def suggest_key(key: str, names: Iterable[str]) -> str:
 
 
 def suggest_prompt(key: str, names: list[str]) -> str:
-    """The key that is nearest to the prompt's, or else one of the names that prompts usually have."""
+    """Suggests the nearest key to the prompt's, else one of a prompt's usual names."""
     usual = next((f" Did you mean {name!r}?" for name in PROMPT_NAMES if name in names), "")
     return suggest_key(key, names) or usual

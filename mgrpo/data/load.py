@@ -1,4 +1,4 @@
-"""From a run's configuration to prompts as token ids, checked against the model."""
+"""Loads the prompts of a configuration as token ids and checks them against the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from mgrpo.presets import PRESETS
 
 SHOWN_LABELS = 3
 MANY_WORDS = 6  # of an answer
-# Labels that may mean something else than they say: how they look, what they look like, the share of all labels from
-# which on it is said, and the remedy.
+# Labels that may be meant differently: pattern, description, least share of all labels that is reported, remedy.
 _DOUBTFUL = (
     (re.compile(r"nan|null|<na>|n/a|#n/a", re.I), "look like missing ones", 0, "leave them empty."),
     (
@@ -30,12 +29,12 @@ _DOUBTFUL = (
         0.1,
         "write them with a point, or they are compared as lists.",
     ),
-    (re.compile(r"""\{\s*["']\w+["']\s*:.*\}""", re.DOTALL), "are objects", 0, "name the key within, as in a.b."),
+    (re.compile(r"""\{\s*["']\w+["']\s*:.*\}""", re.DOTALL), "are objects", 0, "name the key inside, as in a.b."),
 )
 
 
 def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -> Dataset:
-    """Loads `source` with the options of `config`, record by record; every prompt leaves room for a whole response."""
+    """Loads `source` with the options of `config`; every prompt leaves room for a response of full length."""
     room = loaded.context_length - config.rollout.max_new_tokens
     if room < 1:
         raise InputError(
@@ -65,7 +64,7 @@ def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -
 
 
 def require_embedded(data: Dataset, loaded: LoadedModel, source: str) -> None:
-    """Raises InputError for the first prompt with a token that the model's embedding has no row for."""
+    """Raises InputError for the first prompt with a token beyond the rows of the model's embedding."""
     rows = num_embeddings(loaded.model)
     if rows is None:
         return
@@ -73,13 +72,12 @@ def require_embedded(data: Dataset, loaded: LoadedModel, source: str) -> None:
         if (largest := max(prompt.ids)) >= rows:
             raise InputError(
                 f"{source}: tokens must be below {rows}, the rows of the model's embedding, prompt {prompt.index + 1} "
-                f"has {largest}: {prompt.text!r:.60}. Resize the embedding, or take the tokenizer that the model was "
-                "made with."
+                f"has {largest}: {prompt.text!r:.60}. Resize the embedding or use the model's own tokenizer."
             )
 
 
 def require_prompts(data: Dataset, config: Config) -> None:
-    """Raises InputError where a step asks for more prompts than there are."""
+    """Raises InputError if a step needs more prompts than there are."""
     if len(data) < config.rollout.num_prompts:
         raise InputError(
             f"data: --rollout.num-prompts must be at most the {len(data)} prompts of the data, "
@@ -88,28 +86,27 @@ def require_prompts(data: Dataset, config: Config) -> None:
 
 
 def _needs_answers(config: Config, source: str) -> bool:
-    """Whether the key of answers must be in the data: where they are used, or the key was given for them."""
+    """Whether the answer key must be in the data: the answers are used, or the user gave the key for them."""
     data = config.data
     if source == data.probe or needs_labels(config.objective.reward):
         return True
     usual = PRESETS[config.preset]().data if config.preset in PRESETS else DataConfig()
-    # The key may be that of the probe's answers alone, and is missed there if it is wrong. A run that is resumed was
-    # checked when it began.
-    is_probes = data.probe is not None and not data.probe.startswith("arithmetic:")
-    return data.answer_key not in (None, usual.answer_key) and not is_probes and not config.resume
+    # The key may belong to the eval set alone, which reports a wrong one. A resumed run was checked at its start.
+    is_of_eval = data.probe is not None and not data.probe.startswith("arithmetic:")
+    return data.answer_key not in (None, usual.answer_key) and not is_of_eval and not config.resume
 
 
 def answers_of(source: str, config: AnswerConfig) -> AnswerConfig:
-    """How the answers of a source are read: labels of the built-in problems are bare numbers, whatever others are."""
-    make_label_reader(config.label_extract)  # which is checked all the same
+    """The answer options of a source; labels of the built-in problems are always bare numbers."""
+    make_label_reader(config.label_extract)  # raises for an invalid spec in any case
     return replace(config, label_extract="plain") if source.startswith("arithmetic:") else config
 
 
 def read_answers(records: Iterable[Record], config: AnswerConfig) -> Iterator[Record]:
-    """Takes the true answer out of each label, which has a format of its own.
+    """Extracts the true answer of each label by `config.label_extract`.
 
     Raises:
-        InputError: unknown format; or a long label in which no format was found, so that no answer could equal it.
+        InputError: an unknown format, or with `auto` a long label without a marked answer.
 
     """
     read = make_label_reader(config.label_extract)
@@ -123,14 +120,14 @@ def read_answers(records: Iterable[Record], config: AnswerConfig) -> Iterator[Re
 
 
 def _describe_long(record: Record) -> str:
-    """What is wrong with a label that is a solution and marks no answer."""
+    """The error for a label that is a solution without a marked answer."""
     label = record.label or ""
     labels = [label] if isinstance(label, str) else label
     longest = max(labels, key=len)
     return (
         f"{record.origin}: label must mark its answer by a box or a #### line, or have at most {MAX_PLAIN_CHARS} "
         f"characters, got {len(longest)}: {longest[:60]!r} ... {longest[-20:]!r}. Set --answer.label-extract "
-        "last-number or regex:PATTERN, or plain for labels that are meant as they are, or name another "
+        "last-number or regex:PATTERN, or plain to compare whole labels, or name another "
         "--data.answer-key."
     )
 
@@ -146,40 +143,40 @@ def require_answers(data: Dataset, what: str) -> None:
 
 
 def describe_unread(data: Dataset) -> str:
-    """Labels in which no answer was found, as a sentence."""
+    """A sentence on the labels in which no answer was found."""
     return f"No answer was found in {len(data.unread):,} labels, the first {data.unread[0]}."
 
 
 def describe_labels(data: Dataset) -> str:
-    """How many prompts have a label, and the first as they will be compared."""
+    """The number of prompts with a label, and the first labels in their compared form."""
     known = [prompt.answer for prompt in data.prompts if prompt.answer is not None]
     shown = " | ".join(f"{_canonical(label):.60}" for label in known[:SHOWN_LABELS])
     return f"{len(known):,} of {len(data):,} prompts" + (f", the first compared as {shown}" if known else "")
 
 
 def describe_data(data: Dataset) -> list[str]:
-    """What was left out of the data and what looks wrong with labels, a sentence each."""
-    said = []
+    """Sentences on parts of the data that were left out and on labels that look wrong."""
+    notes = []
     if data.num_answered:
-        said.append(f"The assistant's turn at the end of {data.num_answered:,} prompts was left off; it is no label.")
+        notes.append(f"The assistant's turn at the end of {data.num_answered:,} prompts was left off; it is no label.")
     if data.unread:
-        said.append(describe_unread(data))
+        notes.append(describe_unread(data))
     labels = [prompt.answer for prompt in data.prompts if isinstance(prompt.answer, str)]
     wordy = [label for label in labels if len(label.split()) >= MANY_WORDS]
     if wordy:
-        said.append(
+        notes.append(
             f"{len(wordy):,} labels have {MANY_WORDS} words or more, such as {wordy[0]!r:.80}: "
-            "if the answer is within, set --answer.label-extract."
+            "if the answer is inside, set --answer.label-extract."
         )
-    said += [
+    notes += [
         f"{len(found):,} labels {what}, such as {found[0]!r:.80}: {remedy}"
         for pattern, what, share, remedy in _DOUBTFUL
         if (found := [label for label in labels if pattern.fullmatch(label.strip())])
         and len(found) >= share * len(labels)
     ]
-    return said
+    return notes
 
 
 def _canonical(label: Label) -> str:
-    """A label in the form in which it is compared."""
+    """A label in its compared form."""
     return canonicalize(label) if isinstance(label, str) else " or ".join(map(canonicalize, label))

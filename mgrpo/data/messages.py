@@ -1,4 +1,4 @@
-"""Chat messages in every form that data sets have, brought to `role` and `content`, without the answer at the end."""
+"""Reads chat messages of any common layout as `role` and `content`, and leaves off the answer at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai", "bard", "bing", "claude"), "assistant"),
     "system": "system",
 }
-# Names of models and of what they write, which some data have as the role.
+# Names of models and of their output, which some data use as the role.
 _MODEL = re.compile(
     r"(?:gpt|chatgpt|claude|(?:meta-?)?llama|qwen|qwq|deepseek|gemini|gemma|mistral|mixtral|phi|kimi|glm|grok|copilot)"
     r"(?:[-_ .\d].*)?|o[134](?:[-_ .].*)?|.*assistant|llm"
@@ -22,7 +22,7 @@ _MODEL = re.compile(
 )
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 TEXT_PARTS = ("text", "input_text", "output_text")
-# How the text of a printed list of messages begins; that of an array too.
+# The start of a list or numpy array of messages that was printed as text.
 _WRITTEN = re.compile(r"""\s*(?:array\()?\[\s*\{\s*(?P<q>['"])(?:role|from|content|value)(?P=q)\s*:""")
 Messages = list[dict[str, Any]]
 
@@ -44,13 +44,13 @@ def read_messages(messages: Iterable[dict[str, Any]], key: str, where: str) -> M
 
 
 def parse_messages(text: str, key: str, where: str) -> list[dict[str, Any]] | None:
-    """The chat messages that a text spells in JSON, or as Python prints them, as tables without lists have them.
+    """Parses chat messages written as text, in JSON or as Python prints them, as in tables that cannot hold lists.
 
     Returns:
-        None where the text begins and ends as no such list does, or where its objects are no messages.
+        None if the text does not look like such a list, or its objects are no messages.
 
     Raises:
-        InputError: the text begins as messages do and cannot be read.
+        InputError: the text looks like messages and cannot be parsed.
 
     """
     if not (_WRITTEN.match(text) and text.rstrip().endswith(("]", ")"))):
@@ -66,14 +66,14 @@ def parse_messages(text: str, key: str, where: str) -> list[dict[str, Any]] | No
 
 
 def _read_message(message: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    """One message; other fields are kept, but for nulls, with which columnar formats fill what a message lacks."""
+    """One message with its other fields, except nulls, which columnar formats put in absent fields."""
     present = {name: value for name, value in message.items() if value is not None}
     role = next((present.pop(name) for name in ROLE_KEYS if name in present), None)
     content = next((present.pop(name) for name in CONTENT_KEYS if name in present), None)
     if isinstance(role, str):
         check_unicode(role, f"{key!r} role", where)
         role = _usual_role(role)
-        content = "" if content is None and role == "assistant" else content  # of a turn that only calls tools
+        content = "" if content is None and role == "assistant" else content  # a turn that only calls tools
     if isinstance(content, (list, dict)):
         content = _join_parts(content if isinstance(content, list) else [content], key, where)
     if not (isinstance(role, str) and isinstance(content, str)):
@@ -93,8 +93,8 @@ def _join_parts(parts: list[Any], key: str, where: str) -> str:
         if kind not in TEXT_PARTS or not isinstance(text, str):
             found = f"a part of type {kind!r:.40}" if kind not in TEXT_PARTS else f"a part with {name_type(text)}"
             raise InputError(
-                f"{where}: each part of a content of {key!r} must be text, got {found}. Leave out images and other "
-                "parts that are no text."
+                f"{where}: each part of a content of {key!r} must be text, got {found}. Leave out images and "
+                "other parts without text."
             )
         texts.append(text)
     return "".join(texts)
@@ -104,7 +104,7 @@ def leave_off_answer(messages: Messages, where: str) -> Messages:
     """The messages without the assistant's turns at the end; the same object where there are none.
 
     Raises:
-        InputError: nothing is left that could be answered.
+        InputError: no message is left to answer.
 
     """
     end = len(messages)
@@ -121,11 +121,11 @@ def leave_off_answer(messages: Messages, where: str) -> Messages:
 
 
 def _is_assistant(message: dict[str, Any]) -> bool:
-    """Whether a message is the model's."""
+    """Whether a message is the assistant's."""
     return _usual_role(str(message.get("role"))) == "assistant"
 
 
 def _usual_role(role: str) -> str:
-    """The name that chat templates know a role by, if it is one of a user, a model or the system."""
+    """The usual name of a role in chat templates; other roles are unchanged."""
     name = role.strip().lower()
     return ROLES.get(name) or ("assistant" if _MODEL.fullmatch(name) else role)

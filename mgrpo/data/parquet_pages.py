@@ -1,4 +1,4 @@
-"""Page headers of parquet files: what they claim, read before any page is unpacked."""
+"""Checks the sizes in page headers of parquet files before any page is decompressed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any, BinaryIO
 from mgrpo.errors import InputError
 from mgrpo.inputs import Budget
 
-# A row group is decoded with all values of a nested row at once, at up to 20 bytes each.
+# A row group's nested values are decoded at once, at up to 20 bytes each.
 MAX_NESTED_VALUES = 1 << 25
 MAX_FOOTER_BYTES = 16 << 20
-MAX_PAGE_BYTES = 256 << 20  # a page is unpacked as a whole, and its texts copied up to three times
+MAX_PAGE_BYTES = 256 << 20  # a page is decompressed as a whole, and its texts are copied up to three times
 
 
 class HeaderError(Exception):
-    """The footer or a page header of a parquet file makes no sense."""
+    """The footer or a page header of a parquet file is invalid."""
 
 
 def check_sizes(path: Path, wanted: dict[int, bool], budget: Budget) -> None:
-    """Refuses a file whose page headers claim too much; `wanted` says of each stored column whether it is nested."""
+    """Refuses a file whose page headers claim too much; `wanted` maps each stored column to whether it is nested."""
     total = 0
     with path.open("rb") as file:
         for number, chunks in enumerate(_read_footer(file, path), 1):
@@ -40,7 +40,7 @@ def check_sizes(path: Path, wanted: dict[int, bool], budget: Budget) -> None:
 
 
 def _read_footer(file: BinaryIO, path: Path) -> list[list[dict[int, Any]]]:
-    """What the footer says of the stored columns of each row group; on a damaged one pyarrow may abort the process."""
+    """Metadata of the stored columns of each row group; pyarrow may abort the process on a damaged footer."""
     file.seek(-8, os.SEEK_END)
     (size,) = struct.unpack("<I", file.read(4))
     if size > MAX_FOOTER_BYTES:
@@ -51,7 +51,7 @@ def _read_footer(file: BinaryIO, path: Path) -> list[list[dict[int, Any]]]:
 
 
 def _count_pages(file: BinaryIO, chunk: dict[int, Any]) -> tuple[int, int]:
-    """Bytes and values of a stored column as its page headers claim them: those of the footer bind no reader."""
+    """Bytes and values of a stored column by its page headers, because readers do not obey those in the footer."""
     num_values, stored, position, dictionary = chunk[5], chunk[7], chunk[9], chunk.get(11, 0)
     position = min(position, dictionary) if dictionary > 0 else position
     end = position + stored
@@ -59,7 +59,7 @@ def _count_pages(file: BinaryIO, chunk: dict[int, Any]) -> tuple[int, int]:
     while position < end and values < num_values:
         file.seek(position)
         header = _read_struct(file)
-        data = header.get(5) or header.get(8) or {1: 0}  # a page of data in version 1 or 2, or any other page
+        data = header.get(5) or header.get(8) or {1: 0}  # a data page of version 1 or 2, else another page
         if min(header[2], header[3], data[1]) < 0:
             raise HeaderError("a page header claims a negative size")
         if header[2] > MAX_PAGE_BYTES:
@@ -72,7 +72,7 @@ def _count_pages(file: BinaryIO, chunk: dict[int, Any]) -> tuple[int, int]:
 
 
 def _read_struct(file: BinaryIO) -> dict[int, Any]:
-    """Numbers and structs of a Thrift struct in the compact protocol by field; text is passed over."""
+    """Numbers and structs of a Thrift struct (compact protocol) by field number; text is skipped."""
     fields: dict[int, Any] = {}
     number = 0
     while head := _read_byte(file):
@@ -82,7 +82,7 @@ def _read_struct(file: BinaryIO) -> dict[int, Any]:
 
 
 def _read_value(file: BinaryIO, kind: int) -> Any:
-    """One value of the compact protocol."""
+    """One value of the given type in the compact protocol."""
     match kind:
         case 1 | 2:
             return kind == 1
@@ -105,13 +105,13 @@ def _read_value(file: BinaryIO, kind: int) -> Any:
 
 
 def _read_integer(file: BinaryIO) -> int:
-    """A signed number in zigzag form."""
+    """A signed integer in zigzag encoding."""
     number = _read_varint(file)
     return (number >> 1) ^ -(number & 1)
 
 
 def _read_varint(file: BinaryIO) -> int:
-    """A number of seven bits a byte, at most 64 in all."""
+    """An unsigned integer with seven bits in each byte, of at most 64 bits."""
     number = 0
     for shift in range(0, 70, 7):
         byte = _read_byte(file)

@@ -1,4 +1,4 @@
-"""Records as the model reads them: rendered and encoded."""
+"""Renders records and encodes them as the model reads them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mgrpo.data.template import check_template, read_arguments, render
 from mgrpo.errors import InputError
 from mgrpo.grading.label_text import Label
 
-# Prompts that are encoded in one call, at most.
+# The most prompts and characters of one call of the tokenizer.
 ENCODE_CHUNK = 1024
 ENCODE_CHARS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """One prompt as the model reads it; `text` is rendered and `index` is its place in the data set."""
+    """One prompt; `text` is rendered and `index` is its position in the data set."""
 
     ids: tuple[int, ...]
     text: str
@@ -32,10 +32,10 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Prompts in order, the number dropped as too long, and the SHA-256 of the token ids (answers do not enter it).
+    """Prompts in order, the number dropped as too long, and the SHA-256 of the token ids (not of the answers).
 
-    Of the prompts, `num_answered` are conversations that ended with the assistant's turn, which was left off; `unread`
-    are the labels, each with its place, in which no answer was found.
+    `num_answered` counts conversations whose last turns, the assistant's, were left off; `unread` lists labels without
+    an answer, each with its origin.
     """
 
     prompts: tuple[Prompt, ...]
@@ -60,24 +60,24 @@ def make_dataset(
 ) -> Dataset:
     r"""Renders the records through the template and encodes them; no prompt is ever truncated.
 
-    The assistant's turns at the end of a conversation are left off: they would be the answer.
+    The assistant's turns at the end of a conversation, which hold the answer, are left off.
 
     Args:
-        records: what `read_records` yields; each is let go once it is encoded.
+        records: from `read_records`; each is released once it is encoded.
         tokenizer: a transformers tokenizer.
-        template: None takes text as it is; "chat" applies the tokenizer's chat template, as chat messages always do;
-            any other string holds `{prompt}` once, and the two characters `\n` in it stand for a newline.
+        template: None uses text unchanged; "chat" applies the tokenizer's chat template, as chat messages always do;
+            any other string contains `{prompt}` once, and the two characters `\n` in it mean a newline.
         max_prompt_tokens: longest prompt that fits, 1 or more.
         overlong: "error" refuses longer prompts, "drop" leaves them out and counts them.
         source: name of the data in messages.
         template_args: arguments of the chat template, each `KEY=VALUE`.
 
     Returns:
-        At least one prompt, which takes its text, 8 bytes a token and some 300 bytes more in memory; an end-of-text
-        token that the tokenizer appends to text is left off.
+        At least one prompt. Each takes its text, 8 bytes a token and about 300 bytes more in memory; an end-of-text
+        token that the tokenizer appends is left off.
 
     Raises:
-        InputError: template and tokenizer or records do not fit, a prompt has no tokens, or prompts are too long.
+        InputError: the template does not fit the tokenizer or the records, a prompt has no tokens, or is too long.
         ValueError: `overlong` is neither "error" nor "drop".
     """
     _check_limits(overlong, max_prompt_tokens, source)
@@ -85,7 +85,7 @@ def make_dataset(
     arguments = read_arguments(template_args, tokenizer, source)
     prompts, unread, digest = list[Prompt](), list[str](), hashlib.sha256()
     num_overlong, first_overlong, num_answered = 0, "", 0
-    shared: dict[int, int] = {}  # one int object a token id in use: a prompt then costs 8 bytes a token
+    shared: dict[int, int] = {}  # one int object a token id, so that a prompt takes 8 bytes a token
     rendered = ((record, *render(record, tokenizer, template, arguments)) for record in map(_leave_off, records))
     for record, text, ids in _encode(rendered, tokenizer):
         if not ids:
@@ -111,7 +111,7 @@ def make_dataset(
 
 
 def _check_limits(overlong: str, max_prompt_tokens: int, source: str) -> None:
-    """Raises ValueError or InputError for options that make no sense."""
+    """Raises ValueError or InputError for options out of range."""
     if overlong not in ("error", "drop"):
         raise ValueError(f"{source}: overlong must be 'error' or 'drop', got {overlong!r}. Choose one.")
     if max_prompt_tokens < 1:
@@ -122,7 +122,7 @@ def _check_limits(overlong: str, max_prompt_tokens: int, source: str) -> None:
 
 
 def _unusable(num_prompts: int, num_overlong: int, first: str, max_prompt_tokens: int, source: str) -> InputError:
-    """The error for prompts that do not fit, or for none at all."""
+    """The error for prompts that are too long, or for no prompts."""
     if not num_overlong:
         return InputError(f"{source}: data set must hold at least one record, got none. Add records.")
     return InputError(
@@ -141,10 +141,10 @@ def _leave_off(record: Record) -> Record:
 
 
 def _encode(rendered: Iterable[tuple[Record, str, bool]], tokenizer: Any) -> Iterator[tuple[Record, str, list[int]]]:
-    """Encodes texts in order; those of a chat template get no second set of special tokens."""
-    probe, bare = tokenizer("0").input_ids, tokenizer("0", add_special_tokens=False).input_ids
+    """Encodes texts in order; texts of a chat template already have special tokens and get no more."""
+    full, bare = tokenizer("0").input_ids, tokenizer("0", add_special_tokens=False).input_ids
     eos = [tokenizer.eos_token_id]
-    appends_eos = probe[-1:] == eos and bare[-1:] != eos
+    appends_eos = full[-1:] == eos and bare[-1:] != eos
     for is_chat, run in itertools.groupby(rendered, key=lambda item: item[2]):
         while chunk := list(_take(run)):
             rows = tokenizer([text for _, text, _ in chunk], add_special_tokens=not is_chat, verbose=False).input_ids

@@ -1,8 +1,7 @@
-"""Raw records of prompts and answers: read from files, from the hub, or drawn from the built-in task."""
+"""Reads raw records of prompts and answers from files or the hub, or draws them from the built-in task."""
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -18,28 +17,22 @@ from mgrpo.data.keys import ABSENT, Keys, look_up, name_keys, suggest_prompt
 from mgrpo.data.messages import Messages, parse_messages, read_messages
 from mgrpo.errors import InputError, whole
 from mgrpo.grading.label_text import Label, label_text
-from mgrpo.inputs import MAX_RECORD_BYTES as MAX_RECORD_BYTES
-from mgrpo.inputs import check_unicode, list_names, name_type, too_large
+from mgrpo.inputs import MAX_RECORD_BYTES, Budget, check_unicode, list_names, name_type, nearest, too_large
 
-__all__ = ["InputError", "Record", "check_unicode", "load_records", "read_records"]
-# What a data set may hold, so that no file can fill the memory: bytes of all text, and the number of records.
-MAX_TEXT_BYTES = 1 << 30
-MAX_RECORDS = 10_000_000
-# The id of a data set, and behind a colon one of its configurations.
+# The id of a data set, optionally with a colon and one of its configurations.
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?::([\w.-]+))?")
-# What the package datasets says where a configuration must be named.
+# The error of the package datasets where a configuration must be named.
 _CONFIGS = re.compile(r"Config name is missing.*?\[([^\]]{1,500})", re.DOTALL)
-# Bounded digits: a slip of the finger cannot ask for a billion operands.
+# Bounded digits, so that a typing error cannot ask for a billion operands.
 ARITHMETIC = re.compile(r"arithmetic:([0-9]{1,9}):([0-9]{1,2})(?:-([0-9]{1,2}))?:([0-9]{1,18})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One raw record: text or chat messages, the answer if known (or several of which any is right), and where it was
-    read (counted from 1).
+    """One raw record: text or chat messages, the answer if known, and its origin (counted from 1).
 
-    Where several answers are known `others` has the further ones until the label is read, which then holds all.
-    `unread` is a label in which no answer was found; `answered` says that the assistant's turn at the end was left off.
+    Of several known answers, any is right: `others` has all but the first until the label is read; then `answer` has
+    all. `unread` is a label without an answer. `answered` is True if the assistant's turns at the end were left off.
     """
 
     prompt: str | Messages
@@ -55,34 +48,6 @@ class Record:
         return (self.answer, *self.others) if self.others and isinstance(self.answer, str) else self.answer
 
 
-class Budget:
-    """What may still be read of a source; asking for more raises InputError."""
-
-    def __init__(self) -> None:
-        self.num_bytes, self.num_records = MAX_TEXT_BYTES, MAX_RECORDS
-
-    def spend(self, num_bytes: int, where: str) -> None:
-        """Takes off the bytes of what is read up to a place."""
-        self.num_bytes -= num_bytes
-        if self.num_bytes < 0:
-            raise too_large(f"{where}: data up to here", MAX_TEXT_BYTES)
-
-    def expect(self, num_bytes: int, where: str) -> None:
-        """Asks for the bytes that a file claims to hold, which are taken off as they are read."""
-        if num_bytes > self.num_bytes:
-            raise too_large(f"{where}: data up to the end of the file", MAX_TEXT_BYTES)
-
-    def check_record(self, num_bytes: int, where: str) -> None:
-        """Asks for the bytes of one record."""
-        if num_bytes > MAX_RECORD_BYTES:
-            raise too_large(f"{where}: record", MAX_RECORD_BYTES)
-
-    def check_records(self, num_records: int, where: str) -> None:
-        """Asks for the records that a file claims to hold."""
-        if num_records > self.num_records:
-            raise InputError(f"{where}: data set must have at most {MAX_RECORDS} records, got more. Split the data.")
-
-
 def load_records(
     source: str,
     *,
@@ -91,7 +56,7 @@ def load_records(
     split: str = "train",
     need_answer: bool = False,
 ) -> list[Record]:
-    """All records of a source as a list; `read_records` says the rest."""
+    """`read_records` as a list."""
     return list(
         read_records(source, prompt_key=prompt_key, answer_key=answer_key, split=split, need_answer=need_answer)
     )
@@ -108,23 +73,23 @@ def read_records(
     """Reads the records of a source in order, one at a time.
 
     Args:
-        source: a .jsonl, .json, .parquet, .csv, .tsv or .arrow file, text also packed as .gz; a folder (every such file
-            in it, sorted by name, hidden files and subfolders left out; those of the split where all are named by
+        source: a .jsonl, .json, .parquet, .csv, .tsv or .arrow file, text also as .gz; a folder (every such file in
+            it, sorted by name, without hidden files and subfolders; only files of the split if all names are those of
             splits); a folder of `save_to_disk`; `arithmetic:NUM:OPERANDS:SEED` for built-in problems (OPERANDS is `5`
-            or `3-7`); or else the id of a hub data set, with `:NAME` where it has several configurations.
+            or `3-7`); or else the id of a hub data set, with `:NAME` if it has several configurations.
         prompt_key: key of the prompt; `a.b` is the key `b` of the object `a`. The built-in problems ignore it.
-        answer_key: key of the answer, likewise; None reads no answers, and a record without the key has none.
+        answer_key: key of the answer, dotted too; None reads no answers, and a record without the key has none.
         split: split of a hub data set, of a saved DatasetDict, of a folder with files of several splits, or of a .json
-            file with a list for each; other files ignore it.
-        need_answer: whether a key of answers that no record has is an error.
+            file with a list for each split; other files ignore it.
+        need_answer: whether an answer key that no record has is an error.
 
     Yields:
         At least one record.
 
     Raises:
-        InputError: the source cannot be found or read, is empty, holds a bad record, or more than 4 MiB a record,
-            1 GiB of text, 10 million records, or 64 MiB of .json, .csv or .tsv, unpacked. What was read before is
-            yielded.
+        InputError: the source cannot be found or read, is empty, has an invalid record, or exceeds 4 MiB a record,
+            1 GiB of text, 10 million records, or 64 MiB of .json, .csv or .tsv, decompressed. Earlier records are
+            yielded first.
 
     """
     if not source.strip():
@@ -135,19 +100,18 @@ def read_records(
     keys, budget = Keys(prompt_key, answer_key), Budget()
     try:
         for where, origin, row in _read_source(source, keys, split, budget):
-            budget.check_records(1, where)
-            budget.num_records -= 1
+            budget.spend_record(where)
             yield _make_record(row, keys, where=where, origin=origin)
     except MemoryError as error:
         raise InputError(f"{source}: data must fit into the memory of this machine, got more. Split it.") from error
-    if budget.num_records == MAX_RECORDS:
+    if not budget.records_read:
         raise InputError(f"{source}: data set must hold at least one record, got none. Add records or name other data.")
     if need_answer:
         keys.require_answer(source)
 
 
 def _read_source(source: str, keys: Keys, split: str, budget: Budget) -> Iterator[tuple[str, str, Any]]:
-    """Yields the raw rows of files or of a hub data set, each with its place and its origin."""
+    """Yields the raw rows of files or of a hub data set, each with its place for errors and its origin."""
     if os.path.exists(source):
         for path in list_files(Path(source), split):
             try:
@@ -185,7 +149,7 @@ def _read_rows(path: Path, keys: Keys, split: str, budget: Budget) -> Iterator[t
 
 
 def _make_arithmetic(source: str) -> Iterator[Record]:
-    """Draws the built-in problems that `arithmetic:NUM:OPERANDS:SEED` describes."""
+    """Draws the built-in problems of `arithmetic:NUM:OPERANDS:SEED`."""
     from mgrpo.tasks.arithmetic import make_problems
 
     match = ARITHMETIC.fullmatch(source)
@@ -203,19 +167,19 @@ def _make_arithmetic(source: str) -> Iterator[Record]:
 
 
 def _suggest_path(source: str) -> str:
-    """Names the entry of the same folder that is nearest to a missing path, as a sentence, or nothing."""
+    """Suggests the entry of the folder that is nearest to a missing path, as a sentence; or an empty string."""
     if "://" in source:
         return " A URL is not read: download the file, or name a hub data set by its id."
     path = Path(source)
     if os.path.islink(path):
         return f" It is a link to {os.readlink(path)}."
     names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean {path.parent / close[0]}?" if close else ""
+    close = nearest(path.name, names)
+    return f" Did you mean {path.parent / close}?" if close else ""
 
 
 def _read_hub(source: str, keys: Keys, split: str, budget: Budget) -> Iterator[tuple[str, Any]]:
-    """Reads the wanted columns of a hub data set, which lies on the disk as arrow tables."""
+    """Reads the wanted columns of a hub data set, which is on the disk as arrow tables."""
     import datasets
 
     from mgrpo.data.tables import read_table
@@ -224,10 +188,10 @@ def _read_hub(source: str, keys: Keys, split: str, budget: Budget) -> Iterator[t
     names = [name for name in match.groups() if name] if match else [source]
     client = logging.getLogger("huggingface_hub")
     level = client.level
-    client.setLevel(logging.ERROR)  # a line for each time that it tries again
+    client.setLevel(logging.ERROR)  # it logs a line for each retry
     try:
         dataset = datasets.load_dataset(*names, split=split)
-    except Exception as error:  # the hub client raises its own, httpx's, OS and value errors
+    except Exception as error:  # the hub client raises its own errors, httpx's, OSError and ValueError
         first = str(error).strip().partition("\n")[0].rstrip()
         reason = whole(error) if not first or first.endswith(":") else first.rstrip(".")
         remedy = "Check the name and the network, or name a local file."
@@ -243,7 +207,7 @@ def _read_hub(source: str, keys: Keys, split: str, budget: Budget) -> Iterator[t
 
 
 def _make_record(row: Any, keys: Keys, *, where: str, origin: str) -> Record:
-    """Checks one raw row and makes a record of it."""
+    """Checks one raw row and turns it into a record."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: record must be an object, got {name_type(row)}. Write {{{keys.prompt!r}: ...}}.")
     prompt = look_up(row, keys.prompt)
@@ -262,7 +226,7 @@ def _make_record(row: Any, keys: Keys, *, where: str, origin: str) -> Record:
 
 
 def _check_prompt(prompt: Any, key: str, where: str) -> str | Messages:
-    """Returns a prompt that is text or a non-empty list of chat messages with text in at least one."""
+    """Returns a prompt that is text or chat messages, at least one of them with text."""
     if isinstance(prompt, str):
         prompt = parse_messages(prompt, key, where) or prompt
     if isinstance(prompt, str):

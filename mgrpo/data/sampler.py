@@ -1,4 +1,4 @@
-"""Prompts drawn in a reproducible order."""
+"""Draws prompts in a reproducible order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mgrpo.errors import InputError
 class Sampler:
     """Endless batches of prompt indices: each epoch is a `torch.randperm` seeded by seed and epoch.
 
-    A batch may span two epochs. A prompt of the new epoch that the batch already holds is then moved behind
-    the batch's end, so that no prompt comes twice in a batch and every epoch still is a permutation.
+    A batch may span two epochs. A prompt of the new epoch that is already in the batch is moved behind the batch's end,
+    so that no prompt is twice in a batch and every epoch is a permutation.
     """
 
     def __init__(self, num_prompts: int, batch_size: int, seed: int):
@@ -54,7 +54,7 @@ class Sampler:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the number of batches drawn and what the order depends on."""
+        """Returns the number of batches drawn and the parameters of the order."""
         return {
             "num_batches": self._num_batches,
             "num_prompts": self.num_prompts,
@@ -63,10 +63,10 @@ class Sampler:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues where `state` was taken, by drawing its batches again.
+        """Restores `state` by drawing its batches again.
 
         Raises:
-            InputError: the state belongs to another number of prompts, batch size or seed.
+            InputError: the state has another number of prompts, batch size or seed.
 
         """
         remedy = "Resume with the data, --rollout.num-prompts and --seed of the run."

@@ -1,4 +1,4 @@
-"""Rows of parquet files and of arrow tables, every size counted before it takes memory."""
+"""Reads rows of parquet files and arrow tables; every size is counted before memory is used."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from mgrpo.errors import InputError
 from mgrpo.grading.label_text import MAX_ANSWERS
 from mgrpo.inputs import Budget
 
-# Rows at a time. Arrow copies the texts of a row group that came before for each batch of a parquet file; of a mapped
-# table it may copy the batch.
+# Rows of a batch. For each batch of a parquet file, Arrow copies the earlier texts of its row group; of a mapped table
+# it may copy the batch.
 PARQUET_CHUNK, TABLE_CHUNK = 4096, 64
 MAX_MESSAGES = 1 << 14
-NESTED = 4  # levels of objects into which keys reach
+NESTED = 4  # levels of objects that keys may reach into
 types: Any = pyarrow.types
-compute: Any = pyarrow.compute  # its functions are made when it is imported
+compute: Any = pyarrow.compute  # its functions are created on import
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """Where the values of a key are: a column, or the field of one."""
+    """The place of a key's values: a column, or a field of one."""
 
     key: str
     name: str  # of the column
-    fields: tuple[str, ...]  # names of the fields below it, down to the values
-    is_written: bool = False  # the values are objects as text, in which the rest of the key is looked up
+    fields: tuple[str, ...]  # names of the nested fields, down to the values
+    is_written: bool = False  # the values are objects written as text, in which the rest of the key is looked up
 
     @property
     def path(self) -> str:
-        """Name of the values in a parquet file."""
+        """Path of the values in a parquet file."""
         return ".".join((self.name, *self.fields))
 
     @property
@@ -52,13 +52,13 @@ def read_parquet(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, 
     """Yields the wanted values of the rows of a parquet file by key, each row with its position.
 
     Args:
-        path: the file. Its footer and page headers are checked first; no page is unpacked before that.
-        keys: keys to read; that of the answer may be absent.
-        budget: what may still be read.
+        path: the file. Its footer and page headers are checked before any page is decompressed.
+        keys: keys to read; the answer's may be absent.
+        budget: the data that may still be read.
 
     Raises:
-        InputError: a wanted column is of another type than text, number, list of messages or, for answers, list of
-            those, messages are too many, or the file cannot be read.
+        InputError: a wanted column is not text, numbers, lists of messages or, for answers, lists of text or numbers;
+            there are too many messages; or the file cannot be read.
 
     """
     position = 0
@@ -66,7 +66,7 @@ def read_parquet(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, 
         with pyarrow.parquet.ParquetFile(path) as file:
             leaves = [file.schema.column(i) for i in range(len(file.schema))]
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        # A text that comes again and again is kept once, so that its copies can be counted before they are made.
+        # Repeated texts are kept once, so that their copies are counted before they are made.
         with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             schema = file.schema_arrow
             columns = choose_columns(schema, keys, str(path))
@@ -80,12 +80,12 @@ def read_parquet(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, 
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise HeaderError("a footer or page header lacks a size") from error
             names = [column.path for column in columns]
-            for group in range(file.metadata.num_row_groups):  # a batch over several would hold all their texts
+            for group in range(file.metadata.num_row_groups):  # a batch over several groups would hold all their texts
                 for batch in file.iter_batches(PARQUET_CHUNK, [group], names):
                     for row in unpack(pick(batch, columns), str(path), position, budget):
                         position += 1
                         yield f" row {position}", row
-    except MemoryError:  # arrow's own is an ArrowException too
+    except MemoryError:  # arrow's MemoryError is an ArrowException too
         raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, HeaderError, RecursionError) as error:
         reason = str(error).rstrip(". ")
@@ -94,7 +94,7 @@ def read_parquet(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, 
 
 
 def read_table(dataset: Any, source: str, keys: Keys, budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`read_parquet` for a data set of the package datasets, whose tables are mapped from the disk."""
+    """`read_parquet` for a data set of the package datasets, whose tables are memory-mapped."""
     position = 0
     columns = choose_columns(dataset.features.arrow_schema, keys, source)
     if columns is None:
@@ -116,7 +116,7 @@ def read_table(dataset: Any, source: str, keys: Keys, budget: Budget) -> Iterato
 
 
 def choose_columns(schema: pyarrow.Schema, keys: Keys, where: str) -> list[Column] | None:
-    """Where the wanted keys are, all of types that can be counted; None where there is no prompt."""
+    """The columns of the wanted keys; None without a prompt, InputError for types whose size cannot be counted."""
     keys.note(name for field in schema for name in _name_fields(field))
     columns = [column for key in keys.wanted if (column := _find_column(schema, key))]
     if not any(column.key == keys.prompt for column in columns):
@@ -140,7 +140,7 @@ def choose_columns(schema: pyarrow.Schema, keys: Keys, where: str) -> list[Colum
 
 
 def _find_column(schema: pyarrow.Schema, key: str) -> Column | None:
-    """Where the values of a key are, None where they are not; a column with dots in its name comes first."""
+    """The column of a key, None if absent; a column with dots in its name comes first."""
     parts = key.split(".")
     for num in range(len(parts), 0, -1):
         name, fields = ".".join(parts[:num]), parts[num:]
@@ -159,7 +159,7 @@ def _find_column(schema: pyarrow.Schema, key: str) -> Column | None:
 
 
 def _name_fields(field: pyarrow.Field, prefix: str = "", depth: int = NESTED) -> Iterator[str]:
-    """The key of a column, or those of the fields of its objects."""
+    """The key of a column, or the keys of its nested fields."""
     if types.is_struct(field.type) and field.type.num_fields and depth:
         for i in range(field.type.num_fields):
             yield from _name_fields(field.type.field(i), f"{prefix}{field.name}.", depth - 1)
@@ -168,7 +168,7 @@ def _name_fields(field: pyarrow.Field, prefix: str = "", depth: int = NESTED) ->
 
 
 def pick(batch: pyarrow.RecordBatch, columns: list[Column]) -> pyarrow.RecordBatch:
-    """The values of each key as a column of its own."""
+    """The values of each key as a separate column."""
     arrays = [
         compute.struct_field(batch.column(c.name), list(c.fields)) if c.fields else batch.column(c.name)
         for c in columns
@@ -177,7 +177,7 @@ def pick(batch: pyarrow.RecordBatch, columns: list[Column]) -> pyarrow.RecordBat
 
 
 def unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a batch that follows `position` rows, their texts counted before they are made."""
+    """Yields the rows of a batch behind `position` rows; texts are counted before they are created."""
     sizes = sum((_row_bytes(column) for column in batch.columns), numpy.zeros(batch.num_rows, numpy.int64))
     budget.spend(int(sizes.sum()), f"{where} row {position + batch.num_rows}")
     columns = dict(zip(batch.schema.names, batch.columns, strict=True))
@@ -191,7 +191,7 @@ def unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget
 
 
 def _to_python(value: Any) -> Any:
-    """A value as Python's; numbers of fewer than 64 bits as numpy's, whose digits are those that were written."""
+    """A value as a Python object; floats of fewer than 64 bits as numpy's, to keep their written digits."""
     kind = value.type.value_type if _is_list(value.type) else value.type
     if not value.is_valid or not (types.is_float32(kind) or types.is_float16(kind)):
         return value.as_py()
@@ -201,7 +201,7 @@ def _to_python(value: Any) -> Any:
 
 
 def _check_length(name: str, value: Any, place: str) -> None:
-    """Refuses a list with more messages, parts of messages, or answers than a record may have."""
+    """Refuses a list with too many messages, parts of messages, or answers."""
     if not value.is_valid or not _is_list(value.type):
         return
     limit, what = (MAX_MESSAGES, "messages") if types.is_struct(value.type.value_type) else (MAX_ANSWERS, "answers")
@@ -214,7 +214,7 @@ def _check_length(name: str, value: Any, place: str) -> None:
 
 
 def _is_scalar(kind: pyarrow.DataType) -> bool:
-    """Whether values of a type are single texts or numbers."""
+    """Whether a type is text or a number."""
     if types.is_dictionary(kind):
         return _is_text(kind.value_type)
     tests = (types.is_null, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal)
@@ -222,22 +222,22 @@ def _is_scalar(kind: pyarrow.DataType) -> bool:
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
-    """Whether values of a type are texts, each as long as it says."""
+    """Whether a type is text."""
     return types.is_string(kind) or types.is_large_string(kind)
 
 
 def _is_list(kind: pyarrow.DataType) -> bool:
-    """Whether values of a type are lists of any length."""
+    """Whether a type is a list of variable length."""
     return types.is_list(kind) or types.is_large_list(kind)
 
 
 def _is_list_of_scalars(kind: pyarrow.DataType) -> bool:
-    """Whether values of a type are lists of texts or numbers."""
+    """Whether a type is a list of texts or numbers."""
     return _is_list(kind) and _is_scalar(kind.value_type)
 
 
 def _is_messages(kind: pyarrow.DataType, *, parts: bool = True) -> bool:
-    """Whether values of a type are lists of chat messages, whose contents may be lists of parts."""
+    """Whether a type is a list of chat messages, whose contents may be lists of parts."""
     if not _is_list(kind) or not types.is_struct(kind.value_type):
         return False
     fields = [field.type for field in kind.value_type]
@@ -245,7 +245,7 @@ def _is_messages(kind: pyarrow.DataType, *, parts: bool = True) -> bool:
 
 
 def _row_bytes(column: Any) -> numpy.ndarray:
-    """Bytes of each row of a column of arrow data, a text counted as often as it comes."""
+    """Bytes of each row of an arrow column; a repeated text counts each time."""
     kind = column.type
     if types.is_dictionary(kind):
         lengths = compute.binary_length(column.dictionary).take(column.indices)
@@ -253,7 +253,7 @@ def _row_bytes(column: Any) -> numpy.ndarray:
         lengths = compute.binary_length(column)
     elif types.is_struct(kind):
         return sum(map(_row_bytes, column.flatten()), numpy.zeros(len(column), numpy.int64))
-    elif types.is_list(kind) or types.is_large_list(kind):
+    elif _is_list(kind):
         ends = numpy.concatenate([[0], numpy.cumsum(_row_bytes(column.values))])
         return numpy.diff(ends[column.offsets.to_numpy()])
     else:
@@ -262,7 +262,7 @@ def _row_bytes(column: Any) -> numpy.ndarray:
 
 
 def _num_leaves(kind: pyarrow.DataType) -> int:
-    """Columns that parquet stores for a type."""
+    """The number of columns that parquet stores for a type."""
     if isinstance(kind, pyarrow.BaseExtensionType):
         return _num_leaves(kind.storage_type)
     if types.is_map(kind):
@@ -271,16 +271,16 @@ def _num_leaves(kind: pyarrow.DataType) -> int:
 
 
 def _find_leaves(schema: pyarrow.Schema, columns: list[Column], leaves: list[Any], where: str) -> list[int]:
-    """Numbers of the stored columns that pyarrow reads for the wanted ones."""
+    """Indices of the stored columns that pyarrow reads for the wanted ones."""
     ranges, start = {}, 0
     for field in schema:
         end = start + _num_leaves(field.type)
         ranges[field.name] = range(start, end)
         start = end
     wanted: list[int] = []
-    for column in columns:  # pyarrow reads all that begin with the name and a dot
+    for column in columns:  # pyarrow reads every column whose path begins with the name and a dot
         named = [i for i, leaf in enumerate(leaves) if f"{leaf.path}.".startswith(f"{column.path}.")]
-        # The field of an object may have the very name of a column with a dot; it is read and not looked at.
+        # A nested field may have the same path as a column with a dot in its name; it is read and ignored.
         own = [i for i in named if i in ranges[column.name] or _is_single(leaves[i], column.path)]
         if start != len(leaves) or own != named or not named:
             names = " or ".join(column.path for column in columns)
@@ -290,5 +290,5 @@ def _find_leaves(schema: pyarrow.Schema, columns: list[Column], leaves: list[Any
 
 
 def _is_single(leaf: Any, path: str) -> bool:
-    """Whether a stored column has the path and no lists."""
+    """Whether a stored column has the path and is in no list."""
     return leaf.path == path and leaf.max_repetition_level == 0

@@ -1,4 +1,4 @@
-"""Prompts as text: records through a template, or through the tokenizer's chat template and its arguments."""
+"""Renders records through a template, or through the tokenizer's chat template and its arguments."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mgrpo.errors import InputError
 from mgrpo.inputs import check_unicode, list_names, nearest
 
 PLACEHOLDER = "{prompt}"
-# What a template reads beside the arguments of apply_chat_template and the special tokens.
+# Variables of a template beside the arguments of apply_chat_template and the special tokens.
 _OWN = ("messages", "bos_token", "eos_token", "raise_exception", "strftime_now")
 
 
 def check_template(template: str | None, source: str) -> str | None:
-    """Returns the template with its newlines in place."""
+    """Returns the template with its newlines; raises InputError unless it has one placeholder."""
     if template is None or template == "chat":
         return template
     check_unicode(template, "template", source)
@@ -34,12 +34,12 @@ def read_arguments(given: Sequence[str], tokenizer: Any, source: str) -> dict[st
     """Arguments of the tokenizer's chat template.
 
     Args:
-        given: each `KEY=VALUE`; a value that is JSON (true, null, 5, "5", [1]) is what it says, any other is text.
+        given: each `KEY=VALUE`; a value is parsed as JSON (true, null, 5, "5", [1]), or else is text.
         tokenizer: a transformers tokenizer.
         source: name of the data in messages.
 
     Raises:
-        InputError: an argument without `=`, given twice, or that the template does not read.
+        InputError: an argument has no `=`, is given twice, or is not read by the template.
 
     """
     arguments: dict[str, Any] = {}
@@ -62,7 +62,7 @@ def read_arguments(given: Sequence[str], tokenizer: Any, source: str) -> dict[st
 
 
 def _read_value(text: str) -> Any:
-    """The value that JSON text means, or the text; True, False and None are Python's words for the same."""
+    """The value of JSON text, else the text; True, False and None are read too."""
     text = {"True": "true", "False": "false", "None": "null"}.get(text, text)
     try:
         return json.loads(text)
@@ -71,7 +71,7 @@ def _read_value(text: str) -> Any:
 
 
 def _variables(tokenizer: Any) -> set[str]:
-    """Names that the chat template reads from its caller; not messages, special tokens and the like."""
+    """Variables of the chat template that a caller may set."""
     from jinja2 import Environment, TemplateError, meta
 
     text = tokenizer.get_chat_template()
@@ -91,8 +91,8 @@ def render(record: Record, tokenizer: Any, template: str | None, arguments: dict
     if isinstance(prompt, str) and template != "chat":
         if arguments:
             raise InputError(
-                f"{record.origin}: --data.template-args must come with a chat template, got a prompt of text without. "
-                "Set --data.template chat or leave them out."
+                f"{record.origin}: --data.template-args must come with a chat template, got a prompt of text without "
+                "one. Set --data.template chat or leave them out."
             )
         return (prompt if template is None else template.replace(PLACEHOLDER, prompt)), False
     if template not in (None, "chat"):

@@ -142,7 +142,7 @@ def test_lines_in_a_json_file_have_no_limit_of_whole_files(tmp_path, monkeypatch
         ({"columns": ["prompt"], "data": [["a"], 5]}, "record 2: row must be a list of 1 values, got int 5"),
         (
             {"prompt": ["a", "b"], "answer": ["c"]},
-            "as many rows as that of the prompt, 2, got 1 in 'answer'",
+            "as many rows as the prompt's column, 2, got 1 in 'answer'",
         ),
         (
             {"prompt": {"0": "a", "1": "b"}, "answer": {"0": "c", "2": "d"}},
@@ -150,7 +150,7 @@ def test_lines_in_a_json_file_have_no_limit_of_whole_files(tmp_path, monkeypatch
         ),
         (
             {"prompt": {"0": "a"}, "answer": {"0": "c", "1": "d"}},
-            "as many rows as that of the prompt, 1, got 2 in 'answer'",
+            "as many rows as the prompt's column, 1, got 2 in 'answer'",
         ),
         ([["a", "2"]], "record 1: record must be an object, got a list"),
         ({"a": {"prompt": "x"}, "b": {}}, "must hold one list of records, got an object with keys a, b"),
@@ -193,7 +193,7 @@ def test_packed_bombs_are_refused_as_text_of_their_size(tmp_path, suffix):
 
 
 def test_packed_lines_count_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("mgrpo.data.records.MAX_TEXT_BYTES", 5000)
+    monkeypatch.setattr("mgrpo.inputs.MAX_TEXT_BYTES", 5000)
     path = write(tmp_path / "x.jsonl.gz", gzip.compress(LINES.encode() * 100))
     with pytest.raises(InputError, match=r"x\.jsonl\.gz:\d+: data up to here must have at most"):
         load_records(str(path))
@@ -257,16 +257,16 @@ def test_arrow_files_are_read_and_packed_ones_refused(tmp_path, footer):
     assert pairs(write_arrow(tmp_path / "x.arrow", table, footer=footer)) == PAIRS * 2
     for compression in ("zstd", "lz4"):
         write_arrow(tmp_path / "x.arrow", table, footer=footer, compression=compression)
-        with pytest.raises(InputError, match=r"x\.arrow: values must be stored as they are, got packed ones"):
+        with pytest.raises(InputError, match=r"x\.arrow: values must be uncompressed, got compressed ones"):
             load_records(str(tmp_path / "x.arrow"))
 
 
 def test_limits_hold_for_arrow_files(tmp_path, monkeypatch):
     path = write_arrow(tmp_path / "x.arrow", pyarrow.table({"prompt": ["a" * 3000] * 40, "answer": ["1"] * 40}))
-    monkeypatch.setattr("mgrpo.data.records.MAX_TEXT_BYTES", 100_000)
+    monkeypatch.setattr("mgrpo.inputs.MAX_TEXT_BYTES", 100_000)
     with pytest.raises(InputError, match=r"x\.arrow row 34: data up to here must have at most"):
         load_records(str(path))
-    monkeypatch.setattr("mgrpo.data.records.MAX_RECORDS", 7)
+    monkeypatch.setattr("mgrpo.inputs.MAX_RECORDS", 7)
     with pytest.raises(InputError, match=r"x\.arrow: data set must have at most 7 records, got more"):
         load_records(str(path))
     write_arrow(path, pyarrow.table({"prompt": [pyarrow.scalar("x" * (5 << 20)).as_py()]}))
@@ -279,7 +279,7 @@ def test_limits_hold_for_arrow_files(tmp_path, monkeypatch):
 def test_a_saved_folder_names_nothing_outside_itself(tmp_path, entry):
     folder = save(tmp_path / "saved", datasets.Dataset.from_list(ROWS))
     write(folder / "state.json", json.dumps({"_data_files": [{"filename": entry}]}))
-    with pytest.raises(InputError, match=r"state\.json: file must name the tables beside it, got others"):
+    with pytest.raises(InputError, match=r"state\.json: file must name tables of its folder, got others"):
         load_records(str(folder))
 
 

@@ -425,12 +425,12 @@ def test_limits_hold_for_the_whole_source(tmp_path, monkeypatch, name):
         else:
             write(path, json.dumps(rows) if name == "x.json" else "".join(json.dumps(row) + "\n" for row in rows))
     assert len(load_records(source)) == 200
-    monkeypatch.setattr("mgrpo.data.records.MAX_TEXT_BYTES", 150_000)
+    monkeypatch.setattr("mgrpo.inputs.MAX_TEXT_BYTES", 150_000)
     match = r"owner/name row 192: data up to here" if name == "hub" else rf"2{name}.*: data up to "
     with pytest.raises(InputError, match=match + r".* must have at most 0 MiB, got more\. Split or shorten"):
         load_records(source)
-    monkeypatch.setattr("mgrpo.data.records.MAX_TEXT_BYTES", 1 << 30)
-    monkeypatch.setattr("mgrpo.data.records.MAX_RECORDS", 150)
+    monkeypatch.setattr("mgrpo.inputs.MAX_TEXT_BYTES", 1 << 30)
+    monkeypatch.setattr("mgrpo.inputs.MAX_RECORDS", 150)
     with pytest.raises(InputError, match=r"(2x|owner).*: data set must have at most 150 records, got more\. Split"):
         load_records(source)
 

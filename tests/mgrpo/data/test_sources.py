@@ -256,7 +256,7 @@ def test_a_list_of_objects_is_no_label():
         (["3,14", "5"], "1 labels look like decimal numbers with a comma, such as '3,14': write them with a point"),
         (["1,5", *map(str, range(20))], None),
         (["1,500", "2,000"], None),
-        (["{'truth': '5'}"], "1 labels are objects, such as \"{'truth': '5'}\": name the key within"),
+        (["{'truth': '5'}"], "1 labels are objects, such as \"{'truth': '5'}\": name the key inside"),
         (["\\{1, 2\\}", "(1, 2)", "None", "none"], None),
     ],
 )

@@ -153,7 +153,7 @@ def test_the_plan_counts_labels_and_shows_them_as_they_are_compared(launch, tmp_
     rows = [{"prompt": "1+1=", "answer": "it is two, and no more than two"}, *WORKED]
     assert launch({"data.train": write(tmp_path / "x.jsonl", rows), "answer.label_extract": "plain"}, "--dry-run") == 0
     text = said(capsys)
-    assert "1 labels have 6 words or more, such as 'it is two, and no more than two': if the answer is within" in text
+    assert "1 labels have 6 words or more, such as 'it is two, and no more than two': if the answer is inside" in text
     assert launch({"data.train": write(tmp_path / "x.jsonl", rows), "answer.label_extract": "hash"}, "--dry-run") == 0
     assert "No answer was found in 1 labels, the first x.jsonl:1: 'it is two, and no more than two'." in said(capsys)
     assert launch({"data.train": write(tmp_path / "x.jsonl", [{"prompt": "1+1="}] * 4)}, "--dry-run") == 0
