@@ -104,12 +104,12 @@ emulate: $(VENV)/.built
 EMULATED_TESTS := $(addprefix tests/kernels/test_, group_advantage.py trajectory_entropy.py iqr_filter.py \
 	majority_vote.py ema_update.py token_logprob.py grpo_loss.py grpo_loss_cpu.py logits_grpo_loss.py on_device.py)
 
-# Everything that only a GPU can tell, in under nine minutes and offline, with the machine's own Python; see bench/gpu.py.
+# Everything that only a GPU can tell, in under nine minutes and offline, with the machine's own Python; see bench/gpu/.
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 study: $(VENV)/.built
-	$(BIN)/python -m bench.study $(ARGS)
+	$(BIN)/python -m bench.studies.stability $(ARGS)
 
 $(VENV)/.built: $(VENV)/.made $(NATIVE)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.harness import Case, Result, device_backends, meter, run_case
+from bench.harness.case import Case, Result, device_backends, meter, run_case
 from bench.records import RECORDS, table, write
 
 _results = pytest.StashKey[list[Result]]()

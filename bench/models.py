@@ -1,6 +1,6 @@
 """Tests which decoder families of transformers train with the embedded engine: `python -m bench.models`.
 
-Each family is a tiny random model (bench/families.py) in a folder, with which the trainer takes two steps.
+Each family is a tiny random model (bench/training/families.py) in a folder, with which the trainer takes two steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bench.families import FAMILIES, tiny_config, tiny_model
+from bench.training.families import FAMILIES, tiny_config, tiny_model
 from mgrpo.config import (
     AnswerConfig,
     CheckpointConfig,

@@ -9,8 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Result, meter, package_version
-from bench.measure import commit
+from bench.harness.case import Result, meter, package_version
+from bench.harness.measure import commit
 
 _HERE = Path(__file__).parent
 RECORDS = _HERE / "records"

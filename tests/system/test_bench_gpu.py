@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from bench import gpu
-from bench.gpu import Stage, main, run, run_all, stages, summary
+from bench.gpu import command as gpu
+from bench.gpu.command import Stage, main, run, run_all, stages, summary
 
 
 def python(code: str, name: str = "stage", limit_s: float = 30, **options) -> Stage:
@@ -65,7 +65,7 @@ def test_the_budget_cuts_a_stage_short(tmp_path, capsys):
 
 
 def test_the_stages_of_a_gpu_and_where_their_records_go(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.cuda.slug", lambda: "nvidia_h200")
+    monkeypatch.setattr("bench.harness.cuda.slug", lambda: "nvidia_h200")
     (tmp_path / "trl-1-py3-none-any.whl").touch()
     todo = stages(tmp_path / "out", "cuda", tmp_path)
     names = [stage.name for stage in todo]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bench.graded_answers import SETS, find_data, grade, main
+from bench.studies.graded_answers import SETS, find_data, grade, main
 from mgrpo.grading.checker import AnswerChecker
 
 # What the publishers got wrong: ten thousand written with a LaTeX comma.

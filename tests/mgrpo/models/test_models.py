@@ -10,8 +10,8 @@ from helpers import EOS, PAD, VOCABULARY, loaded, same_bits, snapshot
 from helpers import tiny_model as plain_model
 from transformers import BertConfig, BertLMHeadModel, FalconConfig, MixtralConfig, RwkvConfig, RwkvForCausalLM
 
-from bench.families import tiny_config, tiny_model
 from bench.models import TABLE, read_table, try_all
+from bench.training.families import tiny_config, tiny_model
 from mgrpo.config import KernelsConfig, ModelConfig
 from mgrpo.errors import EngineError, InputError, ParityError
 from mgrpo.evaluate import main

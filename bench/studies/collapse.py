@@ -1,4 +1,4 @@
-"""When does the monitor sound? `python -m bench.collapse` trains runs that collapse and runs that hold, and tells.
+"""When does the monitor sound? `python -m bench.studies.collapse` tells, on runs that collapse and on runs that hold.
 
 Two kinds of collapse: `spread`, the shipped base on 3 to 7 operands, where accuracy dies level by level and answers
 stay spread; `gather`, a base that guesses from 4 operands on, where one answer is given to most prompts. The monitor

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.eager import eager_grpo_loss
-from bench.harness import Candidate, Case, Outputs, Run, load
+from bench.harness.case import Candidate, Case, Outputs, Run, load
+from bench.kernels.eager import eager_grpo_loss
 from mgrpo_kernels import grpo_loss
 
 OP = "grpo_loss"

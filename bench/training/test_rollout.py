@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.compare import interleave
+from bench.harness.compare import interleave
 from mgrpo.config import ModelConfig
 from mgrpo.models.load import load_model
 from mgrpo.rollout.transformers import TransformersEngine

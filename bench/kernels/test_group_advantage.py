@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Candidate, Case, Run, load
+from bench.harness.case import Candidate, Case, Run, load
 from mgrpo_kernels import group_advantage
 
 OP = "group_advantage"

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.eager import eager_logprob_entropy, peaked
-from bench.harness import Candidate, Case, Outputs, Run, load
+from bench.harness.case import Candidate, Case, Outputs, Run, load
+from bench.kernels.eager import eager_logprob_entropy, peaked
 from mgrpo_kernels import token_logprob
 
 OP = "token_logprob"

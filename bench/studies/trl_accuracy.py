@@ -1,4 +1,4 @@
-"""Does MGRPOTrainer in stock TRL learn what `mgrpo.train` does? `python -m bench.trl_accuracy` trains both and tells.
+"""Does MGRPOTrainer in stock TRL learn what `mgrpo.train` does? `python -m bench.studies.trl_accuracy` trains both.
 
 The same base, the same file of prompts, the same options, 100 steps, fp32, one CPU thread; then the accuracy of both
 policies on the same probe, greedy and sampled.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.harness import Candidate, Case, Run
+from bench.harness.case import Candidate, Case, Run
 from mgrpo_kernels import majority_vote
 
 OP = "majority_vote"

@@ -1,4 +1,4 @@
-"""Verdicts on answers that others have graded, and the time they take: `python -m bench.graded_answers [FOLDER]`.
+"""Verdicts on answers that others have graded, and their time: `python -m bench.studies.graded_answers [FOLDER]`.
 
 FOLDER holds `gsm8k_graded_solutions.jsonl`, `qwen25_math_graded_samples.jsonl` and `math500_test.jsonl`, or some of
 them; the default is $MGRPO_DATA, else a folder of data beside the repository. Nothing of them is kept here.
@@ -34,7 +34,7 @@ class Graded:
 
 def find_data() -> Path:
     """The folder of the graded sets, which need not be there."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
     return Path(os.environ.get("MGRPO_DATA") or beside)
 
 

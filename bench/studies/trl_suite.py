@@ -1,4 +1,4 @@
-"""TRL's own GRPO tests with our kernels under its trainers: `python -m bench.trl_suite CHECKOUT`.
+"""TRL's own GRPO tests with our kernels under its trainers: `python -m bench.studies.trl_suite CHECKOUT`.
 
 CHECKOUT is a clone of TRL of the installed version or near it; its tests are in no package. They ask the hub for tiny
 models and a data set: stand-ins of the same architectures, made here with random weights, take their place in a cache
@@ -113,10 +113,10 @@ def pytest_configure(config: Any) -> None:
 def run(checkout: Path, work: Path, patched: bool) -> dict[str, str]:
     """Outcome by test."""
     report = work / f"{'ours' if patched else 'stock'}.xml"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = os.environ | {"HF_HOME": str(work), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
     environment |= {"MGRPO_PATCHED": "1"} if patched else {}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.trl_suite", "-p", "no:cacheprovider", "-x"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.studies.trl_suite", "-p", "no:cacheprovider", "-x"]
     command[-1:] = ["--tb=no", f"--junitxml={report}", "tests/test_grpo_trainer.py"]
     # Beside the checkout's package, which would be taken for the installed one.
     shutil.copytree(checkout / "tests", work / "tests", dirs_exist_ok=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bench.harness import Candidate, Case, NotInstalledError, Outputs, Run, load
+from bench.harness.case import Candidate, Case, NotInstalledError, Outputs, Run, load
 from mgrpo_kernels import ema_update_
 
 OP = "ema_update_"

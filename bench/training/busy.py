@@ -1,4 +1,4 @@
-"""What a training step takes on an idle machine and beside busy processes: `python -m bench.busy`.
+"""What a training step takes on an idle machine and beside busy processes: `python -m bench.training.busy`.
 
 Both ways of waiting at barriers, in turn: the commands' own, and libgomp's, which spins. In each round every way runs
 alone and beside the busy processes; the rows are medians of the rounds' medians of `step_s`.
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WARM_UP = 2
 # What libgomp does by itself; to name it is to leave the commands' choice out.
 WAYS = {"sleep": {}, "spin": {"GOMP_SPINCOUNT": "300000"}}

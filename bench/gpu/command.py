@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mgrpo_kernels.operations import OPERATIONS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = 77  # exit code of a stage that has nothing to do here
 NEEDED = {"train": ("tyro", "rich", "transformers", "safetensors", "datasets", "math_verify", "matplotlib")}
 # What users wait for most comes before what time may cut off.
@@ -67,9 +67,9 @@ def stages(out: Path, device: str, wheels: Path) -> list[Stage]:
     build = [*install, "--no-build-isolation", "--editable", "."]
     bench = ["--device", device, "--record", "--record-dir", str(records), "--bench-seconds", "0.5", "-q"]
     bench += ["--shapes", "tiny"] * tiny
-    files = [f"bench/test_{name}.py" for name in (KERNELS[-4:] if tiny else KERNELS)]
+    files = [f"bench/kernels/test_{name}.py" for name in (KERNELS[-4:] if tiny else KERNELS)]
     # Beside the times of the same device, by which bench.verified orders what passed.
-    folder = importlib.import_module("bench.measure" if tiny else "bench.cuda").slug()
+    folder = importlib.import_module("bench.harness.measure" if tiny else "bench.harness.cuda").slug()
     tests = ["tests/kernels/test_on_device.py", "-q", "--verify-record", str(records / folder)]
     train = [
         "arithmetic",
@@ -80,6 +80,7 @@ def stages(out: Path, device: str, wheels: Path) -> list[Stage]:
         "--model.device",
         device,
     ]
+    update = ["--device", device, "--out", str(out / "update_step.json")]
     return [
         *found,
         Stage(name="build", command=build, limit_s=240, gpu_only=True),
@@ -98,13 +99,13 @@ def stages(out: Path, device: str, wheels: Path) -> list[Stage]:
         ),
         Stage(
             name="update step",
-            command=[python, "-m", "bench.update_step", "--device", device, "--out", str(out / "update_step.json")],
+            command=[python, "-m", "bench.training.update_step", *update],
             limit_s=120,
             needs=("transformers",),
         ),
         Stage(
             name="ncu",
-            command=[python, "-m", "bench.ncu", "--out", str(out / "ncu.json")],
+            command=[python, "-m", "bench.gpu.ncu", "--out", str(out / "ncu.json")],
             limit_s=90,
             gpu_only=True,
         ),
@@ -175,7 +176,9 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 1 where a stage failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny, to try the command")
     parser.add_argument("--minutes", type=float, default=8.75, help="for all stages together")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
@@ -192,7 +195,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     (out / "summary.md").write_text(text)
     print(text)
     return int(any(outcome.state == "FAILED" for outcome in outcomes))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import Candidate, Case, Outputs, Run, inputs_on, load
+from bench.harness.case import Candidate, Case, Outputs, Run, inputs_on, load
 from mgrpo_kernels import trajectory_entropy
 
 OP = "trajectory_entropy"

@@ -1,6 +1,6 @@
 """One full update step of a random Qwen3 of 0.6 B shapes: the trainer's own against transformers and torch.
 
-    python -m bench.update_step [--device cuda] [--shapes tiny] [--out FILE]
+    python -m bench.training.update_step [--device cuda] [--shapes tiny] [--out FILE]
 
 Ours is `Learner.optimizer_step`: forward, log-probs and entropies from hidden states, clipped loss, backward, gradient
 norm, AdamW, EMA. Plain is what a trainer without kernels writes: materialised logits, log_softmax and gather, entropy
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bench.eager import eager_grpo_loss
-from bench.harness import meter
+from bench.harness.case import meter
+from bench.kernels.eager import eager_grpo_loss
 from mgrpo.algorithm.loss import Batch
 from mgrpo.config import Config
 from mgrpo.models.forward import Forward

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.eager import eager_logprob_entropy
-from bench.harness import Candidate, Case, NotInstalledError, Outputs, Run, load
+from bench.harness.case import Candidate, Case, NotInstalledError, Outputs, Run, load
+from bench.kernels.eager import eager_logprob_entropy
 from mgrpo_kernels import linear_token_logprob
 
 OP = "linear_token_logprob"

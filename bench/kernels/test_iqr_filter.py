@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import Candidate, Case, Run
+from bench.harness.case import Candidate, Case, Run
 from mgrpo_kernels import IqrFilter, iqr_filter
 
 OP = "iqr_filter"

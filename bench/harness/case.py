@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bench import cuda, measure
-from bench.compare import Outputs, relative_error
+from bench.harness import cuda, measure
+from bench.harness.compare import Outputs, relative_error
 from mgrpo_kernels import backends
 from mgrpo_kernels.backends import resolve
 from mgrpo_kernels.testing import assert_within_budget

@@ -1,4 +1,4 @@
-"""Nsight Compute on one launch of each memory-bound kernel: `python -m bench.ncu [--out FILE]`.
+"""Nsight Compute on one launch of each memory-bound kernel: `python -m bench.gpu.ncu [--out FILE]`.
 
 Runs itself under `ncu` as the program whose kernels are read, and prints duration, share of the DRAM's bandwidth,
 registers, occupancy, instructions and what warps wait for. The clocks are left alone. Exits with 77, and says why,
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import mgrpo_kernels as K
-from bench.eager import packed_batch, peaked
-from bench.harness import device_backends
+from bench.harness.case import device_backends
+from bench.kernels.eager import packed_batch, peaked
 
 SKIPPED = 77
 NUM, ROWS, VOCABULARY = 8, 8_192, 151_936
@@ -118,7 +118,7 @@ def command(ncu: str, log: Path) -> list[str]:
         f"--log-file={log}",
         sys.executable,
         "-m",
-        "bench.ncu",
+        "bench.gpu.ncu",
         "--profiled",
     ]
 

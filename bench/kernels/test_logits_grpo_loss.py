@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.eager import eager_grpo_loss, eager_logprob, old_logprobs, packed_batch, peaked
-from bench.harness import Candidate, Case, Outputs, Run, load
+from bench.harness.case import Candidate, Case, Outputs, Run, load
+from bench.kernels.eager import eager_grpo_loss, eager_logprob, old_logprobs, packed_batch, peaked
 from mgrpo_kernels import logits_grpo_loss
 
 OP = "logits_grpo_loss"

@@ -5,8 +5,8 @@ import torch
 from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bench.compare import interleave
-from bench.measure import with_memory
+from bench.harness.compare import interleave
+from bench.harness.measure import with_memory
 from mgrpo.integrations import patch_kernels
 from mgrpo.tasks.arithmetic import make_tokenizer
 

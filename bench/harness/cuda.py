@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import Memory
+from bench.harness.measure import Memory
 
 FLOP_UNIT = ("TFLOP/s", 1e12)
 ALWAYS_COLD = True

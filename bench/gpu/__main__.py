@@ -1,0 +1,7 @@
+"""`python -m bench.gpu`; see command.py."""
+
+import sys
+
+from bench.gpu.command import main
+
+sys.exit(main())

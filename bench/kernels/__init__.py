@@ -1,0 +1,1 @@
+"""Operations against other libraries, a file an operation."""

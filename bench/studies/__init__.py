@@ -1,0 +1,1 @@
+"""Training runs and comparisons whose results stand in the documentation."""

@@ -1,0 +1,1 @@
+"""Times of the trainer and of its phases."""
