@@ -30,12 +30,20 @@ class WeightTag(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample. `temperature` 0 is greedy; `seed` fixes every draw of one call."""
+    """How to sample. A draw depends on `seed`, the index of the prompt, of the rollout and of the token, and on nothing
+    else. `temperature` 0 is greedy.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 64
     seed: int = 0
+    indices: tuple[int, ...] | None = None
+    """Indices of the prompts of a call in the whole batch, where the call has a part of it; 0 to B - 1 by default."""
+
+    def index(self, b: int) -> int:
+        """Index in the whole batch of prompt b of a call."""
+        return b if self.indices is None else self.indices[b]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mgrpo.rollout.choice import bears_cast, choose_way, trial_logprobs
+from mgrpo.rollout.draws import uniform
 from mgrpo.rollout.engine import Engine, check_tag, check_weights
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.types import Rollouts, Sampling, WeightTag
@@ -74,7 +75,6 @@ class TransformersEngine(Engine):
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
         """Samples n responses to each prompt; prompts of similar length are decoded together."""
         check_tag(self.held, tag)
-        generator = torch.Generator(self.device).manual_seed(sampling.seed)
         num_rows = len(prompts) * n
         tokens = torch.full((num_rows, sampling.max_new_tokens), self.pad_id)
         logprobs = torch.zeros(num_rows, sampling.max_new_tokens)
@@ -83,8 +83,9 @@ class TransformersEngine(Engine):
         for chosen in self._batches(prompts, max(self.batch_size // max(n, 1), 1)):
             for samples in torch.arange(n).split(self.batch_size):
                 rows = (torch.tensor(chosen)[:, None] * n + samples).flatten()
+                noise = self._noise(chosen, samples, sampling)
                 with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
-                    batch = self._decode([prompts[b] for b in chosen], len(samples), sampling, generator)
+                    batch = self._decode([prompts[b] for b in chosen], len(samples), sampling, noise)
                 tokens[rows], logprobs[rows], lengths[rows], truncated[rows] = (part.cpu() for part in batch)
         longest = int(lengths.max()) if num_rows else 0
         return Rollouts(
@@ -96,10 +97,15 @@ class TransformersEngine(Engine):
             tag=tag,
         )
 
+    def _noise(self, chosen: list[int], samples: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+        """[L, R] noise of the samples of chosen prompts."""
+        prompts = torch.tensor([sampling.index(b) for b in chosen]).repeat_interleave(len(samples)).to(self.device)
+        return uniform(sampling.seed, prompts, samples.repeat(len(chosen)).to(self.device), sampling.max_new_tokens)
+
     def _decode(
-        self, prompts: list[Sequence[int]], n: int, sampling: Sampling, generator: torch.Generator
+        self, prompts: list[Sequence[int]], n: int, sampling: Sampling, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Decodes one batch; returns tokens and logprobs [R, L], lengths and truncated [R]."""
+        """Decodes one batch with `noise` [L, R]; returns tokens and logprobs [R, L], lengths and truncated [R]."""
         batch = self.way(self.model, prompts, n, self.pad_id)
         num_rows = len(prompts) * n
         tokens = torch.full((num_rows, sampling.max_new_tokens), self.pad_id, device=self.device)
@@ -109,7 +115,7 @@ class TransformersEngine(Engine):
         active = torch.arange(num_rows, device=self.device)  # rows still in the batch
         alive = torch.ones(num_rows, dtype=torch.bool, device=self.device)  # of those, the unfinished
         for t in range(sampling.max_new_tokens):
-            token, logprob = sample(batch.logits, sampling, generator)
+            token, logprob = sample(batch.logits, sampling, noise[t, active])
             rows = active[alive]
             tokens[rows, t], logprobs[rows, t] = token[alive], logprob[alive]
             ended = alive & torch.isin(token, self.eos_ids)
@@ -138,18 +144,21 @@ class TransformersEngine(Engine):
                 yield group[start : start + size]
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws one token a row of [R, V]; returns tokens [R] and log-probs [R] fp32 after temperature and top-p."""
+def sample(logits: torch.Tensor, sampling: Sampling, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws one token a row of [R, V]; returns tokens [R] and log-probs [R] fp32 after temperature and top-p.
+
+    `noise` [R] fp64 in (0, 1) picks the token whose part of the cumulative distribution it falls into.
+    """
     if sampling.temperature == 0:
         token = logits.argmax(-1)
         return token, torch.log_softmax(logits.float(), -1).gather(1, token[:, None])[:, 0]
     logprobs = torch.log_softmax(logits.float() / sampling.temperature, -1)
     if sampling.top_p < 1:
         logprobs = _nucleus(logprobs, sampling.top_p)
-    # Exponential races draw from the distribution with one pass and no cumulative sum.
-    race = torch.empty_like(logprobs).exponential_(generator=generator).clamp_min_(torch.finfo(torch.float32).tiny)
-    token = (logprobs - race.log_()).argmax(-1)
-    return token, logprobs.gather(1, token[:, None])[:, 0]
+    mass = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(mass, noise[:, None] * mass[:, -1:], right=True)
+    token = token.clamp_max_(logits.shape[1] - 1)  # of logits that are not finite
+    return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
 def _nucleus(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:

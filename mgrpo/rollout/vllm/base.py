@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +75,8 @@ class CheckedEngine(Engine, ABC):
             if not bad:
                 break
             self.redrawn += len(bad)
-            again = self._sample([prompts[row // n] for row in bad], 1, sampling, sampling.seed + (attempt + 1) * 7919)
+            single = replace(sampling, indices=tuple(sampling.index(row // n) * n + row % n for row in bad))
+            again = self._sample([prompts[row // n] for row in bad], 1, single, sampling.seed + (attempt + 1) * 7919)
             for row, response in zip(bad, again, strict=True):
                 rows[row] = response
         for row, response in enumerate(rows):
@@ -109,7 +111,7 @@ class CheckedEngine(Engine, ABC):
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": self.eos_ids,
-            "seed": (seed + b * n) % SEEDS,
+            "seed": (seed + sampling.index(b) * n) % SEEDS,
             "logprobs": 0,
             **({"stop": list(self.stop.texts), "include_stop_str_in_output": True} if self.stop else {}),
         }

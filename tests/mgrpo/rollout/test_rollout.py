@@ -139,6 +139,42 @@ def test_the_seed_fixes_every_bit():
     assert not torch.equal(runs[0].tokens[:, 0], runs[2].tokens[:, 0])
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_part_of_the_prompts_gets_the_tokens_that_it_has_among_all(architecture):
+    """Whatever is decoded together: every batch size, half of the prompts by their indices, fewer rollouts."""
+    model, sampling = tiny_model(architecture), {"max_new_tokens": 12, "seed": 5, "temperature": 1.2}
+    whole = generate(engine_of(model), n=6, **sampling)
+    assert len(whole.lengths.unique()) > 3
+    for batch_size in (1, 2, 7, 13):
+        assert torch.equal(generate(engine_of(model, batch_size=batch_size), n=6, **sampling).tokens, whole.tokens)
+    for indices in ((0, 2, 4), (3, 1), (4,)):
+        part = generate(engine_of(model), [PROMPTS[b] for b in indices], n=6, indices=indices, **sampling)
+        expected = [whole.response(6 * b + i) for b in indices for i in range(6)]
+        assert [part.response(row) for row in range(6 * len(indices))] == expected
+    fewer = generate(engine_of(model), n=2, **sampling)
+    assert [fewer.response(row) for row in range(10)] == [whole.response(6 * (row // 2) + row % 2) for row in range(10)]
+
+
+def test_two_parts_under_one_seed_share_no_noise():
+    engine, prompt = engine_of(tiny_model("llama")), [PROMPTS[0]]
+    first, second = (generate(engine, prompt, n=400, max_new_tokens=1, indices=(b,)).tokens[:, 0] for b in (0, 1))
+    collisions = torch.softmax(engine.model(torch.tensor(prompt)).logits[0, -1].double(), -1).square().sum()
+    assert abs((first == second).double().mean() - collisions) < 0.1
+
+
+def noise(seed: int, rows: int) -> torch.Tensor:
+    return torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_token_without_probability_is_never_drawn():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(5, 5)
+    edges = torch.tensor([2.0**-49, 0.5 - 2.0**-49, 0.5, 0.5 + 2.0**-49, 1 - 2.0**-49], dtype=torch.float64)
+    token, logprob = sample(logits, Sampling(), edges)
+    assert token.tolist() == [1, 1, 3, 3, 3] and logprob.exp().tolist() == pytest.approx([0.5] * 5)
+    nan = sample(torch.full((2, 3), torch.nan), Sampling(), noise(0, 2))
+    assert nan[1].isnan().all() and nan[0].max() < 3
+
+
 def assert_fits(tokens: torch.Tensor, probabilities: torch.Tensor) -> None:
     """Chi-square test at 1e-4; cells that expect fewer than 5 are pooled."""
     counts = torch.bincount(tokens, minlength=len(probabilities)).double()
@@ -171,7 +207,7 @@ def test_second_tokens_follow_the_softmax_given_the_first():
 
 def test_rows_of_one_draw_are_independent():
     logits = torch.zeros(4000, 4)
-    token, _ = sample(logits, Sampling(), torch.Generator().manual_seed(0))
+    token, _ = sample(logits, Sampling(), noise(0, 4000))
     assert_fits(token[:-1] * 4 + token[1:], torch.full((16,), 1 / 16))
 
 
@@ -183,7 +219,7 @@ def test_top_p_keeps_exactly_the_nucleus(top_p, nucleus):
     probabilities = torch.tensor([0.3, 0.05, 0.5, 0.15])
     logits = (2.0 * probabilities.log()).expand(3000, 4)
     sampling = Sampling(temperature=2.0, top_p=top_p)
-    token, logprob = sample(logits, sampling, torch.Generator().manual_seed(1))
+    token, logprob = sample(logits, sampling, noise(1, 3000))
     kept = torch.zeros(4).index_fill_(0, torch.tensor(nucleus), 1.0) * probabilities
     expected = kept / kept.sum()
     assert set(token.tolist()) == set(nucleus)
@@ -208,7 +244,7 @@ def test_top_p_of_the_engine_renormalises_its_log_probs():
 
 def test_greedy_takes_the_likeliest_token_at_temperature_zero():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.9, 4.8]])
-    token, logprob = sample(logits, Sampling(temperature=0), torch.Generator())
+    token, logprob = sample(logits, Sampling(temperature=0), noise(0, 2))
     assert token.tolist() == [1, 0]
     assert torch.equal(logprob, torch.log_softmax(logits, -1)[[0, 1], [1, 0]])
 

@@ -159,6 +159,19 @@ def test_sampling_parameters(engine, model):
     assert first.stop_token_ids == [1] and first.logprobs == 0
     # vLLM gives rollout i seed + i: no two rollouts of a call may meet.
     assert second.seed == (first.seed + 2) % 2**31
+    engine.generate(PROMPTS[1:], 2, replace(sampling, indices=(1,)), WeightTag("policy", 0))
+    assert [params.seed for params in engine._llm.params] == [second.seed]
+
+
+@pytest.mark.parametrize("bad", [[3], [0, 3], [1, 2, 3]])
+def test_the_seed_of_a_redraw_is_the_rollouts_own(engine, model, bad):
+    engine.update_weights(model.state_dict(), WeightTag("policy", 0))
+    lengths, ids = [len(PROMPTS[row // 2]) for row in range(4)], (5, 9)
+    logprobs = [-torch.inf if row in bad else -1.0 for row in range(4) for _ in range(lengths[row])]
+    engine._llm.logprobs = iter(logprobs)
+    found = engine.generate(PROMPTS, 2, Sampling(seed=11, indices=ids), WeightTag("policy", 0))
+    seeds = [params.seed for params in engine._llm.params]
+    assert seeds == [11 + 7919 + 2 * ids[row // 2] + row % 2 for row in bad] and found.logprobs.isfinite().all()
 
 
 STOP = StopTexts(["12", "<eos>"], make_tokenizer())
