@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 import mgrpo_kernels as K
 from mgrpo.config import KernelsConfig
 from mgrpo.models.load import LoadedModel
+from mgrpo.models.packing import PackedBatch, micro_batches
 from mgrpo.models.plain import plain_hidden, plain_logits
 from mgrpo.types import TrajectoryBatch
 
@@ -41,17 +41,9 @@ class Forward:
         self.micro_batch_tokens = micro_batch_tokens
         self.has_plain_head = has_plain_head(loaded.model)
 
-    def micro_batches(self, trajectories: TrajectoryBatch, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Splits trajectories [r] into groups of similar length whose padded tokens stay within the budget."""
-        lengths = {row: len(trajectories.prompt(row)) + int(trajectories.mask[row].sum()) for row in rows.tolist()}
-        group: list[int] = []
-        for row in sorted(lengths, key=lambda row: (lengths[row], row)):
-            if group and (len(group) + 1) * lengths[row] > self.micro_batch_tokens:
-                yield torch.tensor(group)
-                group = []
-            group.append(row)
-        if group:
-            yield torch.tensor(group)
+    def micro_batches(self, trajectories: TrajectoryBatch, rows: torch.Tensor) -> Iterator[PackedBatch]:
+        """Splits trajectories `rows` [r] into inputs within the budget of tokens."""
+        return micro_batches(trajectories, rows, budget=self.micro_batch_tokens, pad_id=self.pad_id)
 
     @torch.no_grad()
     def run(
@@ -66,29 +58,17 @@ class Forward:
         mask = trajectories.mask
         chosen = torch.arange(len(mask)) if rows is None else rows
         padded = [torch.zeros(mask.shape) for _ in range(3 if self_certainty else 2)]
-        for group in self.micro_batches(trajectories, chosen):
-            packed = self(model, trajectories, group, self_certainty=self_certainty)
+        for batch in self.micro_batches(trajectories, chosen):
+            packed, part = self(model, batch, self_certainty=self_certainty), mask[batch.rows]
             for target, values in zip(padded, packed, strict=False):
                 assert values is not None
-                target[group] = torch.zeros(mask[group].shape).masked_scatter_(mask[group], values.cpu())
+                target[batch.rows] = torch.zeros(part.shape).masked_scatter_(part, values.cpu())
         return TokenLogProbs(padded[0], padded[1], padded[2] if self_certainty else None)
 
-    def __call__(
-        self, model: PreTrainedModel, trajectories: TrajectoryBatch, rows: torch.Tensor, *, self_certainty: bool = False
-    ) -> TokenLogProbs:
-        """Log-probs of trajectories `rows` [r] of one forward pass, packed in that order; the gradient flows."""
-        prompts = [trajectories.prompt(row) for row in rows.tolist()]
-        responses = [trajectories.response(row) for row in rows.tolist()]
+    def __call__(self, model: PreTrainedModel, batch: PackedBatch, *, self_certainty: bool = False) -> TokenLogProbs:
+        """Log-probs [T] of the response tokens of one input; the gradient flows."""
         device = next(model.parameters()).device
-        sequences = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
-        ids = pad_sequence(sequences, batch_first=True, padding_value=self.pad_id).to(device)
-        sizes = torch.tensor([len(r) for r in responses])
-        line = torch.repeat_interleave(torch.arange(len(responses)), sizes)  # [T], which sequence
-        before = torch.tensor([len(p) - 1 for p in prompts])[line]
-        column = before + torch.arange(len(line)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-        line, column = line.to(device), column.to(device)
-        targets = ids[line, column + 1]
-        # Right padding comes after every real token, so causal attention alone keeps it out.
+        ids, line, column, targets, _ = batch.to(device)
         autocast = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
         if not self.has_plain_head:
             with autocast:

@@ -19,6 +19,7 @@ from mgrpo.grading.labels import make_label_reader
 from mgrpo.models.device import pick_backend, pick_device
 from mgrpo.models.files import running
 from mgrpo.models.load import LoadedModel
+from mgrpo.models.packing import pack
 from mgrpo.models.save import try_save
 from mgrpo.models.tokenizer import load_tokenizer
 from mgrpo.rollout.engine import Engine
@@ -157,8 +158,8 @@ class NoEngine(Engine):
 def _try_gradient(trainer: Trainer, rollouts: Rollouts) -> None:
     """A backward pass through the log-prob of one token."""
     trajectories = join([trainer.data.prompts[0].ids], rollouts, None)
-    scores = trainer.forward(trainer.model, trajectories, torch.tensor([0]))
-    scores.logprob.sum().backward()
+    batch = pack(trajectories, torch.tensor([0]), pad_id=trainer.loaded.pad_id)
+    trainer.forward(trainer.model, batch).logprob.sum().backward()
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:

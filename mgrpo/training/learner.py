@@ -118,14 +118,14 @@ class Learner:
             group["lr"] = lr
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        loss, metrics, weights = 0.0, [], []
-        for chosen in self.forward.micro_batches(trajectories, rows[has_gradient(batch.advantage[rows], c.objective)]):
-            scores = self.forward(self.model, trajectories, chosen)
+        results, weights = [], []
+        for packed in self.forward.micro_batches(trajectories, rows[has_gradient(batch.advantage[rows], c.objective)]):
+            found = self.forward(self.model, packed)
             result = micro_batch_loss(
-                scores.logprob,
-                scores.entropy,
+                found.logprob,
+                found.entropy,
                 batch,
-                chosen,
+                packed.rows,
                 divisor,
                 c.objective,
                 kl_cov=kl_cov,
@@ -133,9 +133,9 @@ class Learner:
                 backend=c.kernels.backend,
             )
             result.loss.backward()
-            loss += float(result.loss.detach())
-            metrics.append({key: float(value) for key, value in result.metrics.items()})
-            weights.append(len(scores.logprob))
+            results.append(torch.stack([result.loss.detach(), *(result.metrics[key] for key in _LOSS_METRICS)]))
+            weights.append(len(found.logprob))
+        loss, metrics = _combine(results, weights)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.optim.grad_clip))
         logprobs = (batch.old_logprob, batch.rollout_logprob)
         lost = [] if not_finite is None else not_finite.tolist()
@@ -152,7 +152,7 @@ class Learner:
             suspects = sorted({*rows.tolist(), *lost})
             self.faults.append(Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=suspects))
         self.step += 1
-        return {"loss": loss, "grad_norm": norm, "lr": lr, **_weighted_means(metrics, weights)}
+        return {"loss": loss, "grad_norm": norm, "lr": lr, **metrics}
 
     def state_dict(self) -> dict[str, int]:
         """The counters; weights and moments are written beside them."""
@@ -171,13 +171,15 @@ class Learner:
 _LOSS_METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "tis_mean", "tis_clipped_share")
 
 
-def _weighted_means(rows: list[dict[str, float]], weights: list[int]) -> Metrics:
-    """Token-weighted means over micro-batches; None where nothing had a gradient."""
+def _combine(results: list[torch.Tensor], weights: list[int]) -> tuple[float, Metrics]:
+    """Sum of the losses of micro-batches, and means of their metrics by numbers of tokens; one wait for the device.
+
+    Means are None where nothing had a gradient.
+    """
+    losses, *columns = torch.stack(results).T.tolist() if results else [[]] * (1 + len(_LOSS_METRICS))
     total = sum(weights)
-    return {
-        key: sum(row[key] * w for row, w in zip(rows, weights, strict=True)) / total if total else None
-        for key in _LOSS_METRICS
-    }
+    means = [sum(value * w for value, w in zip(values, weights, strict=True)) for values in columns]
+    return sum(losses), {key: mean / total if total else None for key, mean in zip(_LOSS_METRICS, means, strict=True)}
 
 
 def _mean_of_known(rows: list[Metrics]) -> Metrics:

@@ -13,6 +13,7 @@ from helpers import ARCHITECTURES, loaded, make_trajectories, one_by_one, random
 from mgrpo.config import KernelsConfig
 from mgrpo.models import forward as scoring
 from mgrpo.models.forward import Forward, has_plain_head
+from mgrpo.models.packing import pack
 from mgrpo_kernels.testing import assert_within_budget
 
 TEMPERATURE = 0.7
@@ -121,7 +122,7 @@ def test_gradients_equal_one_forward_a_sequence(architecture, head):
     model = tiny_model(architecture)
     weight = torch.randn(TRAJECTORIES.mask.shape, generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([5, 0, 3])
-    packed = forward_of(model)(model, TRAJECTORIES, rows)
+    packed = forward_of(model)(model, pack(TRAJECTORIES, rows, pad_id=0))
     coefficient = weight[rows][TRAJECTORIES.mask[rows]]
     (coefficient * (packed.logprob + 0.3 * packed.entropy)).sum().backward()
     actual = gradients(model)
@@ -162,10 +163,12 @@ def test_micro_batches_cover_each_row_once_within_the_budget():
     model = tiny_model("llama")
     total = [len(TRAJECTORIES.prompt(row)) + LENGTHS[row] for row in range(6)]
     for budget in (1, 15, 24, 40, 10**6):
-        groups = [
-            group.tolist()
-            for group in forward_of(model, micro_batch_tokens=budget).micro_batches(TRAJECTORIES, torch.arange(6))
-        ]
+        batches = list(forward_of(model, micro_batch_tokens=budget).micro_batches(TRAJECTORIES, torch.arange(6)))
+        groups = [batch.rows.tolist() for batch in batches]
+        for batch in batches:
+            mask = TRAJECTORIES.mask[batch.rows]
+            assert batch.targets.tolist() == TRAJECTORIES.tokens[batch.rows][mask].tolist()
+            assert batch.targets.tolist() == batch.ids[batch.line, batch.column + 1].tolist()
         assert sorted(row for group in groups for row in group) == list(range(6))
         for group in groups:
             assert len(group) == 1 or len(group) * max(total[row] for row in group) <= budget
