@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_contract import CHECKS
 
 from mgrpo.config import Config
 from mgrpo.errors import EngineError, Exit, StaleWeightsError
@@ -107,6 +108,11 @@ def test_the_same_seed_gives_the_same_tokens_in_any_batch(engine, models):
     other = engine.generate(PROMPTS, 4, replace(SAMPLING, seed=4), WeightTag("policy", 1))
     assert not torch.equal(other.tokens[:, :4], first.tokens[:, :4])
     assert len({tuple(first.response(row)) for row in range(4)}) > 1
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(engine, models, check):
+    check(engine, models["policy"].state_dict(), engine.vocabulary)
 
 
 def test_rollouts_end_at_eos_or_at_the_limit(engine, models):
