@@ -119,7 +119,7 @@ def _draw_panel(axes: Axes, panel: Axis, runs: Sequence[Run]) -> None:
     else:
         for i, (run, (key, label)) in enumerate(itertools.product(runs, panel.keys.items())):
             _draw_line(axes, *points(run, key), label=label, colour=_colour(i), line=_line(i))
-    if panel.panel.log and any(value > 0 for line in axes.get_lines() for value in line.get_ydata()):
+    if panel.panel.log and any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.get_lines()):
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")

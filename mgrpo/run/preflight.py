@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from mgrpo.algorithm.reward import needs_labels
 from mgrpo.config import Config
 from mgrpo.data.load import load_prompts, require_answers, require_prompts
+from mgrpo.distributed.world import find_world
 from mgrpo.errors import ConfigError
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.labels import make_label_reader
@@ -64,7 +64,7 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
     """Raises ConfigError with all that this machine lacks: one process, the directory, device, kernels, engine."""
     problems: list[str] = []
     for step in (
-        refuse_distributed,
+        find_world().require_one,
         lambda: refuse_directory(run_dir, config),
         lambda: pick_backend(config.kernels.backend, pick_device(config.model.device)),
         lambda: _refuse_engine(config),
@@ -75,13 +75,6 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-
-
-def refuse_distributed() -> None:
-    """Raises ConfigError where a launcher started several processes."""
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise ConfigError([f"run: WORLD_SIZE must be 1, got {world_size}. A run is one process, without torchrun."])
 
 
 def _refuse_engine(config: Config) -> None:
