@@ -127,7 +127,7 @@ print(len(found), found[-1])
 def test_a_save_killed_anywhere_leaves_a_sound_checkpoint(tmp_path, where):
     """Whatever is left verifies; the save that nobody kills succeeds in the same place."""
     command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path), where]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     boundaries, newest = map(int, done.stdout.split()[-2:])
     assert boundaries > 40
@@ -147,7 +147,7 @@ def test_a_run_killed_within_a_step_resumes_to_the_same_bits(launch, resume, com
         "Passes.run = die; main(sys.argv[1:])"
     )
     flags = [*command_line(tmp_path / "run", options), "--threads", "1"]
-    done = subprocess.run([sys.executable, "-c", code, *flags], env=ENVIRONMENT, capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code, *flags], env=ENVIRONMENT, capture_output=True, timeout=900)
     assert done.returncode == -signal.SIGKILL
     assert len(rows_of(tmp_path / "run")) == 3
     assert resume() == 0
@@ -180,7 +180,7 @@ def test_a_run_killed_at_any_time_ends_with_the_same_bits(launch, resume, comman
                 time.sleep(0.01)
             time.sleep(0.137 * attempt % 0.7)
             process.kill()
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=900)
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, errors.decode()
@@ -201,7 +201,7 @@ def test_files_that_may_not_grow_cost_one_checkpoint(resume, launch, command_lin
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, preexec_fn=limit)
     assert done.returncode == Exit.STORAGE, done.stderr
     assert "step_4 could not be written" in " ".join(done.stderr.split())
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_2"]

@@ -355,7 +355,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, suffix):
                 writer.write_table(table, 40)
         else:
             path.write_text(text)
-        done = subprocess.run([sys.executable, "-c", FLIP, path, "300"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", FLIP, path, "300"], capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         counts.append([int(count) for count in done.stdout.split()])
     assert all(sum(count) == 300 and min(count) > 10 for count in counts), counts
@@ -470,7 +470,7 @@ print(mebibytes("VmHWM") - before)
 
 def watched_read(path: Path) -> tuple[str, int]:
     """What becomes of a file in a process of its own, and by how many MiB the peak of that process grows."""
-    done = subprocess.run([sys.executable, "-c", WATCHED, path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", WATCHED, path], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     message, grown = done.stdout.rsplit("\n", 2)[:2]
     return message, int(grown)

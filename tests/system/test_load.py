@@ -144,7 +144,7 @@ def test_loading_takes_the_memory_of_the_prompts_that_are_kept(tmp_path, room, k
         for i in range(100_000):
             text = "y" * (2000 if i % 10_000 == 0 else 500)
             file.write(json.dumps({"prompt": text if i % 10_000 == 0 else f"{text} " * 3 + text}) + "\n")
-    done = subprocess.run([sys.executable, "-c", LOAD, data, str(room)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", LOAD, data, str(room)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     num, dropped, held, grown = map(int, done.stdout.split())
     print(f"{num} prompts hold {held} MiB, the peak is {grown} MiB above the start")

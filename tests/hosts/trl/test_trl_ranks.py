@@ -35,7 +35,7 @@ def run(name: str, folder: Path, world: int) -> list[dict]:
         )
         for rank in range(world)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 

@@ -74,7 +74,7 @@ def test_verls_command_line_composes_it(tmp_path):
         [sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo", *CONFIG, "--cfg", "job"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         env=environment(tmp_path),
     )
     assert "trainer_mode: mgrpo" in result.stdout, result.stderr

@@ -25,7 +25,7 @@ def ask(*paths, **env) -> tuple[dict | None, str]:
         [sys.executable, "-W", "ignore", "-c", ASK],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=900,
         env={k: v for k, v in os.environ.items() if not k.startswith("VERL_")}
         | {"PYTHONPATH": os.pathsep.join(map(str, paths)), **env},
     )

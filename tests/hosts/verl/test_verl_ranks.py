@@ -17,7 +17,7 @@ def test_shards_are_averaged_exported_saved_and_restored_on_two_processes(tmp_pa
         [*launch, str(HERE / "ranks_verl.py"), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env=environment(tmp_path),
     )
     assert result.returncode == 0, result.stderr[-5000:]

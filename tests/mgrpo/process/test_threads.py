@@ -213,7 +213,7 @@ def test_commands_decide_before_torch_is_loaded_and_libraries_do_not(tmp_path, c
     environment = {name: value for name, value in os.environ.items() if name not in WAITING} | given
     environment["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
     done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=900
     )
     assert done.stdout.splitlines() == [str(expected)], done.stderr
 

@@ -540,5 +540,5 @@ def test_a_dry_run_ends_in_no_traceback_in_a_process_of_its_own(folder):
     """The command itself: exit code 2, and one line on stderr."""
     (folder / "generation_config.json").write_text("junk")
     command = [sys.executable, "-m", "mgrpo.train", "--model.path", str(folder), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
