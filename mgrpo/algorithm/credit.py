@@ -73,7 +73,7 @@ def assign_credit(
     shape = _check(answers, entropy, needs, {"correct": true_answers, "self_certainty": self_certainty})
     answer_ids = torch.tensor(checker.group_classes(answers)).view(shape)
     keep = filter_trajectories(entropy, filter, backend=backend)
-    voters = torch.ones_like(keep) if filter.applies_to == "loss" else keep
+    voters = entropy.isfinite() if filter.applies_to == "loss" else keep
     evidence = Evidence(
         answer_ids=answer_ids,
         num_policy=num_policy,

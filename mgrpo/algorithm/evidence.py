@@ -16,8 +16,9 @@ class Evidence:
 
     answer_ids: torch.Tensor  # int64, class of the answer, -1 for none
     num_policy: int  # M
+    # Both under the policy, of momentum rollouts too, at the sampling temperature; of a lost trajectory not finite.
     entropy: torch.Tensor | None = None  # fp32, mean token entropy, nats
-    self_certainty: torch.Tensor | None = None  # fp32, mean of logsumexp(z) - mean(z)
+    self_certainty: torch.Tensor | None = None  # fp32, mean of logsumexp(z) - mean(z) over tokens, at least 0
     correct: torch.Tensor | None = None  # bool, equals the true answer; never given to a vote rule
 
     @property

@@ -16,6 +16,10 @@ import mgrpo_kernels as K
 from mgrpo.algorithm.evidence import Evidence
 from mgrpo.config import VoteConfig
 
+# K.majority_vote counts in integers, in which equal sums tie whatever their order: votes of a self-certainty of 1, and
+# the largest that counts, so that no sum of 4,096 rollouts with any momentum weight overflows.
+FIXED_POINT, MAX_CERTAINTY = 2**20, 2.0**10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
@@ -33,10 +37,22 @@ class Vote:
 def majority(evidence: Evidence, voters: torch.Tensor, config: VoteConfig, backend: str) -> K.MajorityVote:
     """The class with most votes, of which a momentum rollout has `momentum_weight`.
 
-    A tie goes to the class with more momentum votes, then to the class of the earliest rollout.
+    A tie goes to the class with more votes of the momentum model, by weight, then to the class of the earliest rollout.
     """
     is_momentum = evidence.is_momentum
     weights = torch.where(is_momentum, config.momentum_weight, 1).to(torch.int32)
+    return K.majority_vote(evidence.answer_ids, keep=voters, weights=weights, tie_break=is_momentum, backend=backend)
+
+
+def self_certainty(evidence: Evidence, voters: torch.Tensor, config: VoteConfig, backend: str) -> K.MajorityVote:
+    """The class with the largest sum of self-certainty, a momentum rollout's times `momentum_weight`.
+
+    A tie goes as in `majority`. A rollout whose self-certainty is 0 or non-finite does not vote.
+    """
+    assert evidence.self_certainty is not None
+    is_momentum = evidence.is_momentum
+    certainty = evidence.self_certainty.double().nan_to_num(nan=0, posinf=0, neginf=0).clamp(0, MAX_CERTAINTY)
+    weights = (certainty * FIXED_POINT).round().long() * torch.where(is_momentum, config.momentum_weight, 1)
     return K.majority_vote(evidence.answer_ids, keep=voters, weights=weights, tie_break=is_momentum, backend=backend)
 
 
@@ -49,7 +65,10 @@ class VoteRule(NamedTuple):
     """Fields of Evidence that are computed for it alone; never `correct`."""
 
 
-VOTE_RULES = {"majority": VoteRule(majority)}
+VOTE_RULES = {
+    "majority": VoteRule(majority),
+    "self-certainty": VoteRule(self_certainty, needs=("self_certainty",)),
+}
 
 
 def vote(evidence: Evidence, keep: torch.Tensor, config: VoteConfig, *, backend: str = "auto") -> Vote:

@@ -12,15 +12,15 @@ from mgrpo.config.option import option
 class VoteConfig:
     """The vote that elects the pseudo-label."""
 
-    rule: Literal["majority"] = "majority"
-    """How the pseudo-label is elected."""
+    rule: Literal["majority", "self-certainty"] = "majority"
+    """How the pseudo-label is elected: a rollout's vote weighs 1, or its self-certainty."""
     pool: Literal["both", "policy", "momentum"] = "both"
     """Whose rollouts vote."""
     momentum_weight: int = option(1, least=1, most=10**6)
-    """Votes of one momentum rollout."""
+    """Votes of one momentum rollout, which multiply its self-certainty in the rule of that name."""
     min_share: float = option(0.0, least=0, most=1)
-    """A prompt whose majority holds a smaller share of the votes gives no signal."""
+    """A prompt whose winner holds a smaller share of the votes gives no signal."""
     min_margin: float = option(0.0, least=0, most=1)
-    """A prompt whose majority leads the second answer by a smaller share gives no signal."""
+    """A prompt whose winner leads the second answer by a smaller share gives no signal."""
     num_train: int | None = option(None, least=1)
     """How many of the M policy rollouts train; all of them when None."""

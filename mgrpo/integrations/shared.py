@@ -55,9 +55,8 @@ def credit_metrics(
 def missing_evidence(config: Config, *, host: str) -> list[str]:
     """A line for each vote rule or reward that reads what `host` does not compute."""
     needed = needed_evidence(config.vote, config.objective)
-    return [
-        f"{option} needs {need}, which {host} does not compute." for need, option in needed.items() if need != "correct"
-    ]
+    needed.pop("correct", None)
+    return [f"{option} cannot be used: {host} does not compute {need}." for need, option in needed.items()]
 
 
 logger = logging.getLogger(__name__)

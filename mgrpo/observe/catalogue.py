@@ -92,7 +92,7 @@ METRICS: dict[str, Metric] = {
     "step": Metric("step", always=True),
     "reward_mean": Metric("reward", "more", {"reward": "reward"}, **_SUMMARY),
     "reward_mean_momentum": Metric("reward, momentum", "more"),
-    "majority_share": Metric("majority share", None, {"reward": "majority share"}, **_SUMMARY),
+    "majority_share": Metric("vote share of the pseudo-label", None, {"reward": "vote share of the label"}, **_SUMMARY),
     "vote_accuracy": Metric("vote accuracy", "more", {"reward": "vote accuracy"}, **_SUMMARY),
     "vote_agreement": Metric("policy-momentum vote agreement", "more", {"agreement": "votes agree"}, **_SUMMARY),
     **_probe("policy"),

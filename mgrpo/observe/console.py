@@ -85,7 +85,7 @@ class Progress:
     def show(self, row: Metrics) -> None:
         """Shows one step, its probe accuracy, and an alarm when it starts."""
         text = (
-            f"reward {row['reward_mean']:.3f}  majority {row['majority_share']:.2f}  "
+            f"reward {row['reward_mean']:.3f}  vote share {row['majority_share']:.2f}  "
             f"entropy {row['token_entropy']:.3f}  top answer {row['top_answer_share']:.1%}  "
             f"{row['tokens_per_s']:,.0f} tok/s"
         )

@@ -49,7 +49,7 @@ def majority_vote(
         answer_ids: [B, G] int64, G >= 1: equal ids are equal answers, -1 is no answer. The order in G matters for ties.
         keep: [B, G] bool, the rollouts that vote. Default: all.
         weights: [B, G] int32 or int64 >= 0, votes of each rollout; a rollout of weight 0 does not vote. Default: 1.
-        tie_break: [B, G] bool, the rollouts whose votes decide a tie, by their number. Default: none.
+        tie_break: [B, G] bool, the rollouts that decide a tie, by the sum of their weights. Default: none.
         backend: "auto" or a name from `backends()`.
 
     Returns:

@@ -42,8 +42,8 @@ class MGRPOConfig(GRPOConfig):
     vote_rule: str = _option("majority", "How the pseudo-label is elected: a vote rule of mgrpo.train.")
     vote_pool: str = _option("both", "Whose rollouts vote: both, policy or momentum.")
     vote_momentum_weight: int = _option(1, "Votes of one momentum rollout.")
-    vote_min_share: float = _option(0.0, "A majority with a smaller share of the votes gives no signal.")
-    vote_min_margin: float = _option(0.0, "A majority that leads by a smaller share gives no signal.")
+    vote_min_share: float = _option(0.0, "A winner with a smaller share of the votes gives no signal.")
+    vote_min_margin: float = _option(0.0, "A winner that leads by a smaller share gives no signal.")
     objective_reward: str = _option("majority", "1 for the majority's answer (majority), or its share (soft).")
     answer_extract: str = _option("boxed", "How an answer is read: boxed, hash, last-number or regex:PATTERN.")
     answer_label_extract: str = _option(

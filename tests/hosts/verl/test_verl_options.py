@@ -81,6 +81,7 @@ def test_what_verl_knows_is_taken_from_verl():
             {"objective": {"reward": "self-certainty"}},
             r"mgrpo.objective.reward self-certainty cannot be used: verl does not",
         ),
+        ({"vote": {"rule": "self-certainty"}}, r"mgrpo.vote.rule self-certainty cannot be used: verl does not"),
         ({"filter": {"score": "source"}}, r"mgrpo.filter.score must be policy, got source"),
         ({"momentum": {"device": "cpu"}}, r"mgrpo.momentum.device must be same, got cpu"),
         ({"monitor": {"on_collapse": "rollback"}}, r"mgrpo.monitor.on_collapse must be warn or stop"),

@@ -124,7 +124,7 @@ def count(ids, keep, num_policy, config):
         total += weight
         if answer >= 0:
             votes[answer] = votes.get(answer, 0) + weight
-            by_momentum[answer] = by_momentum.get(answer, 0) + momentum
+            by_momentum[answer] = by_momentum.get(answer, 0) + momentum * weight
             earliest.setdefault(answer, i)
     if not votes:
         return -1, 0.0, 0.0, False
@@ -147,6 +147,54 @@ def test_vote_equals_a_plain_count(pool, weight):
         assert elected.share[b].item() == pytest.approx(share, rel=1e-6)
         assert bool(elected.tie[b]) == tie
         assert bool(elected.signal[b]) == (label >= 0 and share >= 0.4 and margin >= 0.2 - 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("ids", "certainty", "num_policy", "config", "label", "share", "margin", "tie"),
+    [
+        ([1, 1, 1, 2], [1.0, 0.5, 0.5, 3.0], 4, {}, 2, 3 / 5, 1 / 5, False),
+        ([1, 1, 2, 2], [2.0, 1.0, 0.5, 1.0], 2, {"momentum_weight": 3}, 2, 4.5 / 7.5, 1.5 / 7.5, False),
+        ([1, 2, 2, -1], [1.0, 0.25, 0.25, 0.5], 4, {}, 1, 1 / 2, 1 / 4, False),
+        ([5, 5, 7, 7], [1.5, 0.5, 1.25, 0.75], 3, {}, 7, 1 / 2, 0, True),
+        ([7, 5, 5], [0.3, 0.1, 0.2], 3, {}, 7, 1 / 2, 0, True),
+        ([1, 2, 2], [0.0, 0.5, 1.0], 3, {}, 2, 1, 1, False),
+        ([1, 2, 2], [float("nan"), float("inf"), 1.0], 3, {}, 2, 1, 1, False),
+        ([1, 2, 1], [-1e-7, 0.0, 0.0], 3, {}, -1, 0, 0, False),
+    ],
+    ids=[
+        "one certain rollout outweighs three",
+        "momentum weight multiplies",
+        "an unparsed rollout counts in the total",
+        "momentum decides a tie",
+        "equal momentum votes fall to the earliest",
+        "weight 0 elects nobody",
+        "non-finite certainty elects nobody",
+        "without weight there is no label",
+    ],
+)
+def test_self_certainty_weighs_votes(ids, certainty, num_policy, config, label, share, margin, tie):
+    evidence = Evidence(answer_ids=torch.tensor([ids]), num_policy=num_policy, self_certainty=torch.tensor([certainty]))
+
+    def of(min_margin: float):
+        options = VoteConfig(rule="self-certainty", min_margin=min_margin, **config)
+        return vote(evidence, torch.ones(1, len(ids), dtype=torch.bool), options)
+
+    elected = of(max(margin - 1e-5, 0))
+    assert elected.label.tolist() == [label]
+    assert elected.share.item() == pytest.approx(share, abs=1e-6)
+    assert elected.tie.tolist() == [tie]
+    assert elected.signal.tolist() == [label >= 0]
+    if margin < 1:
+        assert of(margin + 1e-5).signal.tolist() == [False]
+
+
+def test_self_certainty_of_dropped_rollouts_weighs_nothing():
+    evidence = Evidence(
+        answer_ids=torch.tensor([[1, 2, 2]]), num_policy=3, self_certainty=torch.tensor([[1.0, 9.0, 0.5]])
+    )
+    elected = vote(evidence, torch.tensor([[True, False, True]]), VoteConfig(rule="self-certainty"))
+    assert elected.label.tolist() == [1]
+    assert elected.class_share.tolist()[0] == pytest.approx([2 / 3, 1 / 3, 1 / 3])
 
 
 def test_first_of_class_is_the_earliest_text():
@@ -207,7 +255,7 @@ def test_filter_applies_to_none_keeps_everything():
 
 
 def test_every_rule_is_an_option_and_every_option_a_rule():
-    assert typing.get_args(typing.get_type_hints(VoteConfig)["rule"]) == tuple(VOTE_RULES)
+    assert set(typing.get_args(typing.get_type_hints(VoteConfig)["rule"])) == set(VOTE_RULES)
     assert not any("correct" in rule.needs for rule in VOTE_RULES.values())  # a pseudo-label without labels
 
 
@@ -243,3 +291,27 @@ def test_a_rule_gets_what_it_needs_and_no_true_answer(monkeypatch):
     assert seen == [None, None]
     with pytest.raises(ValueError, match=r"self_certainty must be given for vote\.rule majority, got None"):
         credit()
+
+
+@pytest.mark.parametrize("applies_to", ["vote-and-loss", "loss", "none"])
+def test_a_trajectory_of_non_finite_entropy_never_votes(applies_to):
+    entropy = torch.tensor([[torch.nan, torch.inf, 1.0, 1.0]])
+    found = assign_credit(
+        [["7", "7", "9", None]],
+        entropy,
+        4,
+        filter=FilterConfig(applies_to=applies_to),
+        vote=VoteConfig(),
+        objective=ObjectiveConfig(),
+        checker=AnswerChecker(mode="exact"),
+    )
+    assert found.labels == ["9"] and found.trains.tolist() == [[False, False, True, True]]
+
+
+def test_the_largest_weights_do_not_overflow():
+    ids = torch.tensor([[0] * 4095 + [1]])
+    evidence = Evidence(answer_ids=ids, num_policy=0, self_certainty=torch.full(ids.shape, 1e30))
+    elected = vote(
+        evidence, torch.ones_like(ids, dtype=torch.bool), VoteConfig(rule="self-certainty", momentum_weight=10**6)
+    )
+    assert elected.label.tolist() == [0] and elected.share.item() == pytest.approx(4095 / 4096)

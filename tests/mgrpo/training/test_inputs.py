@@ -285,6 +285,7 @@ AXES = {
     "objective.entropy_coef": ({}, [0.0, 0.01]),
     "objective.kl_cov": ({}, [0.0, 0.2]),
     "objective.kl_cov_coef": ({"objective.kl_cov": 0.2}, [1.0, 2.0]),
+    "vote.rule": (EASY, ["majority", "self-certainty"]),
     "vote.pool": (EASY, ["both", "policy", "momentum"]),
     "vote.momentum_weight": ({}, [1, 4]),
     "vote.min_share": (EASY, [0.0, 0.6]),
