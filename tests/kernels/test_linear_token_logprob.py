@@ -12,7 +12,6 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -483,7 +482,13 @@ def _assert_wrong_placements_are_refused(mesh) -> None:
 
 @pytest.mark.slow
 def test_sharded_vocabulary_matches_the_whole(tmp_path):
-    mp.spawn(_sharded, args=(str(tmp_path / "store"),), nprocs=2)
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['_sharded'](int(sys.argv[2]), sys.argv[3])"
+    command, environment = (
+        [sys.executable, "-c", code, __file__],
+        os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    ranks = [subprocess.Popen([*command, rank, tmp_path / "store"], env=environment) for rank in ("0", "1")]
+    assert [process.wait(900) for process in ranks] == [0, 0]
 
 
 X, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)

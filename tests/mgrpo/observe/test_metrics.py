@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mgrpo.algorithm.evidence import Evidence
 from mgrpo.algorithm.vote import vote
 from mgrpo.config import Config, LogConfig, VoteConfig
 from mgrpo.errors import ConfigError
@@ -27,7 +28,7 @@ KEEP = torch.tensor([[True, True, False, True], [True] * 4, [True] * 4])
 
 
 def outcome(num_policy: int = 3, label_correct: list[bool] | None = None) -> Outcome:
-    elected = vote(IDS, KEEP, num_policy, VoteConfig())
+    elected = vote(Evidence(answer_ids=IDS, num_policy=num_policy), KEEP, VoteConfig())
     advantage = torch.zeros(3, 4)
     advantage[0, 0] = 1.0
     return Outcome(
