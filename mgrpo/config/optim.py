@@ -28,7 +28,10 @@ class OptimConfig:
     grad_clip: float = option(1.0, above=0, most=math.inf)
     """Largest gradient norm."""
     micro_batch_tokens: int = option(16384, least=1)
-    """Most padded tokens in one forward pass; changes memory and time, not the gradient."""
+    """Most tokens in one forward pass, padding included; changes memory and time, not the gradient."""
+    packing: Literal["padded", "packed"] = "padded"
+    """Sequences of a forward pass padded to one length, or one behind the other in a single row (for flash-attn; the
+    other implementations then build a mask of tokens x tokens)."""
     num_minibatches: int = option(1, least=1)
     """Optimiser steps a pass over the rollout batch."""
     num_epochs: int = option(1, least=1)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import mgrpo_kernels as K
 from mgrpo.config import KernelsConfig
 from mgrpo.models.load import LoadedModel
-from mgrpo.models.packing import PackedBatch, micro_batches
+from mgrpo.models.packing import PackedBatch, micro_batches, require_packing
 from mgrpo.models.plain import plain_hidden, plain_logits
 from mgrpo.types import TrajectoryBatch
 
@@ -35,15 +35,26 @@ class TokenLogProbs(NamedTuple):
 class Forward:
     """Log-probs and entropies of responses at the sampling temperature, under any weights of one architecture."""
 
-    def __init__(self, loaded: LoadedModel, *, temperature: float, kernels: KernelsConfig, micro_batch_tokens: int):
-        self.pad_id, self.dtype = loaded.pad_id, loaded.dtype
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        temperature: float,
+        kernels: KernelsConfig,
+        micro_batch_tokens: int,
+        packed: bool = False,
+    ):
+        if packed:
+            require_packing(loaded.model)
+        self.pad_id, self.dtype, self.packed = loaded.pad_id, loaded.dtype, packed
         self.temperature, self.backend = temperature, kernels.backend
         self.micro_batch_tokens = micro_batch_tokens
         self.has_plain_head = has_plain_head(loaded.model)
 
     def micro_batches(self, trajectories: TrajectoryBatch, rows: torch.Tensor) -> Iterator[PackedBatch]:
         """Splits trajectories `rows` [r] into inputs within the budget of tokens."""
-        return micro_batches(trajectories, rows, budget=self.micro_batch_tokens, pad_id=self.pad_id)
+        budget = self.micro_batch_tokens
+        return micro_batches(trajectories, rows, budget=budget, pad_id=self.pad_id, packed=self.packed)
 
     @torch.no_grad()
     def run(
@@ -68,14 +79,15 @@ class Forward:
     def __call__(self, model: PreTrainedModel, batch: PackedBatch, *, self_certainty: bool = False) -> TokenLogProbs:
         """Log-probs [T] of the response tokens of one input; the gradient flows."""
         device = next(model.parameters()).device
-        ids, line, column, targets, _ = batch.to(device)
+        batch = batch.to(device)
+        ids, line, column, targets = batch.ids, batch.line, batch.column, batch.targets
         autocast = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
         if not self.has_plain_head:
             with autocast:
-                logits = plain_logits(model, ids)[line, column]
+                logits = plain_logits(model, ids, **batch.options(model))[line, column]
             return self._from_logits(logits, targets, self_certainty)
         with autocast:
-            hidden = plain_hidden(model.get_decoder(), ids)[line, column]
+            hidden = plain_hidden(model.get_decoder(), ids, **batch.options(model))[line, column]
         return self._from_hidden(hidden.to(self.dtype), model.get_output_embeddings(), targets, self_certainty)
 
     def _from_hidden(

@@ -30,14 +30,14 @@ def plain_options(model: PreTrainedModel) -> dict[str, Any]:
     return {"use_cache": False} if "use_cache" in accepted(model) else {}
 
 
-def plain_logits(model: PreTrainedModel, ids: torch.Tensor, *, last: bool = False) -> torch.Tensor:
+def plain_logits(model: PreTrainedModel, ids: torch.Tensor, *, last: bool = False, **options: Any) -> torch.Tensor:
     """Logits [R, L, V] of ids [R, L], or with `last` [R, V] after the last one."""
     if not last:
-        return model(input_ids=ids, **plain_options(model)).logits
+        return model(input_ids=ids, **plain_options(model), **options).logits
     keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted(model) else {}
     return model(input_ids=ids, **plain_options(model), **keep).logits[:, -1]
 
 
-def plain_hidden(decoder: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def plain_hidden(decoder: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     """Last hidden states [R, L, D] of ids [R, L]."""
-    return decoder(input_ids=ids, **plain_options(decoder)).last_hidden_state
+    return decoder(input_ids=ids, **plain_options(decoder), **options).last_hidden_state

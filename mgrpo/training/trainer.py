@@ -52,6 +52,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             kernels=config.kernels,
             micro_batch_tokens=config.optim.micro_batch_tokens,
+            packed=config.optim.packing == "packed",
         )
         if make_engine:
             self.engine = make_engine(self.loaded, config)
