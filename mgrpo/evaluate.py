@@ -46,7 +46,7 @@ from mgrpo.process.output import protect_output
 from mgrpo.process.threads import limit_threads
 from mgrpo.rollout.build import start_engine
 from mgrpo.rollout.engine import Engine
-from mgrpo.rollout.samples import check_samples
+from mgrpo.rollout.parity import check_samples
 from mgrpo.rollout.stop import StopTexts, make_stop
 from mgrpo.types import Sampling, WeightTag
 

@@ -21,13 +21,13 @@ def start_engine(loaded: LoadedModel, config: EngineConfig, *, stop: StopTexts |
     """The engine of a configuration.
 
     Args:
-        loaded: the model that it generates with, and its tokenizer.
-        config: which engine, and how it runs.
+        loaded: model to generate with, and its tokenizer.
+        config: the engine's options.
         stop: texts that end a response.
         max_length: tokens of the longest prompt and response together.
 
     Raises:
-        EngineError: it can not be started.
+        EngineError: the engine cannot be started.
     """
     c = config
     model: dict[str, Any] = {"eos_ids": loaded.eos_ids, "pad_id": loaded.pad_id, "stop": stop}
@@ -64,7 +64,7 @@ def start_engine(loaded: LoadedModel, config: EngineConfig, *, stop: StopTexts |
 
 
 def vllm_options(loaded: LoadedModel, c: EngineConfig, *, max_length: int) -> dict[str, Any]:
-    """What vLLM needs to know of this machine."""
+    """VLLM's options on this machine."""
     on_gpu = next(loaded.model.parameters()).device.type == "cuda"
     options: dict[str, Any] = {"gpu_memory_utilization": c.gpu_memory}
     if not on_gpu:
@@ -74,14 +74,14 @@ def vllm_options(loaded: LoadedModel, c: EngineConfig, *, max_length: int) -> di
         options = {"enforce_eager": True, **whole}
     if c.kv_cache_gib or not on_gpu:
         options["kv_cache_memory_bytes"] = int((c.kv_cache_gib or 1.0) * 2**30)
-    # A CPU has no memory to change hands: there vLLM would stop and wait for ever.
+    # On a CPU vLLM's sleep mode never returns.
     if c.sleep and on_gpu:
         options["enable_sleep_mode"] = True
     return options
 
 
 def check_head_width(config: Any) -> None:
-    """EngineError for heads that vLLM's attention on a CPU has not, of versions that tell."""
+    """Raises EngineError for a head size that vLLM's attention on a CPU lacks; some versions do not list theirs."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     known: list[int] = []
     with contextlib.suppress(ImportError, AttributeError):
@@ -89,6 +89,6 @@ def check_head_width(config: Any) -> None:
         known = list(backend.get_supported_head_sizes())
     if known and width not in known:
         raise EngineError(
-            f"start: on a CPU vLLM takes heads of {', '.join(map(str, known))}, the model's are {width} wide. "
+            f"start: the model's head size must be one of {', '.join(map(str, known))} for vLLM on a CPU, got {width}. "
             "Of the shipped models, --model.path builtin:arithmetic32 fits."
         )

@@ -1,4 +1,4 @@
-"""Ways to the next token's logits of sequences that grow: what a model can do decides which one an engine takes.
+"""Ways of decoding: the next token's logits of growing sequences, with the cache that a model supports.
 
 Letters: B prompts, n sequences a prompt, R = B * n sequences in the batch, V vocabulary.
 """
@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mgrpo.models.plain import accepted, plain_logits
 
-# Where a model returns its state, and takes it back under the same name.
+# Names under which models return their state and take it back.
 STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
@@ -38,11 +38,11 @@ class Decoding(ABC):
         """Appends a token [R] to every sequence."""
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Leaves only `rows` [r] in the batch."""
+        """Removes all but `rows` [r] from the batch."""
         raise NotImplementedError
 
     def accepted(self, **options: Any) -> dict[str, Any]:
-        """Those options that the model's forward pass has."""
+        """The options that the model's forward pass takes."""
         return {name: value for name, value in options.items() if name in accepted(self.model)}
 
 
@@ -66,7 +66,7 @@ class Padded(Decoding):
         )
         self.logits = logits.repeat_interleave(n, 0)
         self.attention = attention.repeat_interleave(n, 0)
-        # Layers with a state know no other way to move their rows than that of a beam search.
+        # Layers with a recurrent state move their rows only by beam search's method.
         self.has_states = any(hasattr(layer, "recurrent_states") for layer in self.cache.layers)
         if self.has_states:
             self._reorder(torch.arange(len(prompts), device=self.device).repeat_interleave(n))
@@ -91,18 +91,18 @@ class Padded(Decoding):
     def _forward(
         self, ids: torch.Tensor, attention: torch.Tensor, positions: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        """Last logits."""
+        """Logits [R, V] after the last token."""
         state = next((name for name in STATES if name in accepted(self.model)), "past_key_values")
         options |= self.accepted(position_ids=positions) | {state: self.cache}
         return self.model(input_ids=ids, attention_mask=attention, use_cache=True, **options).logits[:, -1]
 
     def _reorder(self, rows: torch.Tensor) -> None:
-        """Makes the cache one of `rows` [r], which may repeat."""
+        """Selects rows [r] of the cache, which may repeat."""
         self.cache.reorder_cache(cast(torch.LongTensor, rows))
 
 
 class Unpadded(Decoding):
-    """Prompts of one length, each read n times; the state is the model's own, and keeps its rows to the end."""
+    """Prompts of one length, each read n times; the model makes its own state, from which no row can be dropped."""
 
     equal_lengths, drops_rows = True, False
 
@@ -112,7 +112,7 @@ class Unpadded(Decoding):
         self._forward(torch.tensor([list(prompt) for prompt in prompts], device=self.device).repeat_interleave(n, 0))
 
     def advance(self, token: torch.Tensor) -> None:
-        """Hands the model its state back."""
+        """Passes the model's state back to it."""
         self._forward(token[:, None])
 
     def _forward(self, ids: torch.Tensor) -> None:
@@ -137,7 +137,7 @@ class Recomputed(Decoding):
         self._forward()
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Forgets the other sequences."""
+        """Drops the other sequences."""
         self.ids = self.ids[rows]
 
     def _forward(self) -> None:

@@ -1,4 +1,4 @@
-"""Rollouts of both models by one engine: when it is handed which weights, and what it generates under them."""
+"""Rollouts of both models by one engine: the order of weight updates and generation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ Prompts = Sequence[Sequence[int]]
 
 
 class Generator:
-    """Generates with the weights of the momentum model and of the policy, which come last.
+    """Generates rollouts of the momentum model and then of the policy.
 
-    An engine with one slot is handed each model's weights in turn; one with two holds both, and they generate together.
+    An engine with one slot gets each model's weights before its rollouts; with two it holds both models, which generate
+    concurrently.
 
     Args:
-        engine: generates.
+        engine: the engine.
         config: numbers of rollouts and sampling.
-        weights: the state dict of a source as the engine is to get it, and its tag.
+        weights: returns a source's state dict for the engine, and its tag.
         seed: of the run.
-        timer: adds up `publish`, the updates of weights, and `rollout_SOURCE`.
+        timer: times `publish`, the updates of weights, and `rollout_SOURCE`.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Generator:
         self.engine, self.config, self.weights, self.seed, self.timer = engine, config, weights, seed, timer
 
     def update_weights(self, source: Source) -> WeightTag:
-        """Hands the engine one source's weights of this moment; returns their tag."""
+        """Updates the engine with a source's current weights; returns their tag."""
         weights, tag = self.weights(source)
         with self.timer("publish"):
             self.engine.update_weights(weights, tag)
@@ -61,7 +62,7 @@ class Generator:
         return join(prompts, found["policy"], found.get("momentum"))
 
     def answer(self, prompts: Prompts) -> list[list[int]]:
-        """Greedy responses of the policy, whose weights the engine holds; none to no prompts."""
+        """Greedy responses of the policy, whose weights the engine must hold."""
         if not prompts:
             return []
         sampling = Sampling(temperature=0.0, max_new_tokens=self.config.max_new_tokens)
@@ -69,7 +70,7 @@ class Generator:
         return [rollouts.response(row) for row in range(len(prompts))]
 
     def sampling(self, step: int, stream: str) -> Sampling:
-        """How one stream of draws is sampled at a step."""
+        """Sampling options of one stream of draws at a step."""
         c = self.config
         return Sampling(
             temperature=c.temperature,
@@ -85,5 +86,5 @@ class Generator:
 
 
 def derive_seed(seed: int, step: int, stream: str) -> int:
-    """A seed of its own for every step and stream of draws."""
+    """A separate seed for every step and stream of draws."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()[:6])

@@ -1,4 +1,4 @@
-"""Where the rollouts of a step come from."""
+"""Sources of a step's rollouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mgrpo.types import TrajectoryBatch
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
-    """The rollouts of one step, and greedy responses to prompts that were asked beside them."""
+    """The rollouts of one step, and greedy responses to other prompts."""
 
     step: int
     prompts: list[Prompt]  # B
@@ -25,7 +25,7 @@ class RolloutBatch:
 
 
 class RolloutSource(Protocol):
-    """Gives a step its rollouts."""
+    """Provides the rollouts of a step."""
 
     def next(self, step: int) -> RolloutBatch:
         """The rollouts of step `step`, from 1; EngineError where the engine fails."""
@@ -33,14 +33,14 @@ class RolloutSource(Protocol):
 
 
 class RolloutsNow:
-    """Rollouts under the weights of the step itself, generated when they are asked for.
+    """Generates rollouts when they are asked for, with the weights of the step itself.
 
     Args:
         data: prompts.
-        sampler: draws those of a step.
-        generator: generates.
-        requests: indices of the prompts that are to be answered greedily, from the step and its own indices.
-        timer: adds up `rollout`, `monitor` for the requests, and `publish`.
+        sampler: draws the prompts of a step.
+        generator: generates the rollouts.
+        requests: indices of the prompts to answer greedily, given a step and the indices of its own prompts.
+        timer: times `rollout`, `monitor` (the greedy responses) and `publish`.
     """
 
     def __init__(

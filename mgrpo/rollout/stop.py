@@ -1,6 +1,6 @@
-"""Texts at which a response ends, beside EOS: where they are seen, and what is read of such a response.
+"""Stop texts: texts other than EOS that end a response.
 
-They are looked for in decoded text, because one may begin and end in the middle of a token.
+They are searched for in decoded text, because one may begin and end in the middle of a token.
 Letters: R rows, L response tokens.
 """
 
@@ -15,9 +15,9 @@ from mgrpo.data.template import PLACEHOLDER
 from mgrpo.errors import InputError
 from mgrpo.grading.thoughts import decode_responses
 
-# Tokens of a row that are decoded to look for a text, more where they are too short for it.
+# Last tokens of a row that are decoded for the search, more if their text is shorter than a stop text.
 TAIL = 16
-# Characters at the start of a decoded tail that may be other than in the whole: part of one, or a space that is lost.
+# Characters at the start of a decoded tail that may differ from the whole text: part of one, or a lost space.
 FRAYED = 8
 MAX_LABEL = 40
 UNDECODED = "\ufffd"
@@ -27,11 +27,11 @@ class StopTexts:
     r"""The first of `texts` ends a response. The token that completes it is the response's last.
 
     Args:
-        texts: none empty. One that is a special token, such as <|im_end|>, is met as that token.
+        texts: none empty. One that is a special token, such as <|im_end|>, is found as that token.
         tokenizer: a transformers tokenizer.
 
     Raises:
-        InputError: a special token stands beside other text, where no decoded text has it.
+        InputError: a text holds a special token beside other text, which decoded text never does.
     """
 
     def __init__(self, texts: Sequence[str], tokenizer: Any):
@@ -46,7 +46,7 @@ class StopTexts:
                 )
         self._longest = max(map(len, self.texts), default=0)
         self._lasts = {text[-1] for text in self.texts}
-        self._pieces: dict[int, str | None] = {}  # of the tokens seen so far; None where one completes no text
+        self._pieces: dict[int, str | None] = {}  # text of each token seen; None if it completes no stop text
 
     def ended(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """[len(rows)] bool, whether the last token of tokens [R, L] completes a text in each of `rows`, on the host."""
@@ -64,15 +64,15 @@ class StopTexts:
         return next((end for end in ends if self._completes(row[:end])), None)
 
     def cut(self, text: str) -> str:
-        """What stands before the text that ended a response; all of one that ended otherwise."""
+        """The part of a response before the stop text; all of one without."""
         found = [(start + len(stop), start) for stop in self.texts if (start := text.find(stop)) >= 0]
         return text[: min(found)[1]] if found else text
 
     def _piece(self, token: int) -> str | None:
-        """Text of a token alone; None of one that can not complete a text."""
+        """Text of a token alone; None if the token cannot complete a stop text."""
         if token not in self._pieces:
             piece = self.tokenizer.decode([token], skip_special_tokens=True)
-            # A part of a character, or a space that is lost at the start, tells nothing alone.
+            # Alone, a token may decode to part of a character or lose a space at its start.
             unclear = not piece or UNDECODED in piece or " " in self._lasts
             self._pieces[token] = piece if unclear or any(last in piece for last in self._lasts) else None
         return self._pieces[token]
@@ -90,7 +90,7 @@ class StopTexts:
 
 
 def make_stop(given: Sequence[str] | None, template: str | None, tokenizer: Any) -> StopTexts | None:
-    r"""The texts of --rollout.stop, with newlines for the two characters `\n`; what the template says where None.
+    r"""The texts of --rollout.stop, with newlines for the two characters `\n`; if None, the template's label.
 
     Raises:
         InputError: a text holds a special token beside other text.
@@ -105,10 +105,10 @@ def make_stop(given: Sequence[str] | None, template: str | None, tokenizer: Any)
 
 
 def find_label(template: str | None) -> str | None:
-    r"""The label of a template's prompt on a line of its own: "\nQuestion:" of 'Question: {prompt}\nAnswer:'.
+    r"""The label before a template's prompt, with a newline: "\nQuestion:" of 'Question: {prompt}\nAnswer:'.
 
-    It is what a base model goes on with once it has answered. None where no short line, or start of one, that ends in
-    a colon stands ahead of the prompt: anything else may be part of an answer.
+    A base model continues with it after its answer. None unless the label is short and ends in a colon: anything else
+    may be part of an answer.
     """
     before = (template or "").replace("\\n", "\n").partition(PLACEHOLDER)[0].rstrip()
     label = before.rpartition("\n")[2].strip()
@@ -123,14 +123,14 @@ def read_texts(
     *,
     prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[str]:
-    """Text of each response for an answer to be read from: without special tokens, and without what ended it.
+    """Text of each response to read an answer from, without special tokens and without the stop text.
 
-    Marks of a thought stay, and one that the prompt ends with comes first: see `decode_responses`.
+    The marks of a thought stay; one that ends the prompt comes first: see `decode_responses`.
     """
     texts = decode_responses(tokenizer, prompts or [()] * len(responses), responses)
     return texts if stop is None else [stop.cut(text) for text in texts]
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Tokens that decoding for answers leaves out."""
+    """Special tokens by text, which decoding leaves out."""
     return {added.content: i for i, added in tokenizer.added_tokens_decoder.items() if added.special and added.content}

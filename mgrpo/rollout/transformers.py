@@ -1,8 +1,8 @@
-"""The embedded engine: an own decode loop over a transformers model.
+"""The embedded engine: a decode loop over a transformers model.
 
-Against `model.generate` it prefills each prompt once for all its n samples, keeps only unfinished sequences in the
+Unlike `model.generate` it prefills each prompt once for all its n samples, keeps only unfinished sequences in the
 batch, and shares storage with the trainer's weights where dtype and device agree. Models whose cache does not allow
-that are decoded in the ways of decoding.py, which one a trial decides.
+that are decoded in another way of decoding.py, chosen by decoding_trial.py.
 Letters: B prompts, n rollouts a prompt, R = B * n sequences, L response tokens, V vocabulary.
 """
 
@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedModel
 
-from mgrpo.rollout.choice import bears_cast, choose_way, trial_logprobs
+from mgrpo.rollout.decoding_trial import choose_way, tolerates_cast, trial_logprobs
 from mgrpo.rollout.draws import uniform
 from mgrpo.rollout.engine import Engine, check_tag, check_weights
 from mgrpo.rollout.stop import StopTexts
@@ -53,11 +53,11 @@ class TransformersEngine(Engine):
         self.held: WeightTag | None = None
 
     def _cast(self, model: PreTrainedModel, pad_id: int, dtype: torch.dtype) -> torch.dtype | None:
-        """Casts the weights; where the model does not bear that, takes them back and returns what to cast within it."""
+        """Casts the weights to `dtype`; if it does not tolerate that, undoes it and returns `dtype`."""
         expected = trial_logprobs(self.model, pad_id, dtype)
         for parameter in self.model.parameters():  # not the buffers: rotary frequencies stay in fp32
             parameter.data = parameter.data.to(dtype)
-        if bears_cast(self.model, self.way, pad_id, dtype, expected):
+        if tolerates_cast(self.model, self.way, pad_id, dtype, expected):
             return None
         for parameter, own in zip(self.model.parameters(), model.parameters(), strict=True):
             parameter.data = own.data
@@ -134,7 +134,7 @@ class TransformersEngine(Engine):
         return tokens, logprobs, lengths, truncated
 
     def _batches(self, prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-        """Prompts that are decoded together, at most `size`: of similar length, or of one where the way wants that."""
+        """Splits the prompts into batches of at most `size` and of similar length, or of one length if required."""
         order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
         groups = [order]
         if self.way.equal_lengths:
@@ -157,7 +157,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, noise: torch.Tensor) -> tup
         logprobs = _nucleus(logprobs, sampling.top_p)
     mass = logprobs.exp().cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(mass, noise[:, None] * mass[:, -1:], right=True)
-    token = token.clamp_max_(logits.shape[1] - 1)  # of logits that are not finite
+    token = token.clamp_max_(logits.shape[1] - 1)  # for non-finite logits
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""Runs in a vLLM server (`--worker-extension-cls mgrpo.rollout.worker.WeightReceiver`): fetches weights, names them."""
+"""vLLM's worker extension (`--worker-extension-cls mgrpo.rollout.worker.WeightReceiver`): updates the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load
 class WeightReceiver:
     """Methods that vLLM adds to its worker, called by name over /collective_rpc with JSON alone."""
 
-    reload_weights: Any  # of the worker
+    reload_weights: Any  # the worker's method
     model_runner: Any
 
     def mgrpo_load(self, url: str, sha256: str, version: str) -> dict[str, Any]:
@@ -29,9 +29,9 @@ class WeightReceiver:
         return {"tensors": len(weights), "bytes": len(data)}
 
     def mgrpo_name(self, version: str) -> None:
-        """Names weights that came another way; an empty name says that they are in between."""
+        """Sets the version of weights that were sent by NCCL; "" while they are being sent."""
         self.mgrpo_version = version or None
 
     def mgrpo_state(self) -> dict[str, Any]:
-        """Version of the weights that were loaded last, none after a start or a load that failed, and the process."""
+        """Version of the weights, None after a start or a failed update, and the process id."""
         return {"version": getattr(self, "mgrpo_version", None), "pid": os.getpid()}

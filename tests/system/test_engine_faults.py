@@ -93,5 +93,5 @@ def test_an_engine_that_writes_with_other_weights_stops_the_run(small, trained, 
     options = {"batch_size": 64, "eos_ids": (1,), "pad_id": 0, "dtype": torch.float32}
     _, (row,) = trained(config, 1, make_engine=lambda loaded, _: Apart(loaded.model, **options))
     assert row["parity_policy"] < 1e-6 and row["parity_momentum"] < 1e-6
-    with pytest.raises(StaleWeightsError, match=f"did not write with the weights of {liar} version 0"):
+    with pytest.raises(StaleWeightsError, match=f"did not use the weights of {liar} version 0"):
         trained(config, 1, make_engine=lambda loaded, _: Lying(loaded.model, **options))

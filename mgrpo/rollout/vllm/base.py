@@ -1,4 +1,4 @@
-"""What every way to run vLLM shares: nothing that it is given or gives back is taken on trust.
+"""The base of all vLLM engines: it checks the weights and prompts that go in and the rollouts that come out.
 
 Letters: B prompts, n rollouts a prompt, L longest response in tokens.
 """
@@ -19,11 +19,12 @@ from mgrpo.rollout.engine import Engine, Weights, check_tag, check_weights
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.types import Rollouts, Sampling, WeightTag
 
-# Sequences that come back empty or with an impossible log-prob are drawn again so many times.
+# How often empty sequences and those with non-finite log-probs are drawn again.
 REDRAWS = 2
 # Seeds of vLLM are signed 32-bit numbers in some of its kernels.
 SEEDS = 2**31
 PROGRESS_AFTER_S = 5.0
+CACHE_REFUSED = "update_weights: vLLM must empty its prefix cache, it refused. Is another request running?"
 
 
 class Response(NamedTuple):
@@ -34,13 +35,13 @@ class Response(NamedTuple):
     truncated: bool
 
     @property
-    def is_possible(self) -> bool:
+    def is_finite(self) -> bool:
         """Whether it has tokens, each with a finite log-prob."""
         return bool(self.tokens) and all(np.isfinite(self.logprobs))
 
 
 class CheckedEngine(Engine, ABC):
-    """Rollouts from vLLM under the weights loaded last."""
+    """Rollouts from vLLM with the weights of the last update."""
 
     def __init__(self, model: torch.nn.Module, *, eos_ids: Sequence[int], pad_id: int, stop: StopTexts | None = None):
         self.eos_ids, self.pad_id, self.stop = sorted({*eos_ids, *(stop.token_ids if stop else ())}), pad_id, stop
@@ -48,30 +49,30 @@ class CheckedEngine(Engine, ABC):
         self.vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
         self.held: WeightTag | None = None
         self.redrawn = 0
-        self.kv_cache_usage: float | None = None  # most of the KV cache that a call took, a share
+        self.kv_cache_usage: float | None = None  # largest share of the KV cache in use during a call
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
-        """Hands over a full state dict: every name, tied ones twice, for vLLM takes a part without a word."""
+        """Sends a full state dict: every name, tied ones twice, because vLLM does not report missing ones."""
         self.held = None
         check_weights(weights, self.shapes)
-        # What they write would stay in vLLM's KV cache, and spoil what later weights write.
+        # Their non-finite keys and values would stay in vLLM's KV cache and spoil later rollouts.
         if infinite := _not_finite(weights):
-            raise EngineError(f"load: weights must be finite, {infinite} is not.")
-        self._publish([(name, weights[name].detach()) for name in self.shapes], str(tag))
+            raise EngineError(f"update_weights: weights must be finite, {infinite} is not.")
+        self._send_weights([(name, weights[name].detach()) for name in self.shapes], str(tag))
         self.held = tag
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
         """Samples n responses to each prompt; the same seed gives the same tokens, whatever else is in the batch."""
         check_tag(self.held, tag)
         for b, prompt in enumerate(prompts):
-            # After an unknown token vLLM hangs.
+            # vLLM hangs after an unknown token.
             if not prompt or min(prompt) < 0 or max(prompt) >= self.vocabulary:
                 found = f"{min(prompt)} to {max(prompt)}" if prompt else "none"
                 raise EngineError(f"generate: prompt {b} must have token ids in [0, {self.vocabulary}), got {found}.")
         self.kv_cache_usage = None
         rows = self._sample(prompts, n, sampling, sampling.seed)
         for attempt in range(REDRAWS):
-            bad = [row for row, response in enumerate(rows) if not response.is_possible]
+            bad = [row for row, response in enumerate(rows) if not response.is_finite]
             if not bad:
                 break
             self.redrawn += len(bad)
@@ -80,7 +81,7 @@ class CheckedEngine(Engine, ABC):
             for row, response in zip(bad, again, strict=True):
                 rows[row] = response
         for row, response in enumerate(rows):
-            if not response.is_possible:
+            if not response.is_finite:
                 raise EngineError(
                     f"generate: every rollout must have tokens with finite log-probs, prompt {row // n} got "
                     f"{len(response.tokens)} tokens after {REDRAWS} more draws."
@@ -88,15 +89,15 @@ class CheckedEngine(Engine, ABC):
         return self._pack(rows, n, tag)
 
     def close(self) -> None:
-        """Forgets its weights; see Engine."""
+        """See Engine."""
         self.held = None
 
     def stats(self) -> Mapping[str, float | None]:
-        """Rollouts drawn again so far, and the most of the KV cache that a call took."""
+        """Rollouts drawn again so far, and the largest share of the KV cache during the last call."""
         return {"kv_cache_usage": self.kv_cache_usage, "redrawn": self.redrawn}
 
     @abstractmethod
-    def _publish(self, weights: Weights, version: str) -> None:
+    def _send_weights(self, weights: Weights, version: str) -> None:
         """Replaces the weights in vLLM and empties its prefix cache."""
 
     @abstractmethod
@@ -104,7 +105,7 @@ class CheckedEngine(Engine, ABC):
         """B * n rollouts."""
 
     def _parameters(self, b: int, n: int, sampling: Sampling, seed: int) -> dict[str, Any]:
-        """Of prompt b's request; vLLM seeds its rollout i with seed + i."""
+        """Sampling parameters of prompt b's request; vLLM seeds its rollout i with seed + i."""
         return {
             "n": 1 if sampling.temperature == 0 else n,
             "temperature": sampling.temperature,
@@ -117,23 +118,23 @@ class CheckedEngine(Engine, ABC):
         }
 
     def _flatten(self, found: Sequence[list[Response]], n: int, sampling: Sampling) -> list[Response]:
-        """Rollouts by prompt to one list; a greedy one, decoded once, is repeated."""
+        """The rollouts of all prompts in one list; a greedy one, decoded once, is repeated."""
         rows = [row for responses in found for row in (responses * n if sampling.temperature == 0 else responses)]
         if len(rows) != len(found) * n:
             raise EngineError(f"generate: vLLM must return {len(found) * n} rollouts, got {len(rows)}.")
         return rows if self.stop is None else [self._ended(row, self.stop) for row in rows]
 
     def _ended(self, response: Response, stop: StopTexts) -> Response:
-        """The same up to the token that completes a stop text, whether or not vLLM saw it."""
+        """Cuts a response after the token that completes a stop text, which vLLM may miss."""
         end = stop.end(response.tokens)
         return response if end is None else Response(response.tokens[:end], response.logprobs[:end], truncated=False)
 
     def _observe_kv_cache(self, usage: float) -> None:
-        """Remembers the most of a call."""
+        """Keeps the largest value of a call."""
         self.kv_cache_usage = max(usage, self.kv_cache_usage or 0.0)
 
     def _pack(self, rows: Sequence[Response], n: int, tag: WeightTag) -> Rollouts:
-        """Pads on the right."""
+        """The responses as tensors, padded on the right."""
         lengths = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64)
         longest = int(lengths.max()) if rows else 0
         tokens = torch.full((len(rows), longest), self.pad_id)
@@ -153,7 +154,7 @@ class CheckedEngine(Engine, ABC):
 
 @torch.no_grad()
 def _not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
-    """The first tensor that holds an infinity or NaN; waits for a device once."""
+    """Name of the first tensor that holds an infinity or NaN; waits for a device once."""
     names = [name for name, tensor in weights.items() if tensor.is_floating_point()]
     device = weights[names[0]].device
     largest = [torch.linalg.vector_norm(weights[name], torch.inf).float() for name in names]
@@ -162,7 +163,7 @@ def _not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
 
 
 class Progress(tqdm):
-    """Finished prompts, tokens a second and the KV cache of a call that takes long, on a terminal alone."""
+    """Progress bar of a long call, on a terminal only: finished prompts, tokens a second and KV cache."""
 
     def __init__(self, num_prompts: int, what: str):
         self.num_tokens = 0
@@ -171,7 +172,7 @@ class Progress(tqdm):
         )
 
     def finished(self, responses: Sequence[Response], kv_cache_usage: float | None) -> None:
-        """One prompt is done."""
+        """Counts one finished prompt."""
         self.num_tokens += sum(len(response.tokens) for response in responses)
         facts: MutableMapping[str, Any] = self.format_dict
         rate = self.num_tokens / max(facts["elapsed"], 1e-9)

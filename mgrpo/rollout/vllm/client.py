@@ -16,16 +16,16 @@ CONNECT_S = 60.0
 
 
 class HttpClient:
-    """Calls to one server; whatever goes wrong is an EngineError that says what and where."""
+    """Calls to one server; every failure is an EngineError that names the call and the server."""
 
     def __init__(self, url: str, *, last_words: Callable[[], str] = str):
-        """`last_words` adds to an error what the server last said."""
+        """`last_words` returns the server's last error, which is added to a message."""
         self.url, self._last_words = url.rstrip("/"), last_words
         self._open: set[http.client.HTTPConnection] = set()
         self._hung_up = False
 
     def call(self, path: str, body: Any = None, *, what: str, timeout_s: float | None = 60.0) -> Any:
-        """The reply to a GET, or with a body to a POST: JSON where it is, else text."""
+        """The reply to a GET, or with a body to a POST, parsed if it is JSON."""
         where = urlsplit(self.url)
         kind = http.client.HTTPSConnection if where.scheme == "https" else http.client.HTTPConnection
         connection = kind(where.netloc, timeout=CONNECT_S)
@@ -59,7 +59,7 @@ class HttpClient:
         return text
 
     def hang_up(self) -> None:
-        """Ends every call that still waits, and every later one: what such a server holds is not known."""
+        """Ends every waiting and later call, because the state of the server is unknown."""
         self._hung_up = True
         for connection in list(self._open):
             if connection.sock is not None:

@@ -1,7 +1,7 @@
-"""Rollouts from vLLM in this process: one engine whose weights change between momentum and policy.
+"""Rollouts from vLLM in this process: one engine whose weights alternate between momentum and policy.
 
-It gets token ids, gives log-probs after temperature and top-p, and starts from the model's configuration alone: no
-weight passes over a disk. Letters: B prompts, n rollouts a prompt, L longest response in tokens.
+It takes token ids, returns log-probs after temperature and top-p, and starts from the model's configuration alone: no
+weights are written to disk. Letters: B prompts, n rollouts a prompt, L longest response in tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 from mgrpo.errors import EngineError, StaleWeightsError
 from mgrpo.rollout.engine import Weights
 from mgrpo.rollout.stop import StopTexts
-from mgrpo.rollout.vllm.base import CheckedEngine, Progress, Response
-from mgrpo.rollout.weights.in_process import make_publisher
+from mgrpo.rollout.vllm.base import CACHE_REFUSED, CheckedEngine, Progress, Response
+from mgrpo.rollout.weights.in_process import make_writer
 from mgrpo.types import Sampling
 
-# Seconds between looks at the KV cache, each of which takes about a millisecond.
+# Seconds between readings of the KV cache, each of which takes about a millisecond.
 LOOK_S = 0.1
 
 
@@ -55,23 +55,23 @@ class VllmEngine(CheckedEngine):
         self._asleep = False
         with _keeping_process_state(), _engine_errors("start"):
             self._llm = (make_llm or start)(**(arguments | dict(options)))
-        self._publisher = make_publisher(self._llm)
+        self._writer = make_writer(self._llm)
 
-    def _publish(self, weights: Weights, version: str) -> None:
-        with _keeping_process_state(), _engine_errors("load"):
+    def _send_weights(self, weights: Weights, version: str) -> None:
+        with _keeping_process_state(), _engine_errors("update_weights"):
             if self._asleep:
                 self._llm.wake_up()
                 self._asleep = False
-            self._publisher.publish(weights, version)
-            # Its cache knows prompts under the weights before; vLLM does not look.
+            self._writer.write(weights, version)
+            # vLLM keeps the cache of prompts under the old weights.
             emptied = self._llm.reset_prefix_cache()
         if emptied is False:
-            raise EngineError("load: vLLM must empty its prefix cache, it refused. Is another request running?")
+            raise EngineError(CACHE_REFUSED)
 
     def sleep(self) -> None:
-        """Moves weights to the host and drops the KV cache, where --engine.sleep asks for it, until the next load."""
+        """Moves weights to the host and drops the KV cache until the next update, with --engine.sleep."""
         if self._sleeps and not self._asleep:
-            # Level 2 drops buffers too, which no load brings back.
+            # Level 2 drops buffers too, which no update restores.
             with _keeping_process_state(), _engine_errors("sleep"):
                 self._llm.sleep(level=1)
             self.held, self._asleep = None, True
@@ -93,14 +93,14 @@ class VllmEngine(CheckedEngine):
         return self._flatten([found.get(name, []) for name in names], n, sampling)
 
     def _request(self, b: int, n: int, sampling: Sampling, seed: int) -> Any:
-        """Sampling parameters of one prompt, of which vLLM is to tell once, when all is done."""
+        """Sampling parameters of one prompt, whose output vLLM returns once, when it is complete."""
         params = importlib.import_module("vllm.sampling_params")
         options = self._parameters(b, n, sampling, seed)
         kind = params.RequestOutputKind.FINAL_ONLY
         return params.SamplingParams(**options, detokenize=self.stop is not None, output_kind=kind)
 
     def _finished(self) -> Iterator[Any]:
-        """Outputs as prompts finish; EngineError where none does for `timeout_s`."""
+        """Outputs of prompts as they finish; raises EngineError if none does for `timeout_s`."""
         engine = self._llm.llm_engine
         last = looked = time.monotonic()
         while engine.has_unfinished_requests():
@@ -119,7 +119,7 @@ class VllmEngine(CheckedEngine):
                 self._look()
 
     def _look(self) -> None:
-        """Notes how full the KV cache is, of versions that tell."""
+        """Observes the KV cache, in versions that have a metric of it."""
         for metric in getattr(self._llm, "get_metrics", list)():
             if metric.name == "vllm:kv_cache_usage_perc":
                 self._observe_kv_cache(metric.value)
@@ -137,12 +137,11 @@ class VllmEngine(CheckedEngine):
         ]
 
     def _check_version(self, output: Any) -> None:
-        """Refuses what vLLM itself says was written by other weights."""
+        """Raises StaleWeightsError if vLLM reports another weight version for an output."""
         for sample in output.outputs:
             for span in getattr(sample, "weight_versions", None) or []:
                 if span.version != str(self.held):
-                    message = f"generate: vLLM must write with {self.held!s}, it wrote with {span.version}."
-                    raise StaleWeightsError(message)
+                    raise StaleWeightsError(f"generate: vLLM must use weights {self.held!s}, it used {span.version}.")
 
     def close(self) -> None:
         """Frees the engine's memory and removes its folder."""
@@ -159,10 +158,10 @@ def describe_model(
 ) -> dict[str, Any]:
     """Writes the configuration from which vLLM builds the model, without its weights; returns vLLM's arguments.
 
-    Only who looks for stop texts needs a tokenizer.
+    The tokenizer is written for stop texts only.
     """
     config: Any = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]  # a model that was never saved does not say
+    config.architectures = [type(model).__name__]  # unset in a model that was never saved
     config.save_pretrained(folder)
     if stop is not None:
         stop.tokenizer.save_pretrained(folder)
@@ -179,21 +178,21 @@ def describe_model(
 def start(**arguments: Any) -> Any:
     """A vLLM engine in this process."""
     require_vllm()
-    # In another process its weights could not be written from here.
+    # The weights of an engine in another process cannot be written from here.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     return importlib.import_module("vllm").LLM(**arguments)
 
 
 def require_vllm() -> None:
-    """EngineError where it is not installed."""
+    """Raises EngineError if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise EngineError("rollout: vllm must be installed for --engine.name vllm. pip install vllm.")
 
 
 @contextlib.contextmanager
 def _keeping_process_state() -> Iterator[None]:
-    """The process's seeds, threads and default dtype, which vLLM changes, are as before in the end."""
+    """Restores the process's seeds, threads and default dtype, which vLLM changes."""
     python, arrays, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads, set_num_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
     try:
@@ -209,7 +208,7 @@ def _keeping_process_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _engine_errors(what: str) -> Iterator[None]:
-    """Whatever vLLM raises is an EngineError here; it has no hierarchy of its own to tell apart."""
+    """Turns every error of vLLM, which has no base class of its own, into EngineError."""
     try:
         yield
     except EngineError:

@@ -28,7 +28,7 @@ EXTENSION = "mgrpo.rollout.worker.WeightReceiver"
 
 
 class ServerProcess:
-    """A vLLM server on this machine, which ends with this process however that ends."""
+    """A vLLM server on this machine, which ends with this process, even after kill -9."""
 
     def __init__(
         self,
@@ -63,12 +63,12 @@ class ServerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # a Ctrl-C is the trainer's, which has a step to end
+                start_new_session=True,  # Ctrl-C must not reach it: the trainer finishes its step
                 preexec_fn=_before_start,
             )
 
     def wait(self) -> None:
-        """Returns when it answers; EngineError where it dies or takes longer than START_S."""
+        """Waits until the server answers; raises EngineError if it dies or takes longer than START_S."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             if (code := self._process.poll()) is not None:
@@ -85,7 +85,7 @@ class ServerProcess:
         return f" {lines[-1].strip()}" if lines else ""
 
     def close(self) -> None:
-        """Ends it and all that it has started, and waits for that."""
+        """Ends the server and its child processes, and waits for them."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         try:
@@ -109,7 +109,7 @@ def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _before_start() -> None:
-    """What a scheduler sends to every process of a job as a warning is the trainer's too."""
+    """Ignores the warning signals that a scheduler sends to every process of a job; the trainer handles them."""
     for number in WARNINGS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -117,5 +117,5 @@ def _before_start() -> None:
 
 
 def _die_with_parent() -> None:
-    """Linux ends this process with SIGTERM once its parent is gone, even by kill -9."""
+    """Asks Linux to end this process with SIGTERM once its parent is gone, even by kill -9."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""Rollouts from vLLM servers: other processes, on other GPUs or hosts, which fetch their weights from this one.
+"""Rollouts from vLLM servers: other processes, on other GPUs or hosts.
 
-The trainer offers the weights as a safetensors file over HTTP, under a path that nobody can guess, and asks the
-server's worker (mgrpo.rollout.worker) to fetch them. B prompts, n rollouts a prompt.
+The trainer offers the weights as a safetensors file over HTTP, under an unguessable path, and asks the server's worker
+(mgrpo.rollout.worker) to fetch them; or it sends them by NCCL. B prompts, n rollouts a prompt.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from mgrpo.errors import EngineError, StaleWeightsError
 from mgrpo.rollout.engine import Engine, Weights
 from mgrpo.rollout.stop import StopTexts
-from mgrpo.rollout.vllm.base import CheckedEngine, Progress, Response
+from mgrpo.rollout.vllm.base import CACHE_REFUSED, CheckedEngine, Progress, Response
 from mgrpo.rollout.vllm.client import HttpClient
 from mgrpo.rollout.vllm.process import ServerProcess
 from mgrpo.rollout.weights.http import offer
 from mgrpo.rollout.weights.nccl import NcclSender
 from mgrpo.types import Rollouts, Sampling, Source, WeightTag
 
-MAX_REQUESTS = 64  # of one server at a time; vLLM batches across them
+MAX_REQUESTS = 64  # concurrent, to one server; vLLM batches across them
 LOOK_S = 0.5
-# What vLLM's OpenAI server writes in place of minus infinity, which JSON has not.
+# What vLLM's OpenAI server writes for minus infinity, which JSON lacks.
 MINUS_INFINITY = -9999.0
 
 
@@ -61,23 +61,22 @@ class ServerEngine(CheckedEngine):
             raise EngineError(f"start: {url} must take {max_length} tokens, it takes {card['max_model_len']}.")
         self._state("start")
 
-    def _publish(self, weights: Weights, version: str) -> None:
-        call = self._http.call
-        call("/pause?mode=abort", {}, what="load", timeout_s=self.timeout_s)
+    def _send_weights(self, weights: Weights, version: str) -> None:
+        call = partial(self._http.call, what="update_weights", timeout_s=self.timeout_s)
+        call("/pause?mode=abort", {})
         if self._transfer == "nccl":
             self._broadcast(weights, version)
         else:
             with offer(weights, self.dtype, self._host) as (url, sha256):
-                body = {"method": "mgrpo_load", "args": [url, sha256, version]}
-                call("/collective_rpc", body, what="load", timeout_s=self.timeout_s)
-        emptied = call("/reset_prefix_cache", {}, what="load", timeout_s=self.timeout_s)
+                call("/collective_rpc", {"method": "mgrpo_load", "args": [url, sha256, version]})
+        emptied = call("/reset_prefix_cache", {})
         if isinstance(emptied, dict) and emptied.get("success") is False:
-            raise EngineError("load: vLLM must empty its prefix cache, it refused. Is another request running?")
-        call("/resume", {}, what="load", timeout_s=self.timeout_s)
+            raise EngineError(CACHE_REFUSED)
+        call("/resume", {})
 
     def _broadcast(self, weights: Weights, version: str) -> None:
-        """From GPU to GPU; the group is made at the first load. In between, the server has no version."""
-        name = partial(self._http.call, "/collective_rpc", what="load", timeout_s=self.timeout_s)
+        """Sends weights from GPU to GPU; the first call makes the group. Meanwhile the server has no version."""
+        name = partial(self._http.call, "/collective_rpc", what="update_weights", timeout_s=self.timeout_s)
         name({"method": "mgrpo_name", "args": [""]})
         if self._nccl is None:
             num_workers = self._http.call("/get_world_size", what="start")["world_size"]
@@ -86,7 +85,7 @@ class ServerEngine(CheckedEngine):
         name({"method": "mgrpo_name", "args": [version]})
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
-        """See CheckedEngine; a server that was started anew, or loaded by somebody else, is found out."""
+        """See CheckedEngine; raises StaleWeightsError if the server was restarted or updated by another run."""
         rollouts = super().generate(prompts, n, sampling, tag)
         for state in self._state("generate"):
             if state["version"] != str(tag):
@@ -96,7 +95,7 @@ class ServerEngine(CheckedEngine):
         return rollouts
 
     def _sample(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seed: int) -> list[Response]:
-        # One seed holds for a whole request, so that every prompt needs its own.
+        # A request has one seed, so every prompt needs its own request.
         bodies = [
             {
                 "model": self._name,
@@ -108,7 +107,7 @@ class ServerEngine(CheckedEngine):
             for b, prompt in enumerate(prompts)
         ]
         found: list[list[Response]] = [[] for _ in bodies]
-        # The limit counts from the last prompt that finished, so that requests which queue are not late.
+        # The limit counts from the last finished prompt, so that queued requests do not time out.
         with ThreadPoolExecutor(MAX_REQUESTS) as pool, Progress(len(prompts), "rollouts") as progress:
             ask = self._http.call
             pending: dict[Future[Any], int] = {
@@ -141,14 +140,14 @@ class ServerEngine(CheckedEngine):
         return self._flatten(found, n, sampling)
 
     def _look(self) -> None:
-        """Notes how full the KV cache is."""
+        """Observes the KV cache."""
         text = self._http.call("/metrics", what="generate", timeout_s=self.timeout_s)
         for line in str(text).splitlines():
             if line.startswith("vllm:kv_cache_usage_perc"):
                 self._observe_kv_cache(float(line.split()[-1]))
 
     def _state(self, what: str) -> list[dict[str, Any]]:
-        """What each worker says of itself."""
+        """Weight version and process id of each worker."""
         reply = self._http.call("/collective_rpc", {"method": "mgrpo_state"}, what=what, timeout_s=self.timeout_s)
         return [json.loads(state) if isinstance(state, str) else state for state in reply["results"]]
 
@@ -160,7 +159,7 @@ class ServerEngine(CheckedEngine):
 
 
 class EnginePair(Engine):
-    """Two servers, one for each source: momentum and policy are written at the same time."""
+    """Two servers, one for each source: momentum and policy generate concurrently."""
 
     num_weight_slots = 2
 
@@ -176,13 +175,13 @@ class EnginePair(Engine):
         return self.engines[tag.source].generate(prompts, n, sampling, tag)
 
     def stats(self) -> Mapping[str, float | None]:
-        """Rollouts drawn again by both so far, and the KV cache of the fuller one."""
+        """Rollouts drawn again by both so far, and the larger share of the KV cache."""
         usages = [e.kv_cache_usage for e in self.engines.values() if e.kv_cache_usage is not None]
         redrawn = sum(engine.redrawn for engine in self.engines.values())
         return {"kv_cache_usage": max(usages, default=None), "redrawn": redrawn}
 
     def close(self) -> None:
-        """Ends both."""
+        """Closes both."""
         with contextlib.ExitStack() as stack:
             for engine in self.engines.values():
                 stack.callback(engine.close)

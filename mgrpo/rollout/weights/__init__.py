@@ -1,1 +1,1 @@
-"""How weights reach an engine: in this process, over HTTP, or by NCCL."""
+"""Transfer of weights to an engine: in this process, over HTTP, or by NCCL."""

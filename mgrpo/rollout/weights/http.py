@@ -1,4 +1,4 @@
-"""Offers weights as a safetensors file over HTTP, under a path that nobody can guess."""
+"""Offers weights as a safetensors file over HTTP, under an unguessable path."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mgrpo.rollout.engine import Weights
 
 @contextlib.contextmanager
 def offer(weights: Weights, dtype: torch.dtype, host: str) -> Iterator[tuple[str, str]]:
-    """Address and SHA-256 of a safetensors file of the weights, while the block lasts."""
-    # Copies, for safetensors takes no two names of one storage.
+    """Serves a safetensors file of the weights within the block; yields its URL and SHA-256."""
+    # Copies, because safetensors refuses tied weights, two names of one storage.
     data = save({name: tensor.to("cpu", dtype, copy=True).contiguous() for name, tensor in weights})
     path = f"/{secrets.token_urlsafe(32)}"
 

@@ -1,4 +1,4 @@
-"""Weights to a vLLM server from GPU to GPU, by vLLM's own sender of the trainer's side."""
+"""Sends weights to a vLLM server from GPU to GPU, by vLLM's own trainer-side engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGE = "vllm.distributed.weight_transfer"
 
 
 class NcclSender:
-    """One group of this process and the workers of one server; start, update and finish of an update are vLLM's."""
+    """The NCCL group of this process and the workers of one server."""
 
     def __init__(self, url: str, host: str, num_workers: int, dtype: torch.dtype):
         self.dtype, self._weights = dtype, ()
@@ -41,10 +41,10 @@ class NcclSender:
     def send(self, weights: Weights) -> None:
         """Replaces every tensor of the server's model."""
         self._weights = weights
-        self._ask(self._sender.send_weights, "load")
+        self._ask(self._sender.send_weights, "update_weights")
 
     def _make_source(self, base: Any) -> Any:
-        """What vLLM asks for names, shapes and tensors, which change with every load."""
+        """The object that vLLM asks for names, shapes and tensors at every update."""
         outer = self
 
         class Source(base.WeightSource):

@@ -92,7 +92,7 @@ def roll_out(engine, models, source, version: int) -> Rollouts:
     return engine.generate(PROMPTS, 4, SAMPLING, WeightTag(source, version))
 
 
-def test_logprobs_agree_after_every_publish(engine, models):
+def test_logprobs_agree_after_every_update(engine, models):
     for version in range(3):
         for source in ("momentum", "policy"):
             gap = compare(models, roll_out(engine, models, source, version))
@@ -163,19 +163,19 @@ def test_parity_catches_every_planted_fault(engine, models, monkeypatch, fault):
     roll_out(engine, models, "policy", 0)
     weights = models["momentum"].state_dict()
     if fault == "skipped load":
-        monkeypatch.setattr(engine._publisher, "publish", lambda weights, version: None)
+        monkeypatch.setattr(engine._writer, "write", lambda weights, version: None)
     elif fault == "swapped models":
         weights = models["policy"].state_dict()
     elif fault == "missing tied head":
-        publish = engine._publisher.publish
+        write = engine._writer.write
         partial = [(name, tensor) for name, tensor in weights.items() if name != "lm_head.weight"]
-        monkeypatch.setattr(engine._publisher, "publish", lambda weights, version: publish(partial, version))
+        monkeypatch.setattr(engine._writer, "write", lambda weights, version: write(partial, version))
     else:
         monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
     engine.update_weights(weights, WeightTag("momentum", 0))
     monkeypatch.setattr(engine, "_check_version", lambda output: None)
     rollouts = engine.generate(PROMPTS, 4, SAMPLING, WeightTag("momentum", 0))
-    with pytest.raises(StaleWeightsError, match="did not write with the weights of momentum version 0"):
+    with pytest.raises(StaleWeightsError, match="did not use the weights of momentum version 0"):
         compare(models, rollouts)
     monkeypatch.undo()
     compare(models, roll_out(engine, models, "momentum", 1))
@@ -183,14 +183,14 @@ def test_parity_catches_every_planted_fault(engine, models, monkeypatch, fault):
 
 def test_vllm_itself_contradicts_a_skipped_load(engine, models, monkeypatch):
     roll_out(engine, models, "policy", 0)
-    monkeypatch.setattr(engine._publisher, "publish", lambda weights, version: None)
-    with pytest.raises(StaleWeightsError, match="must write with momentum@0, it wrote with policy@0"):
+    monkeypatch.setattr(engine._writer, "write", lambda weights, version: None)
+    with pytest.raises(StaleWeightsError, match="must use weights momentum@0, it used policy@0"):
         roll_out(engine, models, "momentum", 0)
 
 
 def test_weights_in_any_order(engine, models, monkeypatch):
-    publish = engine._publisher.publish
-    monkeypatch.setattr(engine._publisher, "publish", lambda weights, version: publish(weights[::-1], version))
+    write = engine._writer.write
+    monkeypatch.setattr(engine._writer, "write", lambda weights, version: write(weights[::-1], version))
     assert compare(models, roll_out(engine, models, "momentum", 0)) < BOUNDS[torch.float32] / 10
 
 
@@ -263,7 +263,7 @@ def test_a_cache_too_small_and_heads_of_another_width_are_told_at_the_start(mode
         )
     config = run_config(Path(), 1)
     narrow = replace(config, model=replace(config.model, path="builtin:arithmetic"))
-    with pytest.raises(EngineError, match=r"vLLM takes heads of 32, .* the model's are 24 wide.*builtin:arithmetic32"):
+    with pytest.raises(EngineError, match=r"head size must be one of 32, .* got 24.*builtin:arithmetic32"):
         start_engine(load_model(narrow.model), narrow.engine, stop=None, max_length=64)
 
 
@@ -345,5 +345,5 @@ def test_the_sender_over_nccl_speaks_vllms_protocol(models, monkeypatch):
         assert [name for name, _ in sent] == list(weights)
         assert all(torch.equal(tensor, weights[name].bfloat16()) for name, tensor in sent)
     monkeypatch.setattr(client, "_post", lambda self, path, json=None: 1 / 0)
-    with pytest.raises(EngineError, match="load: vLLM's weight transfer failed with ZeroDivisionError"):
+    with pytest.raises(EngineError, match="update_weights: vLLM's weight transfer failed with ZeroDivisionError"):
         sender.send(list(weights.items()))

@@ -19,8 +19,8 @@ from mgrpo.models.determinism import make_deterministic
 from mgrpo.models.forward import Forward
 from mgrpo.models.load import load_model
 from mgrpo.models.save import save_model
-from mgrpo.rollout.choice import choose_way
 from mgrpo.rollout.decoding import Padded, Recomputed, Unpadded
+from mgrpo.rollout.decoding_trial import choose_way
 from mgrpo.rollout.parity import BOUNDS, check_parity
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.tasks.arithmetic import make_tokenizer
@@ -131,7 +131,7 @@ def test_rwkv_leaves_its_weights_alone(checkpointing):
 
 def assert_scaled(model) -> None:
     """The trap is there: a plain forward pass of this version of transformers writes its weights."""
-    with pytest.raises(EngineError, match="RwkvForCausalLM must leave its weights alone"):
+    with pytest.raises(EngineError, match="RwkvForCausalLM must not write its weights"):
         choose_way(model, PAD)
 
 

@@ -17,7 +17,7 @@ from mgrpo.errors import EngineError, StaleWeightsError
 from mgrpo.rollout.parity import BOUNDS, check_parity
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm.local import VllmEngine, start
-from mgrpo.rollout.weights.in_process import LoadPublisher, ReloadPublisher, make_publisher
+from mgrpo.rollout.weights.in_process import LoadWriter, ReloadWriter, make_writer
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer
 from mgrpo.types import Sampling, WeightTag
 
@@ -150,7 +150,7 @@ def test_greedy_decodes_once_and_repeats(engine, model):
 
 @pytest.mark.parametrize(("source", "version"), [("momentum", 1), ("policy", 2)])
 def test_other_weights_than_the_loaded_are_refused(engine, model, source, version):
-    with pytest.raises(StaleWeightsError, match=r"got None\. Load them first"):
+    with pytest.raises(StaleWeightsError, match=r"got None\. Call update_weights first"):
         engine.generate(PROMPTS, 1, Sampling(), WeightTag("policy", 1))
     engine.update_weights(model.state_dict(), WeightTag("policy", 1))
     with pytest.raises(StaleWeightsError, match=rf"weights must be {source} version {version}, got \('policy', 1\)"):
@@ -160,7 +160,7 @@ def test_other_weights_than_the_loaded_are_refused(engine, model, source, versio
 def test_a_version_that_vllm_contradicts_is_refused(engine, model):
     engine.update_weights(model.state_dict(), WeightTag("policy", 1))
     engine._llm.weight_version = "policy@0"
-    with pytest.raises(StaleWeightsError, match="must write with policy@1, it wrote with policy@0"):
+    with pytest.raises(StaleWeightsError, match="must use weights policy@1, it used policy@0"):
         engine.generate(PROMPTS, 1, Sampling(), WeightTag("policy", 1))
 
 
@@ -183,7 +183,7 @@ def test_a_load_that_fails_leaves_nothing_loaded(engine, model, fault):
         "shape": r"model.norm.weight must have shape \(96,\), got \(3,\)",
         "infinite": "weights must be finite, model.norm.weight is not",
         "cache": "must empty its prefix cache, it refused",
-        "raise": "load: vLLM failed with ZeroDivisionError: division by zero",
+        "raise": "update_weights: vLLM failed with ZeroDivisionError: division by zero",
     }[fault]
     with pytest.raises(EngineError, match=message):
         engine.update_weights(weights, WeightTag("policy", 1))
@@ -243,16 +243,16 @@ def test_a_token_that_the_model_has_not_is_refused(engine, model, prompt):
         engine.generate([[2], prompt], 1, Sampling(), WeightTag("policy", 0))
 
 
-def test_older_ways_to_publish_are_found_by_looking():
-    assert isinstance(make_publisher(FakeLLM()), ReloadPublisher)
+def test_older_ways_to_write_weights_are_found():
+    assert isinstance(make_writer(FakeLLM()), ReloadWriter)
     old = FakeLLM(reloads=False, versions=False)
-    publisher = make_publisher(old)
-    assert isinstance(publisher, LoadPublisher)
-    publisher.publish([("a", torch.ones(1))], "policy@1")
+    writer = make_writer(old)
+    assert isinstance(writer, LoadWriter)
+    writer.write([("a", torch.ones(1))], "policy@1")
     assert old.calls == [("load", {"a": torch.ones(1)})]
-    ReloadPublisher(FakeLLM(versions=False)).publish([], "policy@1")
+    ReloadWriter(FakeLLM(versions=False)).write([], "policy@1")
     with pytest.raises(EngineError, match="it offers neither"):
-        make_publisher(SimpleNamespace())
+        make_writer(SimpleNamespace())
 
 
 def test_the_process_keeps_its_seeds_and_threads(model):

@@ -1,4 +1,4 @@
-"""Which way of decoding a model takes: the first whose logits are those of its plain forward pass, as a trial shows.
+"""Chooses a model's way of decoding: the first whose logits equal those of the plain forward pass in a trial.
 
 Letters: R sequences, L tokens, V vocabulary.
 """
@@ -17,18 +17,18 @@ from mgrpo.models.plain import plain_logits
 from mgrpo.rollout.decoding import WAYS, Decoding
 from mgrpo.rollout.parity import BOUNDS
 
-# Of the size of the logits. fp32 sums in another order differ by 1e-6, deep models by 1e-5; a wrong position or a
-# state of another row by 1e-2 and more, even with fresh weights, whose logits are nearly flat.
+# Relative to the spread of the logits. Another order of fp32 sums changes them by 1e-6, in deep models by 1e-5; a wrong
+# position or another row's state by 1e-2 and more, even with fresh weights, whose logits are nearly flat.
 TOLERANCE = 1e-3
-# Of the bound that training holds log-probs to: so far may rounded weights take those of tokens as they are drawn.
+# Share of the parity bound that rounded weights may use up, in the expected change of a sampled token's log-prob.
 CAST_SHARE = 0.3
 PROMPT_LENGTHS = (5, 8)
-# Sequences of both prompts; two of them leave the batch before the others.
+# Sequences a prompt; two of them leave the batch before the others.
 NUM_SEQUENCES, NUM_TOKENS, ENDING, ENDED_AFTER = 2, 5, (0, 2), 2
 
 
 class Trial:
-    """A few sequences of tokens without a meaning of their own, and what decoding them must give."""
+    """A few sequences of random tokens, and their logits by the plain forward pass and by decoding."""
 
     def __init__(self, model: PreTrainedModel, pad_id: int):
         config = model.config.to_dict() | model.config.get_text_config().to_dict()
@@ -61,7 +61,7 @@ class Trial:
         return [logits[row, : len(sequence)] for row, sequence in enumerate(self.sequences)]
 
     def decode(self, model: PreTrainedModel, way: type[Decoding]) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Sequence, position in it and logits [V] there of everything that decoding computes."""
+        """Yields sequence, position and logits [V] of every step of decoding."""
         together = [range(len(self.prompts))]
         if way.equal_lengths:
             together = [range(b, b + 1) for b in range(len(self.prompts))]
@@ -80,17 +80,17 @@ class Trial:
 
 @torch.inference_mode()
 def choose_way(model: PreTrainedModel, pad_id: int) -> type[Decoding]:
-    """The fastest way of decoding that is right for a model in fp32 and evaluation mode.
+    """The fastest way of decoding that gives the right logits of a model in fp32 and evaluation mode.
 
     Raises:
-        EngineError: its logits depend on later tokens, or token ids alone are not enough for them.
+        EngineError: the model's logits depend on later tokens, or need more than token ids.
     """
     name, trial = type(model).__name__, Trial(model, pad_id)
     versions = [p._version for p in model.parameters()]
     with _plain(name):
         expected, padded, shorter = trial.plain(model), trial.padded(model), trial.plain(model, without=2)
     if versions != [p._version for p in model.parameters()]:
-        raise EngineError(f"model: {name} must leave its weights alone in a forward pass, it writes them.")
+        raise EngineError(f"model: {name} must not write its weights in a forward pass, it does.")
     gap = max(
         max(_gap(together, alone), _gap(start, alone[: len(start)]))
         for alone, together, start in zip(expected, padded, shorter, strict=True)
@@ -102,7 +102,7 @@ def choose_way(model: PreTrainedModel, pad_id: int) -> type[Decoding]:
         )
 
     def is_right(way: type[Decoding]) -> bool:
-        # What a model raises that has not what a way needs is beyond any list.
+        # A model that lacks what a way needs may raise anything.
         with contextlib.suppress(Exception):
             found = trial.decode(model, way)
             return all(_gap(logits, expected[row][position]) <= TOLERANCE for row, position, logits in found)
@@ -120,12 +120,12 @@ def trial_logprobs(model: PreTrainedModel, pad_id: int, dtype: torch.dtype) -> l
 
 
 @torch.inference_mode()
-def bears_cast(
+def tolerates_cast(
     model: PreTrainedModel, way: type[Decoding], pad_id: int, dtype: torch.dtype, expected: list[torch.Tensor]
 ) -> bool:
-    """Whether a model with weights cast to `dtype` decodes what `trial_logprobs` gave before the cast."""
+    """Whether a model with weights cast to `dtype` decodes to `expected`, the result of `trial_logprobs` before."""
     trial, gaps = Trial(model, pad_id), []
-    with contextlib.suppress(Exception):  # of layers that mix dtypes
+    with contextlib.suppress(Exception):  # layers that mix dtypes raise
         for row, position, logits in trial.decode(model, way):
             right = expected[row][position]
             gaps.append((right.exp() * (torch.log_softmax(logits.float(), -1) - right).nan_to_num().abs()).sum())
