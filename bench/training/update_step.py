@@ -160,7 +160,7 @@ def ours(problem: Problem) -> Callable[[], dict[str, float]]:
     rows = torch.arange(len(problem.advantage))
 
     def step() -> dict[str, float]:
-        found = learner.optimizer_step(problem.trajectories, batch, rows)
+        found, _ = learner.optimizer_step(problem.trajectories, batch, rows)
         return {"loss": found["loss"], "grad_norm": found["grad_norm"]}
 
     return step

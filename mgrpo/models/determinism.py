@@ -1,4 +1,4 @@
-"""Makes a forward pass depend on weights and tokens alone, with gradient checkpointing too."""
+"""Makes a forward pass depend on weights and tokens alone, also with gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def make_deterministic(model: PreTrainedModel, *, gradient_checkpointing: bool) -> None:
-    """Switches off all that training mode adds: dropout, noise of routers, skipped layers, batch statistics.
+    """Switches off everything that training mode adds: dropout, router noise, skipped layers, batch statistics.
 
-    The modules that decide on checkpointing stay in training mode, for that is what transformers asks them.
+    The modules that decide on checkpointing stay in training mode, because transformers requires it of them.
 
     Raises:
         ValueError: the model has no gradient checkpointing.
@@ -34,7 +34,7 @@ def make_deterministic(model: PreTrainedModel, *, gradient_checkpointing: bool) 
 
 
 def _enter(layer: torch.nn.Module, _: Any) -> None:
-    """Once it has decided, a layer that is checkpointed computes in evaluation mode."""
+    """Puts a checkpointed layer, which has decided by then, into evaluation mode."""
     vars(layer)["decides_in_training"] = layer.training
     layer.training = False
 
@@ -44,7 +44,7 @@ def _leave(layer: torch.nn.Module, *_: Any) -> None:
 
 
 def _disable_dropout(model: PreTrainedModel) -> None:
-    """Switches every dropout off: the layers that are checkpointed may hold one of their own."""
+    """Switches every dropout off, also in checkpointed layers."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -56,10 +56,10 @@ def _disable_dropout(model: PreTrainedModel) -> None:
 def _disable_rescaling(model: PreTrainedModel) -> None:
     """Keeps RWKV from dividing its weights in place in the first forward pass of evaluation mode.
 
-    It does so against overflow in fp16, and makes up for it between the blocks. Here several models share one storage.
+    It does so against overflow in fp16. Here several models share the storage of the weights.
     """
     for module in model.modules():
-        # The outermost configuration is the one that is saved.
+        # The outermost configuration is saved and must not change.
         config = vars(module).get("config")
         if module is not model and config is not None and getattr(config, "rescale_every", 0):
             vars(module)["config"] = config = copy.copy(config)

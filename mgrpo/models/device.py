@@ -1,4 +1,4 @@
-"""Devices and the kernels' backend on them."""
+"""Choice of the device and of the kernels' backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pick_device(device: str) -> torch.device:
     """Resolves `auto` to a GPU where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # torch knows devices by name that this build or the kernels have not: mps, xpu, xla, meta.
+    # torch accepts names of devices that this build or the kernels do not support: mps, xpu, xla, meta.
     match = DEVICE.fullmatch(device)
     if match is None:
         raise ConfigError([f"config: --model.device must be auto, cpu or cuda[:N], got {device}."])

@@ -1,4 +1,4 @@
-"""What the files of a model folder say, before transformers reads them, and what it says of them."""
+"""Checks of a model folder's files before transformers reads them, and of what it reports."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mgrpo.process.disk import list_checkpoints
 
 
 def quiet_transformers() -> None:
-    """Switches the progress bars of transformers off, for the command lines."""
+    """Switches the progress bars of transformers off."""
     logging.disable_progress_bar()
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Lets transformers log errors alone for a while."""
+    """Lets transformers log only errors within the block."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -34,7 +34,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 ADAPTER = "adapter_config.json"
-# Of these transformers passes damaged ones over, or names none in what it says.
+# Files whose damage transformers ignores, or reports without the file's name.
 SMALL = (
     *(CONFIG, GENERATION, "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", INDEX),
@@ -44,7 +44,7 @@ NAMED_TENSORS = 5  # in messages
 
 
 def check_folder(path: str) -> None:
-    """Raises InputError for a folder of a run in place of one of its models, and for a file that is no JSON object."""
+    """Raises InputError for the folder of a run instead of a model, an adapter, or a damaged JSON file."""
     folder = Path(path)
     if folder.is_dir():
         if not _is_model(folder) and (found := _find_models(folder)):
@@ -52,7 +52,7 @@ def check_folder(path: str) -> None:
                 f"model: --model.path must be a model folder, {path} is the folder of {found[0]}. "
                 f"Name {' or '.join(map(str, found[1:]))}."
             )
-        # transformers passes it over beside a model, unless the package peft is there.
+        # transformers ignores it beside a model, unless peft is installed.
         if (folder / ADAPTER).is_file():
             raise InputError(
                 f"model: --model.path must be a whole model, {path} holds an adapter, {ADAPTER}. "
@@ -70,12 +70,12 @@ def _is_model(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError, RecursionError):
-        return True  # a damaged one, which is told of elsewhere
+        return True  # damaged; _refuse_damaged reports it
     return not (isinstance(content, dict) and "preset" in content and "model_type" not in content)
 
 
 def _find_models(folder: Path) -> list[Any]:
-    """What a folder of models is, and the models in it that a user may mean; nothing where there are none."""
+    """Description of a folder of models, and the models in it that a user may mean; empty for other folders."""
     checkpoints = list_checkpoints(folder) or list_checkpoints(folder.parent) * (folder.name == "checkpoints")
     if checkpoints:
         names = [checkpoints[-1] / source for source in ("policy", "momentum")]
@@ -93,7 +93,7 @@ def _find_models(folder: Path) -> list[Any]:
 
 
 def _refuse_damaged(folder: Path, names: tuple[str, ...]) -> None:
-    """Raises InputError for a file that is there and holds no JSON object."""
+    """Raises InputError for an existing file that holds no JSON object."""
     for name in names:
         path = folder / name
         if not path.exists():
@@ -107,7 +107,7 @@ def _refuse_damaged(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def _refuse_index(folder: Path) -> None:
-    """Raises InputError for an index of weights without what transformers reads in it, or that names absent files."""
+    """Raises InputError for an index of weights that lacks required keys or names absent files."""
     content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     names = content.get("weight_map")
     is_map = isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values())
@@ -126,18 +126,18 @@ def _refuse_index(folder: Path) -> None:
 
 @contextmanager
 def reading(path: str, file: str | None = None, *, unless: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns whatever transformers raises for a bad folder or hub id into InputError, with all that it says.
+    """Turns every error of transformers about a folder or hub id into InputError with its whole message.
 
     Args:
         path: folder or hub id.
-        file: named where it is there, of a call whose errors are of this file.
-        unless: classes of errors that may be of others.
+        file: file that the call reads, named in the error if it exists.
+        unless: classes of errors that may have other causes.
     """
     try:
         yield
     except InputError:
         raise
-    # What libraries raise for a file of the wrong content is of any class: TypeError, AttributeError and others.
+    # Wrong content of a file may raise anything: TypeError, AttributeError and others.
     except Exception as error:
         folder = Path(path)
         if folder.is_dir():
@@ -151,17 +151,17 @@ def reading(path: str, file: str | None = None, *, unless: tuple[type[Exception]
 
 @contextmanager
 def running(path: str, what: str) -> Iterator[None]:
-    """Turns what a model's own code raises where it is run into InputError, with all that it says.
+    """Turns every error of a model's own code into InputError with its whole message.
 
     Args:
         path: folder or hub id.
-        what: that it must be able to do.
+        what: what the model must be able to do, for the message.
     """
     try:
         yield
     except (EngineError, InputError):
         raise
-    except Exception as error:  # it is code of the library for this model, and raises of any class
+    except Exception as error:  # the model's code may raise anything
         raise InputError(f"model: {path} must {what}, got: {whole(error)}.") from error
 
 
@@ -169,9 +169,9 @@ def token_ids(value: Any, tokenizer: Any, where: str) -> list[int]:
     """The ids in an `eos_token_id`: none, one, or a list; InputError for anything else.
 
     Args:
-        value: what a file holds.
-        tokenizer: knows the id of a token that is written as text.
-        where: name of the file and its folder.
+        value: value in the file.
+        tokenizer: gives the id of a token that is written as text.
+        where: name of the file and its folder, for the message.
     """
     found = value if isinstance(value, list | tuple) else [] if value is None else [value]
     for entry in found:
@@ -186,10 +186,10 @@ def token_ids(value: Any, tokenizer: Any, where: str) -> list[int]:
 
 
 def refuse_lost(loading: dict[str, Any], path: str) -> None:
-    """Raises InputError for parameters that a folder lacks, or has in another shape: they would start as noise.
+    """Raises InputError for parameters that a folder lacks or has in another shape, which would be random.
 
     Args:
-        loading: `output_loading_info` of transformers; names that are tied to others are not missing there.
+        loading: `output_loading_info` of transformers, where tied names are not missing.
         path: folder or hub id.
     """
     missing, mismatched = sorted(loading["missing_keys"]), sorted(loading["mismatched_keys"])

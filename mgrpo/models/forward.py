@@ -1,4 +1,4 @@
-"""Log-probs and entropies of responses: the forward pass over trajectories.
+"""The forward pass over trajectories: log-probs and entropies of responses.
 
 Letters: R trajectories, L longest response, T packed response tokens, D hidden, V vocabulary.
 """
@@ -20,7 +20,7 @@ from mgrpo.models.packing import PackedBatch, micro_batches, require_packing
 from mgrpo.models.plain import plain_hidden, plain_logits
 from mgrpo.types import TrajectoryBatch
 
-# Logits of a micro-batch above this size are never materialised; the fused linear op walks them in chunks.
+# Larger logits of a micro-batch are not materialised; the fused linear op computes them in chunks.
 MAX_LOGITS_BYTES = 256 * 2**20
 
 
@@ -33,7 +33,7 @@ class TokenLogProbs(NamedTuple):
 
 
 class Forward:
-    """Log-probs and entropies of responses at the sampling temperature, under any weights of one architecture."""
+    """Computes log-probs and entropies of responses at the sampling temperature, for any weights of a model."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Forward:
         rows: torch.Tensor | None = None,
         self_certainty: bool = False,
     ) -> TokenLogProbs:
-        """Log-probs of trajectories `rows` [r], all by default, without gradient; [R, L] with zeros elsewhere."""
+        """Log-probs of trajectories `rows` [r], all by default, without gradient; [R, L], zeros elsewhere."""
         mask = trajectories.mask
         chosen = torch.arange(len(mask)) if rows is None else rows
         padded = [torch.zeros(mask.shape) for _ in range(3 if self_certainty else 2)]
@@ -77,7 +77,7 @@ class Forward:
         return TokenLogProbs(padded[0], padded[1], padded[2] if self_certainty else None)
 
     def __call__(self, model: PreTrainedModel, batch: PackedBatch, *, self_certainty: bool = False) -> TokenLogProbs:
-        """Log-probs [T] of the response tokens of one input; the gradient flows."""
+        """Log-probs [T] of the response tokens of one input, with gradient."""
         device = next(model.parameters()).device
         batch = batch.to(device)
         ids, line, column, targets = batch.ids, batch.line, batch.column, batch.targets
@@ -93,7 +93,7 @@ class Forward:
     def _from_hidden(
         self, hidden: torch.Tensor, head: torch.nn.Module | None, targets: torch.Tensor, self_certainty: bool
     ) -> TokenLogProbs:
-        """Of hidden states [T, D]; logits are fp32 whether they are materialised or not."""
+        """Log-probs from hidden states [T, D]; logits are fp32 whether they are materialised or not."""
         assert isinstance(head, torch.nn.Linear)
         weight = head.weight.to(hidden.dtype)
         if 4 * len(hidden) * head.out_features <= MAX_LOGITS_BYTES:
@@ -111,7 +111,7 @@ class Forward:
         return TokenLogProbs(found.logprob, found.entropy, found.self_certainty)
 
     def _from_logits(self, logits: torch.Tensor, targets: torch.Tensor, self_certainty: bool) -> TokenLogProbs:
-        """Of materialised logits [T, V]."""
+        """Log-probs from materialised logits [T, V]."""
         found = K.token_logprob(
             logits, targets, temperature=self.temperature, self_certainty=self_certainty, backend=self.backend
         )
@@ -127,6 +127,6 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
     try:
         logits = head(plain_hidden(decoder, ids))
-    except Exception:  # of a decoder that wants more than token ids
+    except Exception:  # of a decoder that needs more than token ids
         return False
     return torch.equal(logits, plain_logits(model, ids))

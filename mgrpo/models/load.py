@@ -33,13 +33,13 @@ from mgrpo.models.tokenizer import (
     resolve_path,
 )
 
-# Tokens that a tokenizer may put into a prompt or beside it unasked.
+# Special tokens that a tokenizer may add to a prompt.
 SPECIAL_TOKENS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A causal LM with fp32 weights, its tokenizer, and what sampling must know of them."""
+    """A causal LM with fp32 weights, its tokenizer and its special tokens."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -50,7 +50,7 @@ class LoadedModel:
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
-    """Loads tokenizer and model; raises InputError for a folder that can not be trained from."""
+    """Loads tokenizer and model; raises InputError for a folder that cannot be trained."""
     tokenizer = load_tokenizer(config)
     model = _read_model(
         resolve_path(config.path),
@@ -97,7 +97,7 @@ def _with_attention(attention: str | None, load: Callable[[str | None], Any]) ->
 def _read_model(path: str | Path, name: str, *, attention: str | None = None, **options: Any) -> PreTrainedModel:
     """Reads a model in fp32, of which no parameter is missing; `name` is that of the folder in messages."""
     read: Any = AutoModelForCausalLM.from_pretrained
-    # What transformers tells in tables is said below in a line.
+    # refuse_lost reports in one line what transformers logs as a table.
     with silence(), reading(name, CONFIG, unless=(OSError, ValueError, RuntimeError, ImportError, SafetensorError)):
         model, loading = _with_attention(
             attention,
@@ -116,19 +116,19 @@ def _read_model(path: str | Path, name: str, *, attention: str | None = None, **
 
 
 def num_embeddings(model: torch.nn.Module) -> int | None:
-    """Rows of the input embedding, which ids must stay below; None of a model that does not tell."""
+    """Rows of the input embedding, the bound of token ids; None if the model does not give it."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)  # pyright: ignore
     except (
         AttributeError,
         NotImplementedError,
-    ):  # transformers raises either of a model whose embedding it can not find
+    ):  # transformers raises either if it cannot find the embedding
         return None
     return None if weight is None else len(weight)
 
 
 def _check_ids(model: PreTrainedModel, tokenizer: Tokenizer, path: str) -> None:
-    """Raises InputError for a special token of the tokenizer that the embedding has no row for."""
+    """Raises InputError for a special token without a row in the embedding."""
     special = {f"{name}_token": getattr(tokenizer.tokenizer, f"{name}_token_id", None) for name in SPECIAL_TOKENS}
     special |= {"pad": tokenizer.pad_id} | {"EOS token": max(tokenizer.eos_ids)}
     rows = num_embeddings(model)
@@ -146,7 +146,7 @@ def _check_ids(model: PreTrainedModel, tokenizer: Tokenizer, path: str) -> None:
 
 
 def _num_positions(model: torch.nn.Module) -> int:
-    """Positions that the model's own table of them has rows for; RoBERTa and its kin begin after the padding's."""
+    """Rows of the model's position embedding that are usable; RoBERTa and its kin begin after the padding's row."""
     rows = [
         len(module.weight) - module.padding_idx - 1
         for name, module in model.named_modules()

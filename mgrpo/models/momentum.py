@@ -1,4 +1,4 @@
-"""The momentum model: an exponential moving average of the policy's weights, in storage of its own."""
+"""The momentum model: an exponential moving average of the policy's weights, in separate storage."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ class Momentum:
         *,
         seed: int,
         kernels: KernelsConfig,
-        publish: torch.dtype | None = None,
+        engine_dtype: torch.dtype | None = None,
     ):
         self.config, self.seed, self.backend = config, seed, kernels.backend
         self.policy = policy
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
         device = torch.device("cpu") if config.device == "cpu" else None
-        # named_parameters() yields a tied weight once, which is how often it is to be averaged. Frozen ones never move.
+        # named_parameters() yields a tied weight once, so it is averaged once. Frozen weights never change.
         trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
         self.weights = {name: w.detach().to(device=device, dtype=dtype, copy=True) for name, w in trained.items()}
         self.compensation = None
         if config.dtype == "bf16-kahan":
-            # What rounding to bf16 lost at the start is the first thing to remember.
+            # The compensation starts with the error of the first rounding to bf16.
             self.compensation = {
                 name: (weight.detach().to(self.weights[name].device) - self.weights[name].float()).to(dtype)
                 for name, weight in trained.items()
             }
 
-        # What an engine of another dtype takes, written by the same pass that averages.
-        self.published = None
-        if publish == torch.bfloat16 != dtype:
-            self.published = {name: weight.to(publish) for name, weight in self.weights.items()}
+        # A copy in the engine's dtype, written by the same kernel that averages.
+        self.engine_weights = None
+        if engine_dtype == torch.bfloat16 != dtype:
+            self.engine_weights = {name: weight.to(engine_dtype) for name, weight in self.weights.items()}
 
     def update(self, step: int, num_steps: int) -> None:
         """Averages the policy in after optimiser step `step` (from 0) of `num_steps`."""
@@ -73,18 +73,18 @@ class Momentum:
             decay_at(self.config, step, num_steps),
             rounding="stochastic" if self.config.dtype == "bf16-stochastic" else "nearest",
             compensation=listed(self.compensation),
-            publish=listed(self.published),
+            publish=listed(self.engine_weights),
             seed=self.seed,
             step=step,
             backend=self.backend,
         )
 
-    def state_dict(self, *, published: bool = False) -> dict[str, torch.Tensor]:
+    def state_dict(self, *, for_engine: bool = False) -> dict[str, torch.Tensor]:
         """A full state dict: averaged weights under every name they are tied to, and the policy's buffers.
 
-        With `published`, the weights are those rounded for the engine, where it has a dtype of its own.
+        With `for_engine`, the weights are in the engine's dtype if a copy in it is kept.
         """
-        weights = self.published if published and self.published else self.weights
+        weights = self.engine_weights if for_engine and self.engine_weights else self.weights
         parameters = self.policy.named_parameters()
         averaged = {id(parameter): weights[name] for name, parameter in parameters if name in weights}
         full: dict[str, torch.Tensor] = self.policy.state_dict(keep_vars=True)
@@ -98,14 +98,14 @@ class Momentum:
         """Restores saved weights and Kahan terms, bit for bit."""
         for name, weight in self.weights.items():
             weight.copy_(weights[name])
-            if self.published:
-                self.published[name].copy_(weight)
+            if self.engine_weights:
+                self.engine_weights[name].copy_(weight)
         for name, term in (self.compensation or {}).items():
             term.copy_((compensation or {})[name])
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that lies here: of a DTensor its shard, for it is averaged where it lives."""
+    """The local shard of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches: which trajectories go through one forward pass, and how their tokens lie in it.
+"""Micro-batches: the trajectories of one forward pass and the layout of their tokens.
 
 Padded, each sequence has a row. Packed, all of them lie one behind the other in one row, and positions that start again
 at 0 keep attention within each: no padding is computed, but each attention implementation has to know them.
@@ -27,7 +27,7 @@ _TRIAL_LENGTHS = (7, 12, 1, 5)
 
 
 class PackedBatch(NamedTuple):
-    """The input of one forward pass. Its response tokens come trajectory by trajectory."""
+    """The input of one forward pass; response tokens are in order of the trajectories."""
 
     ids: torch.Tensor  # int64, prompt and response: [r, S] padded on the right, or [1, N]
     line: torch.Tensor  # [T] int64, the row of `ids` with each response token
@@ -37,7 +37,7 @@ class PackedBatch(NamedTuple):
     lengths: torch.Tensor | None = None  # [r] int64, of the sequences of a packed row; None where they are padded
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same on a device."""
+        """The batch on a device."""
         return PackedBatch(*(None if values is None else values.to(device) for values in self))  # pyright: ignore
 
     def options(self, model: PreTrainedModel) -> dict[str, Any]:

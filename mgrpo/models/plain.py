@@ -1,4 +1,4 @@
-"""The plain forward pass: token ids to logits, without a cache, a mask or positions, as any causal LM has it.
+"""The plain forward pass of any causal LM: token ids to logits, without a cache, a mask or positions.
 
 Letters: R sequences, L tokens, D hidden, V vocabulary.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def accepted(model: PreTrainedModel) -> frozenset[str]:
-    """Names that the model's forward pass spells out."""
+    """Names of the forward pass's parameters."""
     return _accepted(type(model))
 
 
@@ -26,7 +26,7 @@ def _accepted(model: type) -> frozenset[str]:
 
 
 def plain_options(model: PreTrainedModel) -> dict[str, Any]:
-    """What keeps a forward pass from filling a cache."""
+    """Options that keep a forward pass from filling a cache."""
     return {"use_cache": False} if "use_cache" in accepted(model) else {}
 
 

@@ -1,4 +1,4 @@
-"""Writes models and tokenizers in the transformers layout, and tries beforehand whether it can."""
+"""Writes models and tokenizers in the transformers layout, and checks beforehand that it can."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def save_model(folder: Path, model: Any, weights: dict[str, torch.Tensor], token
 
 
 def try_save(folder: Path, model: Any, weights: Mapping[str, Mapping[str, torch.Tensor]], tokenizer: Any) -> None:
-    """Writes what `save_model` would, but of each weight the first column alone, which takes next to no room.
+    """Tries `save_model` with only the first column of each weight, which takes little space.
 
     Args:
-        folder: one that may be filled.
-        model: whose configuration is written.
-        weights: state dicts by the name of their folder. Names and shared memory are as in earnest.
-        tokenizer: is written once.
+        folder: an empty folder.
+        model: its configuration is written.
+        weights: state dicts by the name of their folder. Names and shared memory are as in a real save.
+        tokenizer: written once.
 
     Raises:
         InputError: transformers refuses to write the model or the tokenizer.
-        StorageError: the disk does.
+        StorageError: the disk refuses the write.
     """
     try:
         for name, tensors in weights.items():
@@ -39,24 +39,24 @@ def try_save(folder: Path, model: Any, weights: Mapping[str, Mapping[str, torch.
             except Exception as error:
                 if is_of_storage(error):
                     raise
-                # A layout that needs whole tensors tells with those; one that can not be saved fails again.
+                # Some layouts need whole tensors; a model that cannot be saved fails with them too.
                 model.save_pretrained(folder / name, state_dict=dict(tensors))
         tokenizer.save_pretrained(folder / next(iter(weights)))
     except Exception as error:
         if is_of_storage(error):
             raise StorageError(f"run: {folder.parent} must take what is written, got: {whole(error)}.") from error
-        raise InputError(f"model: what can not be saved is not trained, saving failed with: {whole(error)}.") from error
+        raise InputError(f"model: the model must be savable, saving failed with: {whole(error)}.") from error
 
 
 def is_of_storage(error: Exception) -> bool:
-    """Whether an error is of the disk; the tokenizers' and safetensors' libraries say so in the text alone."""
+    """Whether the disk caused an error; tokenizers and safetensors say so only in the message."""
     return (isinstance(error, OSError) and error.errno is not None) or "(os error " in str(error)
 
 
 def make_savable(model: Any) -> list[str]:
-    """Resets the values of a model's generation_config which transformers refuses to write; returns their names.
+    """Resets the values of a model's generation_config that transformers refuses to write; returns their names.
 
-    Sampling values without `do_sample`, say: it loads such a file with a warning, and saves no model that has one.
+    Examples are sampling values without `do_sample`, which transformers loads with a warning and does not save.
     """
     config = getattr(model, "generation_config", None)
     if config is None or _is_valid(config):
@@ -67,7 +67,7 @@ def make_savable(model: Any) -> list[str]:
     for name in values:
         _reset(kept, name, default)
     left = dict(values)
-    # Until nothing more fits in: temperature does once do_sample is there.
+    # Repeated, because one value may need another: temperature is valid only after do_sample.
     while added := [name for name in left if _fits(kept, name, left[name])]:
         for name in added:
             if _fits(kept, name, left[name]):
@@ -86,14 +86,14 @@ def _is_valid(config: Any) -> bool:
 
 
 def _fits(config: Any, name: str, value: Any) -> bool:
-    """Whether a generation_config stays valid with one value more."""
+    """Whether a generation_config stays valid with one more value."""
     more = copy.deepcopy(config)
     setattr(more, name, value)
     return _is_valid(more)
 
 
 def _reset(config: Any, name: str, default: Any) -> None:
-    """Gives a value its default, or takes away one that has none."""
+    """Sets a value to its default, or removes one without a default."""
     if hasattr(default, name):
         setattr(config, name, getattr(default, name))
     else:

@@ -1,4 +1,4 @@
-"""How large a model is, from its configuration alone."""
+"""Size of a model, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 
 def count_parameters(model_config: PretrainedConfig, *, trust_remote_code: bool) -> int | None:
-    """Parameters of the model that a configuration describes; None where that takes the model itself."""
+    """Number of parameters of the model that a configuration describes; None if it cannot be built from that alone."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         return sum(p.numel() for p in model.parameters())
-    except Exception:  # loading says what is wrong, if it is
+    except Exception:  # loading the model reports any error
         return None
 
 
 def cache_numbers(text: PretrainedConfig) -> int:
-    """Numbers that a KV cache holds a token, in all layers; 0 of a model without attention heads.
+    """Numbers that a KV cache holds for a token in all layers; 0 for a model without attention heads.
 
-    Layers of another kind hold a state, which does not grow with the tokens.
+    Recurrent layers hold a state that does not grow with the tokens.
     """
     heads = positive(text, "num_attention_heads")
     width = positive(text, "hidden_size")
@@ -34,7 +34,7 @@ def cache_numbers(text: PretrainedConfig) -> int:
 
 
 def positive(text: PretrainedConfig, name: str) -> int | None:
-    """A positive whole number of a configuration, the largest where each layer has one; None where there is none."""
+    """A positive integer of a configuration, the largest of all layers; None if there is none."""
     value = getattr(text, name, None)
     if isinstance(value, list | tuple) and value and all(type(entry) is int for entry in value):
         value = max(value)

@@ -31,7 +31,7 @@ BUILTIN = "builtin:"
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A tokenizer and what the folder says of its model, without the weights."""
+    """A tokenizer and the configuration of its model, without the weights."""
 
     tokenizer: Any
     eos_ids: tuple[int, ...]
@@ -83,7 +83,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
 
 
 def _read_generation_config(path: str) -> GenerationConfig | None:
-    """The generation_config.json of a folder or hub id; many have none."""
+    """The generation_config.json of a folder or hub id; None if there is none."""
     is_local = Path(path).is_dir()
     if is_local and not (Path(path) / GENERATION).is_file():
         return None
@@ -91,13 +91,13 @@ def _read_generation_config(path: str) -> GenerationConfig | None:
         try:
             return GenerationConfig.from_pretrained(path)
         except OSError as error:
-            if is_local or isinstance(error.__context__, ValueError):  # it is there and is no JSON
+            if is_local or isinstance(error.__context__, ValueError):  # the file exists and is not JSON
                 raise
             return None
 
 
 def _refuse_code(path: str, tokenizer: Any, model_config: PretrainedConfig) -> None:
-    """Raises InputError for a folder that names code of its own, which transformers may ignore or may ask about."""
+    """Raises InputError for a folder that names its own code, which transformers may ignore or ask about."""
     holders = {"tokenizer_config.json": tokenizer.init_kwargs, "config.json": model_config.to_dict()}
     for file, holder in holders.items():
         if code := holder.get("auto_map"):
@@ -108,7 +108,7 @@ def _refuse_code(path: str, tokenizer: Any, model_config: PretrainedConfig) -> N
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Longest sequence in tokens that a model was built for."""
+    """Longest sequence of a model in tokens."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions"):
         length = getattr(config.get_text_config(), name, None)
         if length and length > 0:  # -1 of XLNet is no limit

@@ -151,8 +151,8 @@ class Session:
         self.rows.append(row)
         if result.fault:
             write_fault(self.run_dir, result.fault)
-        if result.lost_engine:
-            raise self._saved(result.lost_engine)
+        if result.engine_error:
+            raise self._saved(result.engine_error)
         return result
 
     def _saved(self, error: EngineError) -> EngineError:

@@ -1,4 +1,4 @@
-"""Reads the answers of a step's rollouts and gives credit for them.
+"""Reads the answers of a step's rollouts and assigns credit.
 
 Letters: B prompts, M policy and N momentum rollouts a prompt, G = M + N.
 """
@@ -32,8 +32,7 @@ class Grader:
         config: of the run.
         tokenizer: decodes responses.
         stop: texts that end a response and are no part of an answer.
-        timer: adds up `vote`.
-
+        timer: times `vote`.
     """
 
     def __init__(self, config: Config, tokenizer: Any, stop: StopTexts | None, timer: Timer):
@@ -45,7 +44,8 @@ class Grader:
     def assign_credit(self, batch: RolloutBatch, logprobs: LogProbs) -> Outcome:
         """Filters, votes, rewards and compares within groups.
 
-        True answers reach metrics, and the reward `labels` alone. EngineError where no answer can be compared any more.
+        True answers are used for metrics, and for training only by the reward `labels`. Raises EngineError if the
+        processes that compare answers cannot start.
         """
         with self.timer("vote"):
             try:
@@ -82,7 +82,7 @@ class Grader:
         )
 
     def read(self, prompts: Sequence[Sequence[int]], responses: Sequence[list[int]]) -> list[str | None]:
-        """Answers in responses of token ids, each to its prompt; None where there is none."""
+        """The answer in each response; None where there is none."""
         if not responses:
             return []
         return [self.extract(text) for text in read_texts(self.tokenizer, responses, self.stop, prompts=prompts)]
@@ -95,7 +95,7 @@ class Grader:
         return [answers[b * group : (b + 1) * group] for b in range(num_prompts)]
 
     def _may_train(self, t: TrajectoryBatch) -> torch.Tensor:
-        """[B, G] bool, trajectories that the options let into the loss."""
+        """[B, G] bool, trajectories that the options allow in the loss."""
         c = self.config
         may = (torch.arange(t.truncated.shape[1]) < c.num_train).expand(t.truncated.shape)
         if c.objective.momentum_in_loss:

@@ -24,38 +24,37 @@ from mgrpo.types import Metrics, TrajectoryBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """An optimiser step that was not finite and moved nothing."""
+    """A non-finite optimiser step, which changed no weight."""
 
     optimizer_step: int
     loss: float
     grad_norm: float
-    rows: list[int]  # trajectories of its minibatch that train, and those that are not finite
+    rows: list[int]  # trajectories of its minibatch that are in the loss or non-finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What the optimiser steps of one rollout batch came to."""
+    """Result of the optimiser steps on one rollout batch."""
 
     metrics: Metrics
     faults: list[Fault]
-    not_finite: torch.Tensor  # [B, G] bool, trajectories with a number that is not finite
+    not_finite: torch.Tensor  # [B, G] bool, trajectories with a non-finite number
 
 
 class Learner:
-    """Moves the policy and, behind it, the momentum model."""
+    """Updates the policy and, after each optimiser step, the momentum model."""
 
     def __init__(self, config: Config, loaded: LoadedModel, momentum: Momentum, forward: Forward, timer: Timer):
         self.config, self.model, self.momentum, self.forward = config, loaded.model, momentum, forward
-        self.timer = timer  # adds up `update`, and `ema` within
+        self.timer = timer  # times `update`, and `ema` within
         named = list(self.model.named_parameters())
         self.names = [name for name, _ in named]
-        # Weight decay is for matrices; norms and biases have one dimension.
+        # Norms and biases, of one dimension, have no weight decay.
         groups = [{"params": [p], "weight_decay": config.optim.weight_decay if p.ndim > 1 else 0.0} for _, p in named]
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2))
         self.step = 0  # optimiser steps taken or skipped
         self.nonfinite_steps = 0
         self.nonfinite_in_row = 0
-        self.faults: list[Fault] = []  # of the last update
 
     def learn(self, trajectories: TrajectoryBatch, logprobs: LogProbs, credit: Outcome) -> Update:
         """Takes every optimiser step of one rollout batch."""
@@ -69,8 +68,7 @@ class Learner:
             )
             finite = credit.rewards.isfinite() & credit.advantage.isfinite()
             not_finite = logprobs.not_finite(trajectories) | ~finite
-            metrics = self.update(trajectories, batch, credit.trains, not_finite=not_finite)
-        return Update(metrics=metrics, faults=self.faults, not_finite=not_finite)
+            return self.update(trajectories, batch, credit.trains, not_finite=not_finite)
 
     def update(
         self,
@@ -79,25 +77,29 @@ class Learner:
         trains: torch.Tensor,
         *,
         not_finite: torch.Tensor | None = None,
-    ) -> Metrics:
+    ) -> Update:
         """Takes every optimiser step on given advantages.
 
         Args:
             trajectories: rollouts.
-            batch: values of them that the loss needs.
-            trains: [B, G] bool, trajectories that enter the loss.
-            not_finite: [B, G] bool, trajectories with log-probs or rewards that are not finite; the optimiser step of
-                their prompt moves nothing, even where the filter has dropped them. None by default.
+            batch: what the loss needs of them.
+            trains: [B, G] bool, trajectories in the loss.
+            not_finite: [B, G] bool, trajectories with non-finite log-probs or rewards, none by default; the optimiser
+                step of their prompt changes nothing, even if the filter has dropped them.
         """
         c = self.config.optim
         not_finite = torch.zeros_like(trains) if not_finite is None else not_finite
         rows = torch.arange(trains.numel()).view(trains.shape)
-        steps, self.faults = [], []
+        steps: list[Metrics] = []
+        faults: list[Fault] = []
         for _ in range(c.num_epochs):
             for part in torch.arange(len(rows)).tensor_split(c.num_minibatches):
                 chosen, lost = rows[part][trains[part]], rows[part][not_finite[part]]
-                steps.append(self.optimizer_step(trajectories, batch, chosen, not_finite=lost))
-        return _mean_of_known(steps) | {"nonfinite_steps": self.nonfinite_steps}
+                metrics, fault = self.optimizer_step(trajectories, batch, chosen, not_finite=lost)
+                steps.append(metrics)
+                faults += [fault] if fault else []
+        metrics = _mean_of_known(steps) | {"nonfinite_steps": self.nonfinite_steps}
+        return Update(metrics=metrics, faults=faults, not_finite=not_finite)
 
     def optimizer_step(
         self,
@@ -106,9 +108,10 @@ class Learner:
         rows: torch.Tensor,
         *,
         not_finite: torch.Tensor | None = None,
-    ) -> Metrics:
-        """One optimiser step on trajectories `rows` [r], then the EMA. A non-finite one touches no weight, nor does one
-        with trajectories `not_finite` [s].
+    ) -> tuple[Metrics, Fault | None]:
+        """One optimiser step on trajectories `rows` [r], then the EMA; its metrics.
+
+        A non-finite step, or one with trajectories `not_finite` [s], changes no weight and is returned as a fault.
         """
         c = self.config
         divisor = normalizer(batch.mask[rows], c.objective.reduce, c.rollout.max_new_tokens)
@@ -140,8 +143,9 @@ class Learner:
         logprobs = (batch.old_logprob, batch.rollout_logprob)
         lost = [] if not_finite is None else not_finite.tolist()
         finite = not lost and all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
+        fault = None
         if finite and math.isfinite(loss) and math.isfinite(norm):
-            # A step on which nothing had a gradient says nothing about the weights.
+            # A step without any gradient does not show that the weights are finite.
             self.nonfinite_in_row = 0 if weights else self.nonfinite_in_row
             self.optimizer.step()
             with self.timer("ema"):
@@ -150,12 +154,12 @@ class Learner:
             self.nonfinite_in_row += 1
             self.nonfinite_steps += 1
             suspects = sorted({*rows.tolist(), *lost})
-            self.faults.append(Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=suspects))
+            fault = Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=suspects)
         self.step += 1
-        return {"loss": loss, "grad_norm": norm, "lr": lr, **metrics}
+        return {"loss": loss, "grad_norm": norm, "lr": lr, **metrics}, fault
 
     def state_dict(self) -> dict[str, int]:
-        """The counters; weights and moments are written beside them."""
+        """The counters; Checkpointer writes weights and moments."""
         return {
             "step": self.step,
             "nonfinite_steps": self.nonfinite_steps,
@@ -172,9 +176,9 @@ _LOSS_METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "tis_m
 
 
 def _combine(results: list[torch.Tensor], weights: list[int]) -> tuple[float, Metrics]:
-    """Sum of the losses of micro-batches, and means of their metrics by numbers of tokens; one wait for the device.
+    """Sum of the losses of micro-batches, and token-weighted means of their metrics; one wait for the device.
 
-    Means are None where nothing had a gradient.
+    The means are None if nothing had a gradient.
     """
     losses, *columns = torch.stack(results).T.tolist() if results else [[]] * (1 + len(_LOSS_METRICS))
     total = sum(weights)

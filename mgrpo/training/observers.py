@@ -1,6 +1,6 @@
-"""What a run looks at beside its steps: retention, the probe, sampled rollouts, and steps that are not finite.
+"""Observers of a run: retention, evaluation, sampled rollouts and reports of non-finite steps.
 
-Each takes the result of a step, after the update, and returns metrics or records of it.
+Each takes the result of a step, after the update, and returns or adds metrics or records.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from mgrpo.training.passes import LogProbs
 from mgrpo.training.schedule import is_due
 from mgrpo.types import Metrics, Source
 
-MAX_FAULT_ROWS = 64  # trajectories written of a step that was not finite
+MAX_FAULT_ROWS = 64  # trajectories in the report of a non-finite step
 
 
 @dataclass(kw_only=True)
 class StepResult:
-    """Everything that one step came to; the last four are filled by the observers."""
+    """The results of one step; the observers fill in the last four."""
 
     step: int
     batch: RolloutBatch
@@ -40,23 +40,23 @@ class StepResult:
     credit: Outcome
     update: Update
     metrics: Metrics = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)  # rollouts to show, at steps that are sampled
-    fault: dict[str, Any] | None = None  # what is known of a step that was not finite
-    lost_engine: EngineError | None = None  # of an evaluation, after which no other step can be taken
+    samples: list[dict[str, Any]] = field(default_factory=list)  # rollouts to show, at evaluation steps
+    fault: dict[str, Any] | None = None  # report of a non-finite step
+    engine_error: EngineError | None = None  # the engine failed in an evaluation: no further step is possible
 
 
 class RetentionWatch:
-    """Remembers sure answers in the first steps; later measures the share of them that is left."""
+    """Collects answers of clear majority in the first steps; later measures the share of them that is unchanged."""
 
     def __init__(self, retention: Retention, grader: Grader, timer: Timer):
         self.retention, self.grader, self.timer = retention, grader, timer
 
     def requests(self, step: int, batch: Sequence[int]) -> Sequence[int]:
-        """Indices of the prompts to answer greedily at a step, whose own indices are `batch`."""
+        """Indices of the prompts to answer greedily at a step whose own prompts are `batch`."""
         return self.retention.asks(step, batch)
 
     def after(self, batch: RolloutBatch, credit: Outcome) -> Metrics:
-        """The share of answers that are left, where it was asked for."""
+        """The share of unchanged answers; None at a step without requests."""
         retention, checker = self.retention, self.grader.checker
         with self.timer("monitor"):
             greedy = self.grader.read([prompt.ids for prompt in batch.asked], batch.replies)
@@ -68,15 +68,14 @@ class RetentionWatch:
 
 
 class Evaluator:
-    """Accuracy of policy and momentum model on the probe.
+    """Accuracy of policy and momentum model on the eval set.
 
     Args:
         config: of the run.
-        loaded: whose tokenizer decodes.
-        probe: labelled prompts; nothing is evaluated without.
-        generator: hands the engine the weights.
+        loaded: model and tokenizer.
+        probe: the eval set; without it nothing is evaluated.
+        generator: updates the engine's weights.
         grader: reads and compares answers.
-
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Evaluator:
         self.config, self.loaded, self.probe, self.generator, self.grader = config, loaded, probe, generator, grader
 
     def metrics(self, step: int) -> Metrics:
-        """Accuracy of every source after a step; {} without a probe."""
+        """Accuracy of every source after a step; {} without an eval set."""
         found: Metrics = {}
         sources: list[Source] = ["policy", "momentum"] if self.config.rollout.num_momentum else ["policy"]
         for source in sources if self.probe else ():
@@ -97,7 +96,7 @@ class Evaluator:
         return found
 
     def evaluate(self, source: Source, step: int) -> Evaluation:
-        """Evaluates one source's weights of this moment."""
+        """Evaluates the current weights of a source."""
         assert self.probe is not None
         return evaluate(
             self.generator.engine,
@@ -112,17 +111,17 @@ class Evaluator:
         )
 
     def after(self, result: StepResult) -> None:
-        """Adds the metrics to a result; the error of an engine that dies, for by then the step is taken."""
+        """Adds metrics to a result, or the error of an engine that fails, because the step itself is complete."""
         try:
             result.metrics |= self.metrics(result.step)
         except StaleWeightsError:
             raise
         except EngineError as error:
-            result.lost_engine = error
+            result.engine_error = error
 
 
 class Describer:
-    """Describes trajectories for people: samples at every evaluation, and those of a step that was not finite."""
+    """Describes trajectories for people: samples at every evaluation, and those of non-finite steps."""
 
     def __init__(self, config: Config, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
@@ -157,7 +156,7 @@ class Describer:
         ]
 
     def _describe_faults(self, result: StepResult) -> dict[str, Any]:
-        """What helps to find out why optimiser steps were not finite: their trajectories, the suspect ones first."""
+        """Report of non-finite optimiser steps, with their trajectories, the non-finite ones first."""
         t, logprobs, faults = result.batch.trajectories, result.logprobs, result.update.faults
         suspect: torch.Tensor = result.update.not_finite.flatten()
         rows = sorted({row for fault in faults for row in fault.rows}, key=lambda row: not bool(suspect[row]))

@@ -1,4 +1,4 @@
-"""Forward passes over the rollouts of a step, before the update: log-probs and entropies under every model that counts.
+"""Forward passes over the rollouts of a step, before the update: log-probs and entropies under every model needed.
 
 Letters: B prompts, G = M + N rollouts a prompt, R = B * G trajectories, L response tokens.
 """
@@ -25,42 +25,41 @@ from mgrpo.rollout.source import RolloutBatch
 from mgrpo.training.schedule import is_due
 from mgrpo.types import Metrics, Source, TrajectoryBatch, WeightTag
 
-# After its first updates an engine is compared with the trainer at every step; later now and then.
+# The parity of engine and trainer is checked at each of the first steps.
 PARITY_STEPS = 2
 PARITY_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogProbs:
-    """Results of the passes; [R, L] with zeros at padding, [B, G] a trajectory."""
+    """Results of the passes; [R, L] a token, zeros at padding; [B, G] a trajectory."""
 
     old: torch.Tensor  # [R, L] fp32, under the policy
     reference: torch.Tensor | None  # [R, L] fp32, under the reference of the KL
     kl_initial: float | None  # mean k3 KL of the policy's tokens to the initial model
     entropy: torch.Tensor  # [B, G] fp32, mean token entropy under the policy
-    filter_entropy: torch.Tensor  # [B, G] fp32, by which the filter decides
+    filter_entropy: torch.Tensor  # [B, G] fp32, of the filter
     self_certainty: torch.Tensor | None  # [B, G] fp32
-    parity: Metrics  # differences between the engine's log-probs and these, where they were due
+    parity: Metrics  # differences from the engine's log-probs; {} at steps without a check
 
     def not_finite(self, trajectories: TrajectoryBatch) -> torch.Tensor:
-        """[B, G] bool, trajectories with a number, at response tokens, that is NaN or infinite."""
+        """[B, G] bool, trajectories with a NaN or infinity at response tokens."""
         tokens = [self.old, trajectories.rollout_logprob, *([] if self.reference is None else [self.reference])]
         finite = torch.stack([(values.isfinite() | ~trajectories.mask).all(1) for values in tokens]).all(0)
         return ~(finite.view(self.entropy.shape) & self.entropy.isfinite() & self.filter_entropy.isfinite())
 
 
 class Passes:
-    """Runs the policy, the momentum model and the initial model over trajectories, as the configuration asks.
+    """Runs the policy, the momentum model and the initial model over trajectories, as the configuration requires.
 
     Args:
         config: of the run.
         loaded: the policy.
         momentum: the momentum model.
         forward: runs a forward pass.
-        engine: whose log-probs are held against these.
-        initial: weights that the run started from, where they are needed.
-        timer: adds up `score`.
-
+        engine: its log-probs are compared with these.
+        initial: weights at the start of the run; None if not needed.
+        timer: times `score`.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Passes:
 
     @torch.no_grad()
     def run(self, batch: RolloutBatch) -> LogProbs:
-        """All passes of one step; StaleWeightsError where the engine's log-probs are not the trainer's."""
+        """All passes of one step; raises StaleWeightsError or ParityError if the engine's log-probs differ."""
         with self.timer("score"):
             return self._run(batch.step, batch.trajectories)
 
@@ -116,14 +115,14 @@ class Passes:
         )
 
     def logprobs(self, trajectories: TrajectoryBatch, **options: Any) -> TokenLogProbs:
-        """Log-probs and entropies under the weights that the model holds just now."""
+        """Log-probs and entropies under the model's current weights."""
         return self.forward.run(self.loaded.model, trajectories, **options)
 
     def _compare(self, step: int, t: TrajectoryBatch, old: torch.Tensor) -> Metrics:
-        """Holds a few log-probs of the engine under both weights against the trainer's, where due; {} where not."""
+        """Compares log-probs of the engine under both models with the trainer's; {} if no check is due."""
         c, engine = self.config.rollout, self.engine
         due = step <= PARITY_STEPS or (c.parity_every > 0 and step % c.parity_every == 0)
-        # Under nucleus sampling vLLM divides by a mass that the trainer does not know.
+        # Under nucleus sampling vLLM divides by a probability mass that the trainer does not know.
         if not due or not engine.has_model_logprobs or (c.top_p < 1 and not engine.weights_are_shared):
             return {}
 

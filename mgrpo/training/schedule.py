@@ -19,5 +19,5 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def is_due(every: int, step: int, last_step: int) -> bool:
-    """Whether `step` is one of every so many, or the last; 0 is never."""
+    """Whether `step` is a multiple of `every`, or the last; never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == last_step)

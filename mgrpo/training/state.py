@@ -1,6 +1,6 @@
-"""The state that a run carries from step to step, and how it is written and restored.
+"""The state that a run carries from step to step: writes and restores it.
 
-A counter is saved by living in one of the parts: whatever has `state_dict` and `load_state_dict`.
+A counter is saved by being part of an object with `state_dict` and `load_state_dict`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Stateful(Protocol):
     """A part of the run whose state is JSON."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` restores."""
+        """The state, for `load_state_dict`."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Restores a state."""
         ...
 
 
@@ -48,7 +48,7 @@ class TrainState:
 
     @contextmanager
     def next_step(self, sampler: Sampler) -> Iterator[int]:
-        """Number of a step that is being taken; where an engine dies, this and the sampler are as they were before."""
+        """Number of the next step; if the engine fails within the block, the counter and the sampler are reset."""
         place = sampler.state_dict()
         self.step += 1
         try:
@@ -71,14 +71,13 @@ class Checkpointer:
     """Writes policy, momentum model, optimiser and parts into a folder, and restores them.
 
     Args:
-        loaded, momentum, learner: what holds tensors.
-        parts: what else has a state, by name.
-        fingerprints: digests of what a resumed run reads anew and must find as it was, by option and content; None of
-            what it does not use.
-        trusted: whether a model folder may run code of its own.
+        loaded, momentum, learner: owners of the tensors.
+        parts: objects with further state, by name.
+        fingerprints: digests of inputs that a resumed run must find unchanged, by option and content; None if unused.
+        trusted: whether a model folder may run its own code.
 
     Attributes:
-        threads: CPU threads of the process that wrote what was restored; None before.
+        threads: CPU threads of the process that wrote the restored checkpoint; None before.
     """
 
     def __init__(
@@ -96,10 +95,10 @@ class Checkpointer:
         self.threads: int | None = None
 
     def snapshot(self, take: Callable[[Tensors], Tensors]) -> Callable[[Path], None]:
-        """The state of this moment; the result writes it into a folder.
+        """Returns a function that writes the current state into a folder.
 
         Args:
-            take: makes of named tensors those that are written: copies, or the same.
+            take: returns the tensors to write for given ones: copies, or the same.
         """
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         weights = {"policy": take(model.state_dict()), "momentum": take(self.momentum.state_dict())}
@@ -121,7 +120,7 @@ class Checkpointer:
         return write
 
     def restore(self, folder: Path) -> None:
-        """Restores what `snapshot` wrote; CheckpointError where data or base model are others."""
+        """Restores what `snapshot` wrote; raises CheckpointError if data or base model differ."""
         state = _as_parts(json.loads((folder / "state.json").read_text()))
         for name, current in self.fingerprints.items():
             if None not in (current, saved := state["fingerprints"][name]) and saved != current:
@@ -146,7 +145,7 @@ class Checkpointer:
 
 
 def _as_parts(state: dict[str, Any]) -> dict[str, Any]:
-    """The state by parts, of checkpoints too in which all counters were side by side."""
+    """The state by parts, also from checkpoints of earlier releases, which have all counters in one object."""
     if "train" in state:
         return state
     counters = {
@@ -158,7 +157,7 @@ def _as_parts(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies tensors to the host; those that share their memory, as tied weights do, share it again."""
+    """Copies tensors to the host; tied weights share their memory in the copy too."""
     copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
     found = {}
     for name, tensor in tensors.items():

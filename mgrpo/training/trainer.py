@@ -1,4 +1,4 @@
-"""The training loop, which reads as the algorithm: generate, forward, credit, update, observe.
+"""The training loop: generate, forward, credit, update, observe.
 
 Letters: B prompts, M policy and N momentum rollouts a prompt, G = M + N, R = B * G trajectories, L response tokens.
 """
@@ -58,8 +58,13 @@ class Trainer:
             self.engine = make_engine(self.loaded, config)
         else:
             self.engine = start_engine(self.loaded, config.engine, stop=stop, max_length=self._longest())
-        publish = None if self.engine.weights_are_shared else self.loaded.dtype
-        self.momentum = Momentum(self.model, config.momentum, seed=config.seed, kernels=config.kernels, publish=publish)
+        self.momentum = Momentum(
+            self.model,
+            config.momentum,
+            seed=config.seed,
+            kernels=config.kernels,
+            engine_dtype=None if self.engine.weights_are_shared else self.loaded.dtype,
+        )
         self.learner = Learner(config, self.loaded, self.momentum, self.forward, self.timer)
         self.generator = Generator(
             self.engine, config.rollout, weights=self.weights, seed=config.seed, timer=self.timer
@@ -112,7 +117,7 @@ class Trainer:
         return self.observe(StepResult(step=step, batch=batch, logprobs=logprobs, credit=credit, update=update))
 
     def observe(self, result: StepResult) -> StepResult:
-        """Adds metrics, samples and faults to the result of a step."""
+        """Adds metrics, samples and the report of faults to the result of a step."""
         t, logprobs, metrics = result.batch.trajectories, result.logprobs, result.metrics
         metrics |= step_metrics(result.step, result.credit) | result.update.metrics
         metrics["kl"] = metrics["kl"] if logprobs.reference is not None else None
@@ -128,29 +133,29 @@ class Trainer:
         return result
 
     def weights(self, source: Source) -> tuple[Mapping[str, torch.Tensor], WeightTag]:
-        """One source's weights as an engine is to get them, and their tag."""
-        held = self.model.state_dict() if source == "policy" else self.momentum.state_dict(published=True)
+        """A source's weights for the engine, and their tag."""
+        held = self.model.state_dict() if source == "policy" else self.momentum.state_dict(for_engine=True)
         return held, WeightTag(source, self.learner.step)
 
     def save(self, folder: Path) -> None:
-        """Writes everything that the next step depends on into a checkpoint folder."""
+        """Writes all state that the next step depends on into a checkpoint folder."""
         self.checkpointer.snapshot(lambda tensors: tensors)(folder)
 
     def snapshot(self) -> Callable[[Path], None]:
-        """Copies everything that the next step depends on, on the host; the result writes it, from any thread."""
+        """Copies that state to the host; the returned function writes it, from any thread."""
         return self.checkpointer.snapshot(copy_tensors)
 
     def restore(self, folder: Path) -> None:
-        """Restores what `save` wrote; raises CheckpointError where data or base model are others."""
+        """Restores what `save` wrote; raises CheckpointError if data or base model differ."""
         self.checkpointer.restore(folder)
 
     def close(self) -> None:
-        """Ends the worker processes and frees the engine."""
+        """Ends the worker processes and closes the engine."""
         self.grader.checker.close()
         self.engine.close()
 
     def _load_data(self) -> tuple[Dataset, Dataset | None]:
-        """Prompts to train on, and those of the probe."""
+        """Prompts to train on, and the eval set."""
         c = self.config
         data = load_prompts(c, self.loaded, c.data.train)
         probe = load_prompts(c, self.loaded, c.data.probe) if c.data.probe else None
@@ -162,7 +167,7 @@ class Trainer:
         return data, probe
 
     def _longest(self) -> int:
-        """Tokens of the longest prompt with a whole response."""
+        """Tokens of the longest prompt and the longest response together."""
         datasets = [self.data, *([self.probe] if self.probe else [])]
         return max(len(prompt.ids) for data in datasets for prompt in data.prompts) + self.config.rollout.max_new_tokens
 
@@ -171,7 +176,7 @@ class Trainer:
         return {name: p.detach().to(self.loaded.dtype, copy=True) for name, p in self.model.named_parameters()}
 
     def _fingerprints(self, initial: Mapping[str, torch.Tensor] | None) -> dict[str, str | None]:
-        """Digests of what a resumed run reads anew, by option and content; None of what it does not use."""
+        """Digests of inputs that a resumed run must find unchanged, by option and content; None if unused."""
 
         def of_answers(data: Dataset) -> str:
             return digest(json.dumps([prompt.answer for prompt in data.prompts]).encode())
@@ -186,6 +191,6 @@ class Trainer:
 
 
 def needs_initial(config: Config) -> bool:
-    """Whether the run compares itself with its starting weights."""
+    """Whether the run needs a copy of its initial weights."""
     o = config.objective
     return config.log.kl_initial_every > 0 or (o.kl_coef > 0 and o.kl_reference == "initial")

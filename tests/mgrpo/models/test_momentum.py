@@ -265,10 +265,10 @@ def test_load_restores_bit_for_bit(dtype):
 def test_the_engines_copy_is_the_average_rounded_after_every_update_and_load():
     policy = Policy()
     config, kernels = MomentumConfig(decay=0.9, every=2), KernelsConfig()
-    momentum = Momentum(policy, config, seed=3, kernels=kernels, publish=torch.bfloat16)
+    momentum = Momentum(policy, config, seed=3, kernels=kernels, engine_dtype=torch.bfloat16)
 
     def agrees() -> bool:
-        found, exact = momentum.state_dict(published=True), momentum.state_dict()
+        found, exact = momentum.state_dict(for_engine=True), momentum.state_dict()
         assert found["matrix"].dtype == torch.bfloat16 and exact["matrix"].dtype == torch.float32
         return found.keys() == exact.keys() and all(
             torch.equal(found[name], exact[name].bfloat16()) for name in ("matrix", "vector")
@@ -277,12 +277,12 @@ def test_the_engines_copy_is_the_average_rounded_after_every_update_and_load():
     assert agrees()
     for step in range(4):
         move(policy, step)
-        before = momentum.state_dict(published=True)["matrix"].clone()
+        before = momentum.state_dict(for_engine=True)["matrix"].clone()
         momentum.update(step, 4)
         assert agrees()
-        assert torch.equal(before, momentum.state_dict(published=True)["matrix"]) == (step % 2 == 0)
+        assert torch.equal(before, momentum.state_dict(for_engine=True)["matrix"]) == (step % 2 == 0)
     momentum.load({name: torch.randn_like(weight) for name, weight in momentum.weights.items()})
     assert agrees()
-    for dtype, publish in (("bf16-kahan", torch.bfloat16), ("bf16-kahan", torch.float32), ("fp32", torch.float32)):
-        plain = Momentum(policy, MomentumConfig(dtype=dtype), seed=3, kernels=kernels, publish=publish)
-        assert plain.state_dict(published=True)["matrix"] is plain.weights["matrix"]
+    for dtype, engine_dtype in (("bf16-kahan", torch.bfloat16), ("bf16-kahan", torch.float32), ("fp32", torch.float32)):
+        plain = Momentum(policy, MomentumConfig(dtype=dtype), seed=3, kernels=kernels, engine_dtype=engine_dtype)
+        assert plain.state_dict(for_engine=True)["matrix"] is plain.weights["matrix"]

@@ -38,7 +38,7 @@ def kept(small, run_dir: Path, rows: list[dict], changes: dict) -> list[int]:
 
     def train_step() -> SimpleNamespace:
         trainer.step += 1
-        return SimpleNamespace(metrics=next(coming), fault=None, lost_engine=None)
+        return SimpleNamespace(metrics=next(coming), fault=None, engine_error=None)
 
     trainer.train_step = train_step
     run_dir.mkdir(exist_ok=True)

@@ -163,7 +163,7 @@ def test_a_run_that_can_not_save_ends_before_its_first_step(refused, monkeypatch
         raise ValueError("this model\nhas no words")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
-    assert refused({}) == "model: what can not be saved is not trained, saving failed with: this model has no words."
+    assert refused({}) == "model: the model must be savable, saving failed with: this model has no words."
 
 
 def test_the_rehearsal_changes_nothing(small, monkeypatch, tmp_path):

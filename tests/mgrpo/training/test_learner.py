@@ -70,7 +70,7 @@ class Setting:
         self.trains = ~self.trajectories.is_momentum
 
     def update(self):
-        return self.learner.update(self.trajectories, self.batch, self.trains)
+        return self.learner.update(self.trajectories, self.batch, self.trains).metrics
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of everything that an update may change."""
