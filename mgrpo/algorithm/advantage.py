@@ -1,4 +1,4 @@
-"""Advantages of rewards within groups."""
+"""Group advantages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def group_advantage(
     *,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Advantage of each rollout that trains, in its group.
+    """Advantage of each rollout in the loss, within its group.
 
     Args:
         rewards: [B, G] fp32.
         keep: [B, G] bool, survivors of the filter.
-        trains: [B, G] bool, survivors that train.
-        config: mode, and whether mean and deviation are over those that train or over all survivors.
+        trains: [B, G] bool, survivors in the loss.
+        config: mode, and whether mean and deviation are over the rollouts in the loss or over all survivors.
         backend: backend of mgrpo_kernels.
 
     Returns:

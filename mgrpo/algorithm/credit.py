@@ -1,4 +1,4 @@
-"""From answers and entropies to advantages: filter, vote, reward and comparison within groups, without a model.
+"""Credit, from answers and entropies to advantages: filter, vote, reward and group advantage, without a model.
 
 Letters: B prompts, M policy and N momentum rollouts a prompt, G = M + N; policy rollouts come first.
 """
@@ -23,7 +23,7 @@ from mgrpo.grading.label_text import Label
 
 @dataclass(frozen=True, kw_only=True)
 class Credit:
-    """What the rollouts of one batch came to."""
+    """Credit of the rollouts of one batch."""
 
     answers: list[list[str | None]]  # [B][G]
     answer_ids: torch.Tensor  # [B, G] int64, -1 for no answer
@@ -55,7 +55,7 @@ def assign_credit(
 
     Args:
         answers: [B][G], what `mgrpo.grading.make_extractor` finds in each response; None where there is none.
-        entropy: [B, G] fp32 in nats, on the CPU; what the filter looks at.
+        entropy: [B, G] fp32 in nats, on the CPU, for the filter.
         num_policy: M; the other G - M rollouts of a prompt are the momentum model's.
         filter, vote, objective: options; of `objective`, reward and advantage.
         checker: decides which answers are the same.
@@ -107,7 +107,7 @@ def needed_evidence(vote: VoteConfig, objective: ObjectiveConfig) -> dict[str, s
 def _check(
     answers: list[list[str | None]], entropy: torch.Tensor, needs: dict[str, str], given: dict[str, object]
 ) -> tuple[int, int]:
-    """[B, G] of the answers; ValueError for shapes that disagree, and for evidence that is needed and not given."""
+    """(B, G) of the answers; raises ValueError for shapes that disagree and for missing evidence."""
     shape = (len(answers), len(answers[0]) if answers else 0)
     if tuple(entropy.shape) != shape or any(len(row) != shape[1] for row in answers):
         raise ValueError(
@@ -124,7 +124,7 @@ def _check(
 def _grade(
     answers: list[list[str | None]], true_answers: Sequence[Label | None], checker: AnswerChecker
 ) -> torch.Tensor:
-    """[B, G] bool, answers that equal the true one of their prompt."""
+    """[B, G] bool, answers that equal the true answer of their prompt."""
     return torch.tensor(
         [[checker.is_correct(a, true) for a in row] for row, true in zip(answers, true_answers, strict=True)]
     )

@@ -9,7 +9,7 @@ from mgrpo.config import FilterConfig
 
 
 def filter_trajectories(entropy: torch.Tensor, config: FilterConfig, *, backend: str = "auto") -> torch.Tensor:
-    """Keeps trajectories whose entropy is not far below the others': H_i >= Q1 - k (Q3 - Q1).
+    """Keeps trajectories of entropy H_i >= Q1 - k (Q3 - Q1).
 
     Args:
         entropy: [B, G] fp32, trajectory entropies in nats.
@@ -17,7 +17,7 @@ def filter_trajectories(entropy: torch.Tensor, config: FilterConfig, *, backend:
         backend: backend of mgrpo_kernels.
 
     Returns:
-        [B, G] bool, True where the trajectory stays.
+        [B, G] bool, True where the trajectory is kept.
     """
     finite = entropy.isfinite()
     if config.applies_to == "none":

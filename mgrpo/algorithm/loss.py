@@ -17,7 +17,7 @@ from mgrpo.config import ObjectiveConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Everything the loss needs of R trajectories; padding holds zeros."""
+    """Inputs of the loss for R trajectories; zeros at padding."""
 
     mask: torch.Tensor  # [R, L] bool, response tokens
     advantage: torch.Tensor  # [R] fp32
@@ -70,8 +70,8 @@ def micro_batch_loss(
     """Loss of the chosen trajectories, divided by the whole step's normaliser.
 
     Args:
-        logprob: [T] fp32, of the response tokens of `rows`, packed in that order; carries the gradient.
-        entropy: [T] fp32, token entropies, likewise.
+        logprob: [T] fp32, of the response tokens of `rows`, packed in that order, with gradient.
+        entropy: [T] fp32, entropies of the same tokens, with gradient.
         batch: the trajectories.
         rows: [r] int64, chosen trajectories.
         normalizer: 0-d, from `normalizer`.
@@ -137,7 +137,7 @@ def _kl_cov_penalty(
     advantage: torch.Tensor,
     config: ObjectiveConfig,
 ) -> torch.Tensor:
-    """[T] fp32, the loss of a token under KL-Cov: the unclipped objective and a penalty of the change."""
+    """[T] fp32, loss of a token under KL-Cov: the unclipped objective plus a penalty on |log ratio|."""
     log_ratio = logprob - old_logprob
     importance = (old_logprob - rollout_logprob).exp().clamp_max(config.tis_cap)
     return -importance * advantage * log_ratio.exp() + config.kl_cov_coef * log_ratio.abs()

@@ -1,4 +1,4 @@
-"""Rewards of rollouts. A reward is added by a function and its row of REWARDS, and its name in config/objective.py.
+"""Rewards of rollouts. To add one, write a function, its row in REWARDS and its name in config/objective.py.
 
 Letters: B prompts, G rollouts a prompt.
 """
@@ -19,7 +19,7 @@ class Reward(NamedTuple):
 
     compute: Callable[[Vote, Evidence], torch.Tensor]
     needs: tuple[str, ...] = ()
-    """Fields of Evidence that are computed for it alone."""
+    """Fields of Evidence that are computed only for this reward."""
 
 
 def agreement(vote: Vote, evidence: Evidence) -> torch.Tensor:
@@ -29,12 +29,12 @@ def agreement(vote: Vote, evidence: Evidence) -> torch.Tensor:
 
 
 def class_share(vote: Vote, evidence: Evidence) -> torch.Tensor:
-    """Share of the votes that the own class has (SRT and EMPO); 0 in prompts without signal."""
+    """Share of the votes for the rollout's own class (SRT and EMPO); 0 in prompts without signal."""
     return vote.class_share * vote.signal[:, None]
 
 
 def correctness(vote: Vote, evidence: Evidence) -> torch.Tensor:
-    """1 for the true answer: the ceiling, with labels."""
+    """1 for the true answer; needs labels."""
     assert evidence.correct is not None
     return evidence.correct.float()
 

@@ -1,4 +1,4 @@
-"""Votes, from answers to pseudo-labels. A rule is added by a function and its row of VOTE_RULES, and its name in
+"""Votes: from answers to pseudo-labels. To add a rule, write a function, its row in VOTE_RULES and its name in
 config/vote.py.
 
 Letters: B prompts, M policy rollouts, N momentum rollouts a prompt, G = M + N; policy rollouts come first.
@@ -23,7 +23,7 @@ FIXED_POINT, MAX_CERTAINTY = 2**20, 2.0**10
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
-    """The pseudo-label of each prompt and what led to it."""
+    """The pseudo-label of each prompt, with its shares, tie and agreement."""
 
     label: torch.Tensor  # [B] int64, class id; -1 where there is none
     share: torch.Tensor  # [B] fp32, votes of the label / votes
@@ -35,7 +35,7 @@ class Vote:
 
 
 def majority(evidence: Evidence, voters: torch.Tensor, config: VoteConfig, backend: str) -> K.MajorityVote:
-    """The class with most votes, of which a momentum rollout has `momentum_weight`.
+    """The class with most votes; a momentum rollout has `momentum_weight` votes.
 
     A tie goes to the class with more votes of the momentum model, by weight, then to the class of the earliest rollout.
     """
@@ -62,7 +62,7 @@ class VoteRule(NamedTuple):
     elect: Callable[[Evidence, torch.Tensor, VoteConfig, str], K.MajorityVote]
     """From the evidence, the [B, G] bool rollouts that vote, the options and the backend of mgrpo_kernels."""
     needs: tuple[str, ...] = ()
-    """Fields of Evidence that are computed for it alone; never `correct`."""
+    """Fields of Evidence that are computed only for this rule; never `correct`."""
 
 
 VOTE_RULES = {
