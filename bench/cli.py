@@ -16,7 +16,7 @@ MARK = "<!-- the rest is written by python -m bench.cli -->"
 
 
 def docstrings(group: type) -> dict[str, str]:
-    """The text under each field of a group, on one line."""
+    """The docstring of each field of a group, on one line."""
     (body,) = (node.body for node in ast.parse(inspect.getsource(group)).body if isinstance(node, ast.ClassDef))
     return {
         field.target.id: " ".join(text.value.value.split())
@@ -30,7 +30,7 @@ def docstrings(group: type) -> dict[str, str]:
 
 
 def values(hint: Any) -> str:
-    """Values of an option, as a command line takes them."""
+    """Text for the values of an option."""
     if typing.get_origin(hint) is typing.Annotated:
         return values(typing.get_args(hint)[0])
     arguments = typing.get_args(hint)
@@ -65,7 +65,7 @@ def table(name: str, group: type) -> list[str]:
 
 
 def make_page(page: str) -> str:
-    """The page with its tables written anew from the code."""
+    """The page with new tables."""
     hints = typing.get_type_hints(Config)
     groups = {field.name: hints[field.name] for field in dataclasses.fields(Config)}
     groups = {"": Config} | {name: hint for name, hint in groups.items() if dataclasses.is_dataclass(hint)}

@@ -1,4 +1,4 @@
-"""The configuration of a run, a file a group of options."""
+"""The configuration of a run, one file for each group of options."""
 
 from mgrpo.config.answer import AnswerConfig
 from mgrpo.config.checkpoint import CheckpointConfig

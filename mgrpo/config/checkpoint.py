@@ -16,6 +16,7 @@ class CheckpointConfig:
     keep_last: int = option(2, least=1)
     """Newest checkpoints kept."""
     keep_best: int = option(1, least=0)
-    """Best checkpoints kept besides: by probe accuracy; without a probe, the last from well before any alarm."""
+    """Best checkpoints kept in addition: by accuracy on the eval set; without one, the last from well before any
+    alarm."""
     background: bool = True
-    """Write while training goes on, from a copy of the state in the host's memory."""
+    """Write during training, from a copy of the state in host memory."""

@@ -10,23 +10,24 @@ from mgrpo.config.option import HomeText
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prompts. Labels, where there are any, feed metrics only (and reward `labels`)."""
+    """Prompts. Labels are used for metrics only (and for reward `labels`)."""
 
     train: HomeText = "arithmetic:8192:3-7:0"
     """.jsonl, .json, .parquet, .csv, .tsv or .arrow file, text also as .gz; a folder of them or of `save_to_disk`; a
     hub id, `ID:NAME` for one of its configurations; or `arithmetic:NUM:OPERANDS:SEED`."""
     probe: HomeText | None = None
-    """Labelled prompts for evaluation during training, same forms as `train`."""
+    """The eval set: labelled prompts for evaluation during training, in the same forms as `train`."""
     prompt_key: str = "prompt"
     """Key of the prompt in a record: text, or a list of chat messages. `a.b` is the key `b` of the object `a`."""
     answer_key: str | None = None
-    """Key of the true answer in a record, likewise. None is `answer`, which may be missing; a key that is given and
-    that no record has is an error."""
+    """Key of the true answer in a record, in the same form. None is `answer`, which may be missing; a given key that no
+    record has is an error."""
     split: str = "train"
     """Split of a hub data set, of a saved DatasetDict, or of a folder whose files are named by splits."""
     template: str | None = None
-    """None takes prompts as they are, `chat` the tokenizer's chat template; else a text that holds `{prompt}`."""
+    """Template of a prompt: None leaves prompts as they are, `chat` is the tokenizer's chat template; else a text that
+    holds `{prompt}`."""
     template_args: tuple[str, ...] = ()
     """KEY=VALUE ... for the chat template, such as `enable_thinking=false`."""
     overlong: Literal["error", "drop"] = "error"
-    """What to do with prompts that leave no room for a response in the model's context. They are never cut."""
+    """Treatment of prompts that leave no room for a response in the model's context. They are never cut."""

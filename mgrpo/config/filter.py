@@ -17,10 +17,10 @@ class FilterConfig:
     scope: Literal["batch", "prompt"] = "batch"
     """Quartiles over all trajectories of the batch, or over the G of each prompt."""
     applies_to: Literal["vote-and-loss", "loss", "none"] = "vote-and-loss"
-    """What a dropped trajectory leaves; `none` switches the filter off."""
+    """Where dropped trajectories are excluded; `none` switches the filter off."""
     two_sided: bool = False
     """Also drop above Q3 + k (Q3 - Q1)."""
     entropy: Literal["mean", "sum"] = "mean"
     """Trajectory entropy: mean or sum of the token entropies."""
     score: Literal["policy", "source"] = "policy"
-    """Model whose entropy counts: the policy, or the one that wrote the trajectory."""
+    """Model whose entropy counts: the policy, or the one that generated the trajectory."""

@@ -11,4 +11,4 @@ class KernelsConfig:
     """Tensor operations."""
 
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """Backend of mgrpo_kernels: "auto" takes the first that a device and a dtype have."""
+    """Backend of mgrpo_kernels; "auto" is the first available for a device and dtype."""

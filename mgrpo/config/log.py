@@ -13,8 +13,8 @@ class LogConfig:
     """Logging."""
 
     backends: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    """Trackers beside metrics.jsonl."""
+    """Trackers in addition to metrics.jsonl."""
     samples: int = option(0, least=0)
-    """Rollouts of the first prompts written to samples/ and shown, at every evaluation step."""
+    """Prompts whose rollouts are written to samples/ and shown at every evaluation step."""
     kl_initial_every: int = option(0, least=0)
     """Steps between measurements of the KL to the initial model; 0 is never."""

@@ -17,10 +17,10 @@ class ModelConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes and rollouts. Master weights and optimiser state are always fp32."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention of transformers. Families that have no `sdpa` take `eager` in its place."""
+    """Attention implementation of transformers. Families without `sdpa` use `eager`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Allow a model folder to run its own code."""
     device: str = "auto"
-    """`auto` takes a GPU where there is one; or `cpu`, `cuda`, `cuda:1`."""
+    """Device: `auto` is a GPU if there is one; or `cpu`, `cuda`, `cuda:1`."""

@@ -21,6 +21,6 @@ class MomentumConfig:
     every: int = option(1, least=1)
     """Optimiser steps between updates."""
     dtype: Literal["fp32", "bf16-stochastic", "bf16-kahan"] = "fp32"
-    """Storage. Plain bf16 is not offered: at these rates it does not move."""
+    """Storage. Plain bf16 is not offered: it would round every update away."""
     device: Literal["same", "cpu"] = "same"
-    """Where the weights live."""
+    """Device of the weights: the policy's, or the CPU."""

@@ -14,11 +14,12 @@ class ObjectiveConfig:
     """Reward, advantage and loss."""
 
     reward: Literal["majority", "soft", "labels", "self-certainty", "entropy"] = "majority"
-    """1 for the pseudo-label, share of the own class, 1 for the true answer, self-certainty, or negative entropy."""
+    """Reward: 1 for the pseudo-label, share of the answer's class, 1 for the true answer, self-certainty, or negative
+    entropy."""
     advantage: Literal["std", "mean", "leave-one-out", "sign"] = "std"
     """Group advantage: (r - mean) / std, r - mean (Dr.GRPO), leave-one-out (RLOO), or 2 r - 1."""
     advantage_over: Literal["trained", "all"] = "trained"
-    """Rollouts whose rewards make the mean and the deviation: those that train, or all G that the filter left."""
+    """Rollouts of the mean and the deviation: those in the loss, or all of the G that the filter kept."""
     clip_low: float = option(0.2, least=0, most=1)
     """Lower clip of the ratio, 1 - clip-low."""
     clip_high: float = option(0.2, least=0)
@@ -38,10 +39,10 @@ class ObjectiveConfig:
     tis_cap: float = option(2.0, above=0, most=math.inf)
     """Cap of the truncated importance weight between trainer and rollout engine."""
     momentum_in_loss: bool = False
-    """Momentum rollouts train too, weighted by min(pi_policy / pi_momentum, tis-cap)."""
+    """Include momentum rollouts in the loss, weighted by min(pi_policy / pi_momentum, tis-cap)."""
     entropy_coef: float = option(0.0, above=-math.inf)
     """Weight of the entropy bonus."""
     kl_cov: float = option(0.0, least=0, most=1)
-    """Share of tokens, those of highest log-prob/advantage covariance, that get a KL penalty in place of the clip."""
+    """Share of tokens, those of highest log-prob/advantage covariance, with a KL penalty instead of the clip."""
     kl_cov_coef: float = option(1.0, least=0)
     """Weight of the KL-Cov penalty."""

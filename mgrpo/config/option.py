@@ -1,4 +1,4 @@
-"""Fields of option groups, each with its bounds, and how a command line reads paths."""
+"""Fields of option groups with their bounds, and types of paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 
 def _at_home(kind: Any, metavar: str) -> Any:
-    """How the command lines read a path: `~` and `~user` at its start mean a home folder, as in a shell."""
+    """Parser of a path on a command line: `~` and `~user` at its start are home folders, as in a shell."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -25,7 +25,7 @@ def _at_home(kind: Any, metavar: str) -> Any:
 
 
 HomeText = Annotated[str, _at_home(str, "STR")]
-"""A path, or a name of another kind, which never begins with `~`."""
+"""A path or another name, which never begins with `~`."""
 HomePath = Annotated[Path, _at_home(Path, "PATH")]
 
 
@@ -42,9 +42,9 @@ def option(
 
     Args:
         default: value of the field.
-        least, above: smallest number that is allowed, or a bound that it must exceed.
-        most, below: largest number that is allowed, or a bound that it must stay under; infinity by default.
-        resumable: whether a resumed run may have another value, because it changes nothing that is computed.
+        least, above: inclusive or exclusive lower bound.
+        most, below: inclusive or exclusive upper bound; infinity by default.
+        resumable: whether a resumed run may have another value, because the option does not affect results.
     """
     bounds = None
     if not (least is above is most is below is None):
@@ -68,7 +68,7 @@ def resumable_names(group: Any, prefix: str = "") -> Iterator[str]:
 
 
 def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
-    """Dotted name, value and field of every option of a configuration, groups within groups too."""
+    """Dotted name, value and field of every option of a configuration, nested groups included."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -78,12 +78,12 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, datacla
 
 
 def flag(name: str) -> str:
-    """Spells a dotted field name as its command-line flag."""
+    """The command-line flag of a dotted field name."""
     return "--" + name.replace("_", "-")
 
 
 def range_problems(config: Any) -> list[str]:
-    """Lists the numbers outside their bounds."""
+    """A message for each number outside its bounds."""
     problems = []
     for name, value, field in fields_of(config):
         bounds = field.metadata.get("bounds")

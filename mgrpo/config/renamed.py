@@ -1,4 +1,4 @@
-"""Options of earlier releases: flags that name the new one, and configurations of runs that are resumed."""
+"""Renamed options: errors for their old flags, and upgrades of earlier runs' configurations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ RENAMED = {
 
 
 def refuse_renamed(arguments: Sequence[str], renamed: dict[str, str], command: str) -> None:
-    """Raises ConfigError for flags that have another name now.
+    """Raises ConfigError for renamed flags.
 
     Args:
         arguments: of a command line.
         renamed: old and new names, dotted, with `_`.
-        command: for the message.
+        command: prefix of the message.
     """
     given = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     old = {flag(name): flag(new) for name, new in renamed.items()}
@@ -42,11 +42,11 @@ def refuse_renamed(arguments: Sequence[str], renamed: dict[str, str], command: s
 
 
 def upgrade(data: Any) -> Any:
-    """The configuration of a run that an earlier release started, with the names and the defaults of today."""
+    """The configuration of a run of an earlier release, with current names and defaults."""
     if not isinstance(data, dict) or not isinstance(data.get("rollout"), dict):
         return data
     groups = {name: dict(group) if isinstance(group, dict) else group for name, group in data.items()}
-    groups["rollout"].setdefault("stop", [])  # runs from before there were any go on without
+    groups["rollout"].setdefault("stop", [])  # runs from before this option have none
     for old, new in RENAMED.items():
         group, name = old.split(".")
         target, new_name = new.split(".")

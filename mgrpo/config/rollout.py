@@ -25,9 +25,9 @@ class RolloutConfig:
     max_new_tokens: int = option(64, least=1)
     """Longest response in tokens, EOS included."""
     stop: tuple[str, ...] | None = None
-    """Texts that end a response, the first of them; `\\n` stands for a newline. The answer is read from what is before.
-    None takes the label ahead of the prompt in a `data.template` of text, as '\\nQuestion:'; '' is none."""
+    """Texts that end a response; `\\n` stands for a newline. The answer is read from the text before the first of them.
+    None is the label before the prompt in a `data.template` of text, as '\\nQuestion:'; '' is no text."""
     truncated: Literal["train", "mask"] = "train"
-    """Whether a rollout cut at the length limit trains, or only votes."""
+    """Whether rollouts cut at the length limit are in the loss, or only vote."""
     parity_every: int = option(50, least=0, resumable=True)
-    """Steps between comparisons of the engine's log-probs with the trainer's, which the first two steps make anyway."""
+    """Steps between comparisons of the engine's log-probs with the trainer's; the first two steps always compare."""

@@ -1,7 +1,7 @@
-"""The configuration of a run: frozen dataclasses, one group a concern, documented field by field.
+"""The configuration of a run.
 
 Letters: B prompts a step, M policy rollouts and N momentum rollouts a prompt, G = M + N.
-`Config` checks itself and lists every problem at once. Presets are functions in presets.py.
+`Config` checks itself and reports all problems at once. Presets are functions in presets.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_STOP_CHARS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """Options of the run as a whole."""
 
     preset: Annotated[str, tyro.conf.Suppress] = "arithmetic"
     """Name of the preset that this configuration started from."""
@@ -45,16 +45,16 @@ class Config:
     seed: int = option(0, least=0, below=2**31)
     """Seed of data order and sampling."""
     threads: int | None = option(None, least=1, most=4096)
-    """CPU threads; when None torch's choice, at most the CPUs that affinity and cgroups leave. A run repeats bit for
-    bit only with the same number."""
+    """CPU threads; None is torch's choice, at most the CPUs that affinity and cgroups allow. A run is reproducible to
+    the bit only with the same number."""
     stop_after: int | None = option(None, least=1, resumable=True)
     """End early, after this step, under the schedule of `steps`."""
     resume: bool = option(False, resumable=True)
     """Continue from the newest valid checkpoint of run-dir."""
     resume_extend: bool = option(False, resumable=True)
-    """With --resume, allow another --steps than the run was started with."""
+    """With --resume, allow --steps to differ from the value at the start."""
     dry_run: bool = option(False, resumable=True)
-    """Check everything, print the plan, load the model and try a token, a gradient and a save, and exit."""
+    """Check everything, print the plan, load the model, try a token, a gradient and a save, and exit."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     answer: AnswerConfig = field(default_factory=AnswerConfig)
@@ -72,14 +72,14 @@ class Config:
     monitor: MonitorConfig = field(default_factory=MonitorConfig, metadata=RESUMABLE)
 
     def __post_init__(self) -> None:
-        """Raises ConfigError with every problem."""
+        """Raises ConfigError with all problems."""
         problems = range_problems(self) + _combination_problems(self)
         if problems:
             raise ConfigError(problems)
 
     @property
     def num_train(self) -> int:
-        """Policy rollouts a prompt that train."""
+        """Policy rollouts a prompt in the loss."""
         return self.rollout.num_policy if self.vote.num_train is None else self.vote.num_train
 
     @property
@@ -89,7 +89,7 @@ class Config:
 
 
 def _combination_problems(config: Config) -> list[str]:
-    """Lists the options that contradict one another."""
+    """A message for each contradiction between options."""
     c, problems = config, []
 
     def require(condition: bool, message: str) -> None:
@@ -134,18 +134,18 @@ def _combination_problems(config: Config) -> list[str]:
 
 
 def engine_problems(engine: EngineConfig) -> list[str]:
-    """Lists the options of an engine that contradict one another."""
+    """A message for each contradiction between options of an engine."""
     c, problems = engine, []
     if c.name != "vllm" and c.placement != "one-engine":
         problems.append("config: --engine.placement needs --engine.name vllm.")
     if len(c.servers) not in ((1, 2) if c.placement == "server" else (0,)):
         problems.append(
-            f"config: --engine.servers must name 1 or 2 servers with --engine.placement server and none else, "
+            f"config: --engine.servers must be 1 or 2 URLs with --engine.placement server, otherwise none, "
             f"got {len(c.servers)}."
         )
     if len(c.devices) not in ((0, 2) if c.placement == "two-engines" else (0,)):
         problems.append(
-            f"config: --engine.devices must name 2 devices, and that with --engine.placement two-engines, "
+            f"config: --engine.devices must be none or, with --engine.placement two-engines, 2 devices, "
             f"got {len(c.devices)}."
         )
     if any({"@", "?"} & set(url) for url in c.servers):
@@ -157,7 +157,7 @@ def engine_problems(engine: EngineConfig) -> list[str]:
 
 
 def stop_problems(texts: tuple[str, ...] | None) -> list[str]:
-    """Lists what is wrong with stop texts; a single empty one switches them off."""
+    """A message for each invalid stop text; a single empty one switches them off."""
     name, problems = "config: --rollout.stop", []
     for text in texts if texts and texts != ("",) else ():
         if not 0 < len(text) <= MAX_STOP_CHARS:

@@ -1,1 +1,1 @@
-"""The processes of a run. So far there is one: a world of more is refused at the start."""
+"""The processes of a run. A world of several processes is refused at the start."""
