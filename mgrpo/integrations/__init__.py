@@ -1,7 +1,7 @@
-"""M-GRPO and its kernels inside other trainers: plug-ins of the packages as they are published, no fork.
+"""M-GRPO and its kernels inside other trainers: plug-ins of the released packages, without a fork.
 
-`mgrpo.integrations.trl` has MGRPOTrainer, `mgrpo.integrations.verl` a trainer mode; `patch_kernels` puts our kernels
-under the log-probs and entropies of either, or of OpenRLHF.
+`mgrpo.integrations.trl` has MGRPOTrainer, `mgrpo.integrations.verl` a trainer mode; `patch_kernels` replaces the
+log-probs and entropies of either, or of OpenRLHF, by our kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["SUPPORTED", "Patch", "UnsupportedVersion", "patch_kernels"]
 
 
 def patch_kernels(package: ModuleType) -> Patch:
-    """Lets a package's log-probs and entropies be computed by `token_logprob` and `linear_token_logprob`.
+    """Replaces a package's log-probs and entropies by `token_logprob` and `linear_token_logprob`.
 
         with patch_kernels(trl):
             trainer.train()
@@ -26,11 +26,11 @@ def patch_kernels(package: ModuleType) -> Patch:
         package: the imported `trl`, `verl` or `openrlhf`.
 
     Returns:
-        The patch, in force already. `undo()`, or the end of the `with` block, gives the package its functions back.
+        The patch, already applied. `undo()`, or the end of the `with` block, restores the package's functions.
 
     Raises:
         ValueError: another package.
-        UnsupportedVersion: a version whose hooks are not known.
+        UnsupportedVersion: an unsupported version.
     """
     name = package.__name__
     if name not in SUPPORTED:

@@ -1,4 +1,4 @@
-"""Names in other packages that lead to our functions for a while."""
+"""Replaces functions of other packages by ours, and restores them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 
 
 class Replacement(NamedTuple):
-    """One name and what it is to stand for."""
+    """A name and its replacement."""
 
     owner: Any  # a module or a class
     name: str
@@ -18,14 +18,14 @@ class Replacement(NamedTuple):
 
 
 class Patch:
-    """Replaces names at once; `undo`, or leaving the `with` block, gives them back.
+    """Replaces names at once; `undo`, or leaving the `with` block, restores them.
 
     Args:
-        replacements: names and what they become. `new` has to take the arguments of what it replaces.
+        replacements: names and new objects. `new` must take the arguments of what it replaces.
 
     Raises:
-        AttributeError: a name is not there.
-        TypeError: `new` could not be called as its predecessor is.
+        AttributeError: a name is missing.
+        TypeError: `new` does not take the arguments of what it replaces.
 
     In either case nothing is replaced.
     """
@@ -33,13 +33,13 @@ class Patch:
     def __init__(self, replacements: Sequence[Replacement]):
         for replacement in replacements:
             check_signature(replacement)
-        # A class's own entry, so that a static method is given back as one.
+        # The entry of the class's __dict__, so that a static method is restored as one.
         self._before = [(*r, inspect.getattr_static(r.owner, r.name)) for r in replacements]
         for owner, name, new in replacements:
             setattr(owner, name, new)
 
     def undo(self) -> None:
-        """Gives the names back, also where a module has imported them since; a second call does nothing."""
+        """Restores the names, also in modules that have imported them since; a second call does nothing."""
         before, self._before = self._before, []
         for owner, name, _, old in reversed(before):
             setattr(owner, name, old)
@@ -56,20 +56,20 @@ class Patch:
 
 
 def check_signature(replacement: Replacement) -> None:
-    """Raises where the name is absent, or its arguments are not those that the replacement takes."""
+    """Raises if the name is missing or the replacement does not take its arguments."""
     owner, name, new = replacement
     old = getattr(owner, name, None)
     if old is None:
-        raise AttributeError(f"patch: {_name(owner)} must have {name!r}, got none. Its version is not one we know.")
+        raise AttributeError(f"patch: {_name(owner)} must have {name!r}, got none. Its version is not supported.")
     wanted, known = arguments(old), arguments(new)
     if missing := [argument for argument in wanted if argument not in known]:
         raise TypeError(
-            f"patch: {_name(owner)}.{name} must take {known}, got also {missing}. Its version is not one we know."
+            f"patch: {_name(owner)}.{name} must take {known}, got also {missing}. Its version is not supported."
         )
 
 
 def arguments(function: Any) -> list[str]:
-    """Names of a function's arguments, or of those that an autograd function is applied to."""
+    """Names of the arguments of a function, or of an autograd function's forward."""
     if hasattr(function, "apply"):
         with_context = getattr(function, "forward", None)
         return list(inspect.signature(with_context or function.apply).parameters)[with_context is not None :]
@@ -77,7 +77,7 @@ def arguments(function: Any) -> list[str]:
 
 
 def loaded_modules(package: str) -> list[ModuleType]:
-    """Modules of a package that have been imported so far."""
+    """The imported modules of a package."""
     return [
         module
         for name, module in sorted(sys.modules.items())
@@ -86,7 +86,7 @@ def loaded_modules(package: str) -> list[ModuleType]:
 
 
 def replace_everywhere(function: Callable[..., Any], new: Callable[..., Any], package: str) -> list[Replacement]:
-    """Replacements of a function under every name by which a package's loaded modules have it."""
+    """Replacements of a function under every name that it has in a package's imported modules."""
     return [
         Replacement(module, name, new)
         for module in loaded_modules(package)

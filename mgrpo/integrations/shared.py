@@ -1,4 +1,4 @@
-"""What the plug-ins share: true answers of a host's columns, and the metrics that hosts log."""
+"""Shared by the plug-ins: metrics that hosts log, and true answers from a host's columns."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def credit_metrics(
     true_answers: Sequence[Label | None],
     checker: AnswerChecker,
 ) -> Metrics:
-    """The trainer's metrics of votes, lengths and pruning, and `accuracy` of the policy where answers are known.
+    """The trainer's metrics of votes, lengths and the filter, and the policy's `accuracy` if answers are known.
 
     Args:
         credit: what `mgrpo.algorithm.credit.assign_credit` returned.
         lengths: [B, G] int64, response tokens.
         truncated: [B, G] bool, cut at the length limit.
         entropy: [B, G] fp32, mean token entropies in nats.
-        true_answers: [B], None where there is none; they are read for metrics alone.
+        true_answers: [B], None where there is none; for metrics only.
         checker: compares answers.
     """
     known = [(b, answer) for b, answer in enumerate(true_answers) if answer is not None]
@@ -53,7 +53,7 @@ def credit_metrics(
 
 
 def missing_evidence(config: Config, *, host: str) -> list[str]:
-    """A line for each vote rule or reward that reads what `host` does not compute."""
+    """A message for each vote rule or reward that needs evidence which `host` does not compute."""
     needed = needed_evidence(config.vote, config.objective)
     needed.pop("correct", None)
     return [f"{option} cannot be used: {host} does not compute {need}." for need, option in needed.items()]
@@ -64,10 +64,10 @@ logger = logging.getLogger(__name__)
 
 @functools.lru_cache
 def make_truth_reader(spec: str) -> Callable[[Any], Label | None]:
-    """Returns the function that makes a label of a value: text, a number, a list of those, or numpy's.
+    """Returns a function from a value (text, number, list of those, or numpy's) to a label.
 
-    A value in which no answer is found is None, as if there were no label, and the first of these is warned of: a run
-    does not end for a metric.
+    A value without an answer gives None, as if there were no label, with a warning for the first: a run does not end
+    because of a metric.
 
     Args:
         spec: `answer.label_extract`, as for `make_label_reader`.

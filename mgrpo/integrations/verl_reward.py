@@ -1,4 +1,4 @@
-"""Accuracy for verl's metrics and validation. Training takes no reward from here: the vote overwrites it."""
+"""Accuracy for verl's metrics and validation. Training does not use it: the vote overwrites the reward."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def compute_score(
     timeout_s: float = 5.0,
     **_: Any,
 ) -> dict[str, float]:
-    """1 where the answer in a response equals the true one, else 0, under verl's names `score` and `acc`.
+    """1 if the answer in a response equals the true one, else 0, under verl's names `score` and `acc`.
 
     Args:
         data_source: not read; every data set is graded alike.
         solution_str: the response.
-        ground_truth: the true answer; None, as in data without labels, scores 0.
+        ground_truth: the true answer; None, as in data without labels, gives 0.
         extra_info: not read.
         extract, label_extract, equivalence, timeout_s: as `answer.extract`, `answer.label_extract`,
             `answer.equivalence` and `answer.timeout_s`.
@@ -35,12 +35,12 @@ def compute_score(
     truth = make_truth_reader(label_extract)(ground_truth)
     if truth is None:
         return {"score": 0.0, "acc": 0.0}
-    find, checker = _judge(extract, equivalence, timeout_s)
+    find, checker = _make_grader(extract, equivalence, timeout_s)
     correct = float(checker.is_correct(find(solution_str), truth))
     return {"score": correct, "acc": correct}
 
 
 @functools.lru_cache
-def _judge(extract: str, equivalence: str, timeout_s: float) -> tuple[Any, AnswerChecker]:
-    """Extractor and checker of this process; the checker's own worker ends with it."""
+def _make_grader(extract: str, equivalence: str, timeout_s: float) -> tuple[Any, AnswerChecker]:
+    """Extractor and checker of this process; the checker's worker ends with the process."""
     return make_extractor(extract), AnswerChecker(mode=equivalence, timeout_s=timeout_s, num_workers=1)

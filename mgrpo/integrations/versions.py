@@ -1,4 +1,4 @@
-"""Which versions of other trainers the plug-ins are made for."""
+"""Supported versions of other trainers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from packaging.specifiers import SpecifierSet
 
 from mgrpo.errors import UnsupportedVersion
 
-# What the contract tests have run against, and the releases that follow it until a hook may change.
+# From the version that the contract tests run with up to the next that may change a hook.
 SUPPORTED = {
     "trl": ">=1.16,<1.17",
     "verl": ">=0.9.1,<0.10",
@@ -17,14 +17,14 @@ SUPPORTED = {
 
 
 def require(package: str, specifier: str | None = None) -> str:
-    """Version of an installed package.
+    """The version of an installed package, if it is supported.
 
     Args:
         package: name of the distribution.
         specifier: versions to accept, as in a requirement; those of SUPPORTED by default.
 
     Raises:
-        UnsupportedVersion: not installed, or another version.
+        UnsupportedVersion: the package is missing or its version is not accepted.
     """
     specifier = specifier or SUPPORTED[package]
     try:

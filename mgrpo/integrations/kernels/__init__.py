@@ -1,1 +1,1 @@
-"""The kernels under the log-probs and entropies of other trainers, a file a host."""
+"""Our kernels for the log-probs and entropies of other trainers, one file for each."""

@@ -13,14 +13,14 @@ from mgrpo.integrations.versions import require
 
 
 def kernel_patches() -> list[Replacement]:
-    """What to replace in OpenRLHF: two functions, wherever its modules have them by name.
+    """Replacements in OpenRLHF: two functions, in every module that imports them by name.
 
     Raises:
-        UnsupportedVersion: OpenRLHF is absent, or of a version whose hooks are not known.
+        UnsupportedVersion: OpenRLHF is missing or its version unsupported.
     """
     require("openrlhf")
     utils = importlib.import_module("openrlhf.models.utils")
-    importlib.import_module("openrlhf.models.actor")  # which imports both by name
+    importlib.import_module("openrlhf.models.actor")  # it imports both by name
     return [
         *replace_everywhere(utils.log_probs_from_logits, log_probs_from_logits, "openrlhf"),
         *replace_everywhere(utils.compute_entropy, compute_entropy, "openrlhf"),
@@ -28,9 +28,9 @@ def kernel_patches() -> list[Replacement]:
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log softmax(logits / temperature) at the labels, fp32; logits [..., V] are left as they are, labels [...]."""
-    scores = K.token_logprob(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), temperature=temperature)
-    return scores.logprob.view(labels.shape)
+    """Log softmax(logits / temperature) at the labels [...], fp32; logits [..., V] are not changed."""
+    result = K.token_logprob(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), temperature=temperature)
+    return result.logprob.view(labels.shape)
 
 
 def compute_entropy(logits: Tensor) -> Tensor:

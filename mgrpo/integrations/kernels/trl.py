@@ -16,23 +16,23 @@ import mgrpo_kernels as K
 from mgrpo.integrations.patching import Replacement, replace_everywhere
 from mgrpo.integrations.versions import require
 
-OURS = {"entropy"}  # what the fused head computes beside the log-probs
+OURS = {"entropy"}  # outputs of the fused head besides the log-probs
 
 
 def kernel_patches() -> list[Replacement]:
-    """What to replace in TRL: the fused head of its trainers, and the functions of whole logits.
+    """Replacements in TRL: the fused head of its trainers, and the functions of whole logits.
 
     Raises:
-        UnsupportedVersion: TRL is absent, or of a version whose hooks are not known.
+        UnsupportedVersion: TRL is missing or its version unsupported.
     """
     require("trl")
     utils = importlib.import_module("trl.trainer.utils")
-    # The trainers import these by name, so their modules have to be there.
+    # The trainers import these by name, so their modules must be imported before.
     for name in ("grpo_trainer", "rloo_trainer", "dpo_trainer"):
         importlib.import_module(f"trl.trainer.{name}")
     return [
         Replacement(utils, "_ChunkedLogProbFunction", make_fused_head(utils._ChunkedLogProbFunction)),
-        # Of this name the module only asks whether to score the labelled positions alone, as we do on every device.
+        # The module uses this only to choose log-probs of labelled positions alone, which ours do on every device.
         Replacement(utils, "_use_triton", lambda device: True),
         *replace_everywhere(utils.selective_log_softmax, make_selective(utils.selective_log_softmax), "trl"),
         *replace_everywhere(utils.entropy_from_logits, entropy_from_logits, "trl"),
@@ -41,10 +41,10 @@ def kernel_patches() -> list[Replacement]:
 
 
 def make_fused_head(original: Any) -> type:
-    """A stand-in for TRL's autograd function over hidden states; what we do not compute is left to `original`."""
+    """A replacement of TRL's autograd function on hidden states; calls `original` for outputs that ours lacks."""
 
     class FusedHead:
-        """log-probs and entropies of hidden weight^T, without the logits, by `linear_token_logprob`."""
+        """Log-probs and entropies of hidden weight^T, without the logits, by `linear_token_logprob`."""
 
         @staticmethod
         def apply(
@@ -60,7 +60,7 @@ def make_fused_head(original: Any) -> type:
         ) -> tuple[Any, ...]:
             """[T] log-probs and, where `outputs` asks for it, entropies of hidden [T, D] under weight [V, D]."""
             others = set(outputs) - OURS - {"log_probs"}
-            # ZeRO-3 takes the weight away between forward and backward, which only TRL's own function knows of.
+            # ZeRO-3 frees the weight between forward and backward, which only TRL's own function handles.
             if others or hasattr(weight, "ds_id") or logit_scale <= 0:
                 return original.apply(
                     hidden,
@@ -77,8 +77,8 @@ def make_fused_head(original: Any) -> type:
             device = hidden.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
             with torch.autocast(device, enabled=False):
-                # softcap c of s z is s times softcap c / s of z, and a factor of logits is a divisor of temperature.
-                scores = K.linear_token_logprob(
+                # Softcap c of s z is s times softcap c / s of z, and a factor of the logits divides the temperature.
+                result = K.linear_token_logprob(
                     hidden.to(dtype),
                     weight.to(dtype),
                     targets,
@@ -86,13 +86,13 @@ def make_fused_head(original: Any) -> type:
                     temperature=temperature / logit_scale,
                     softcap=None if softcap is None else softcap / logit_scale,
                 )
-            return scores.logprob, scores.entropy if "entropy" in outputs else None, None, None, None
+            return result.logprob, result.entropy if "entropy" in outputs else None, None, None, None
 
     return FusedHead
 
 
 def make_selective(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """TRL's `selective_log_softmax` by `token_logprob`; several indices a row are left to `original`."""
+    """TRL's `selective_log_softmax` by `token_logprob`; calls `original` for several indices a row."""
 
     def selective_log_softmax(
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
@@ -100,15 +100,15 @@ def make_selective(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Log softmax(logits / temperature) at index; logits [..., V], index [...], zeros where row_mask is 0."""
         if index.ndim == logits.ndim:
             return original(logits, index, temperature=temperature, row_mask=row_mask)
-        return _scores(logits, index, temperature, row_mask).logprob.view(index.shape)
+        return _log_probs(logits, index, temperature, row_mask).logprob.view(index.shape)
 
     return selective_log_softmax
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """Entropy in nats of each row of logits [..., V]; `chunk_size` is ours to choose."""
+    """Entropy in nats of each row of logits [..., V]; `chunk_size` is ignored."""
     index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return _scores(logits, index, 1.0, None).entropy.view(index.shape)
+    return _log_probs(logits, index, 1.0, None).entropy.view(index.shape)
 
 
 def selective_log_softmax_and_entropy(
@@ -119,12 +119,12 @@ def selective_log_softmax_and_entropy(
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both from one pass over logits [..., V], index [...]; zeros where row_mask is 0."""
-    scores = _scores(logits, index, temperature, row_mask)
-    entropy = scores.entropy if entropy_requires_grad else scores.entropy.detach()
-    return scores.logprob.view(index.shape), entropy.view(index.shape)
+    result = _log_probs(logits, index, temperature, row_mask)
+    entropy = result.entropy if entropy_requires_grad else result.entropy.detach()
+    return result.logprob.view(index.shape), entropy.view(index.shape)
 
 
-def _scores(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> K.TokenLogprob:
+def _log_probs(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> K.TokenLogprob:
     """`token_logprob` of logits [..., V]."""
     if temperature <= 0:
         raise ValueError(f"selective_log_softmax: temperature must be positive, got {temperature}. Use 1.")

@@ -19,17 +19,17 @@ from mgrpo.integrations.versions import require
 
 
 def kernel_patches() -> list[Replacement]:
-    """What to replace in verl: functions of whole logits under each name they have, and the fused head.
+    """Replacements in verl: functions of whole logits under each name they have, and the fused head.
 
-    An engine keeps the entropy function that it found when it was built, so patch before.
+    An engine keeps the entropy function of the time when it was built, so patch before.
 
     Raises:
-        UnsupportedVersion: verl is absent, or of a version whose hooks are not known.
+        UnsupportedVersion: verl is missing or its version unsupported.
     """
     require("verl")
     functional = importlib.import_module("verl.utils.torch_functional")
     fused = importlib.import_module("verl.utils.experimental.torch_functional")
-    # These import the names, so they have to be there; the second where its own package is.
+    # These import the functions by name, so they must be imported before; the second needs a package of its own.
     importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
     if importlib.util.find_spec("prefix_grouper") is not None:
         importlib.import_module("verl.trainer.ppo.prefix_grouper_utils")
@@ -46,9 +46,9 @@ def kernel_patches() -> list[Replacement]:
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """Log softmax(logits) at labels, fp32; logits [..., V], labels [...].
 
-    With `inplace_backward` the gradient overwrites the logits, as on verl's path by flash-attention.
+    With `inplace_backward` the gradient overwrites the logits, as in verl with flash-attention.
     """
-    # A leaf may not be written in place.
+    # A leaf must not be written in place.
     inplace = inplace_backward and logits.requires_grad and not logits.is_leaf
     rows = logits.reshape(-1, logits.shape[-1])
     return K.token_logprob(rows, labels.reshape(-1), inplace_backward=inplace).logprob.view(labels.shape)
@@ -62,7 +62,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-    """As `entropy_from_logits`; `chunk_size` is ours to choose."""
+    """As `entropy_from_logits`; `chunk_size` is ignored."""
     return entropy_from_logits(logits)
 
 
@@ -74,7 +74,7 @@ def fused_forward(
 
 
 def make_linear_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A stand-in for verl's Triton head; what we do not compute is left to `original`."""
+    """A replacement of verl's Triton head; calls `original` for what ours lacks."""
 
     def linear_cross_entropy(*args: Any, **kwargs: Any) -> Any:
         """Takes hidden, weight, labels, temperature, reduction and process group, as `original` does."""
@@ -87,10 +87,10 @@ def make_linear_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
             reduction: str = "none",
             dist_process_group: Any = None,
         ) -> Any:
-            # A vocabulary over several processes has hidden states and gradients laid out in Megatron's way.
+            # With a sharded vocabulary, hidden states and gradients have Megatron's layout.
             if reduction != "none" or dist_process_group is not None:
                 return original(hidden, weight, labels, temperature, reduction, dist_process_group)
-            # Flat, as the original gives them.
+            # Flat, like the original's.
             logprob, entropy = _fused(hidden, weight, labels, temperature)
             return logprob.view(-1), entropy.view(-1)
 
@@ -100,14 +100,14 @@ def make_linear_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
 
 
 def _fused(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`linear_token_logprob` with the shape of `labels`, in the dtype in which autocast would multiply."""
+    """`linear_token_logprob` in the shape of `labels` and in the dtype of autocast."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        scores = K.linear_token_logprob(
+        result = K.linear_token_logprob(
             hidden.reshape(-1, hidden.shape[-1]).to(dtype),
             weight.to(dtype),
             labels.reshape(-1).to(torch.int64),
             temperature=temperature,
         )
-    return scores.logprob.view(labels.shape), scores.entropy.view(labels.shape)
+    return result.logprob.view(labels.shape), result.entropy.view(labels.shape)

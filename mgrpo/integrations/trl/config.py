@@ -16,7 +16,7 @@ ADVANTAGE = {"group": "std", "none": "mean"}  # by scale_rewards
 
 
 def _option(default: Any, text: str) -> Any:
-    """A field with its help text, as transformers' command-line parser reads it."""
+    """A field with its help text for transformers' command-line parser."""
     return field(default=default, metadata={"help": text})
 
 
@@ -27,7 +27,7 @@ class MGRPOConfig(GRPOConfig):
     Names are those of `python -m mgrpo.train`, with `_` for the dot; docs/algorithm.md explains each choice.
     """
 
-    num_momentum_generations: int = _option(4, "Rollouts a prompt from the momentum model; they vote and train not.")
+    num_momentum_generations: int = _option(4, "Rollouts a prompt from the momentum model, which vote only.")
     momentum_decay: float = _option(0.99, "Share of the old momentum weights kept at an update.")
     momentum_schedule: str = _option("constant", "constant, or cosine from momentum_decay to momentum_final_decay.")
     momentum_final_decay: float = _option(0.9999, "Decay at the end of the cosine schedule.")
@@ -36,27 +36,33 @@ class MGRPOConfig(GRPOConfig):
     momentum_device: str = _option("same", "Where the momentum model lives: same, or cpu.")
     filter_k: float = _option(0.75, "Drops trajectories with entropy below Q1 - k (Q3 - Q1).")
     filter_scope: str = _option("batch", "Quartiles over the generation batch, or over each prompt's rollouts.")
-    filter_applies_to: str = _option("vote-and-loss", "What a dropped trajectory leaves: vote-and-loss, loss or none.")
+    filter_applies_to: str = _option(
+        "vote-and-loss", "Excludes dropped trajectories from: vote-and-loss, loss or none."
+    )
     filter_two_sided: bool = _option(False, "Also drop above Q3 + k (Q3 - Q1).")
     filter_entropy: str = _option("mean", "Entropy of a trajectory: mean or sum of its tokens'.")
-    vote_rule: str = _option("majority", "How the pseudo-label is elected: a vote rule of mgrpo.train.")
-    vote_pool: str = _option("both", "Whose rollouts vote: both, policy or momentum.")
+    vote_rule: str = _option("majority", "Rule that elects the pseudo-label: a vote rule of mgrpo.train.")
+    vote_pool: str = _option("both", "Models whose rollouts vote: both, policy or momentum.")
     vote_momentum_weight: int = _option(1, "Votes of one momentum rollout.")
     vote_min_share: float = _option(0.0, "A winner with a smaller share of the votes gives no signal.")
     vote_min_margin: float = _option(0.0, "A winner that leads by a smaller share gives no signal.")
     objective_reward: str = _option("majority", "1 for the majority's answer (majority), or its share (soft).")
-    answer_extract: str = _option("boxed", "How an answer is read: boxed, hash, last-number or regex:PATTERN.")
-    answer_label_extract: str = _option(
-        "auto", "How a true answer is read from a label: auto, plain, boxed, hash, last-number or regex:PATTERN."
+    answer_extract: str = _option(
+        "boxed", "Form of an answer: boxed, hash, last-number or regex:PATTERN."
     )
-    answer_equivalence: str = _option("math", "How answers are compared: math (math-verify) or exact.")
-    answer_timeout_s: float = _option(5.0, "Processor seconds of one comparison.")
-    answer_workers: int | None = _option(None, "Processes that compare answers; one a core, at most 8, when None.")
-    data_answer_key: str = _option("answer", "Column of true answers, for metrics alone; a.b is in the column a.")
-    monitor_on_collapse: str = _option("warn", "What an alarm of the collapse monitor does: warn or stop.")
+    answer_label_extract: str = _option(
+        "auto", "Form of the true answer in a label: auto, plain, boxed, hash, last-number or regex:PATTERN."
+    )
+    answer_equivalence: str = _option("math", "Comparison of answers: math (math-verify) or exact.")
+    answer_timeout_s: float = _option(5.0, "Limit of one comparison in seconds of CPU time.")
+    answer_workers: int | None = _option(None, "Processes that compare answers; None is one for each core, at most 8.")
+    data_answer_key: str = _option(
+        "answer", "Column of true answers, for metrics only; a.b is key b in column a."
+    )
+    monitor_on_collapse: str = _option("warn", "Action at an alarm of the collapse monitor: warn or stop.")
 
     def __post_init__(self) -> None:
-        """Raises ValueError with every option that is out of range or contradicts another."""
+        """Raises ValueError with all options that are out of range or contradict another."""
         super().__post_init__()
         problems = []
         choices = {
@@ -84,9 +90,7 @@ class MGRPOConfig(GRPOConfig):
             raise ValueError("\n".join(f"MGRPOConfig: {problem.removeprefix('config: ')}" for problem in problems))
 
     def recipe(self) -> Config:
-        """The same as a configuration of `mgrpo.train`; of it rollout, momentum, filter, vote, answer and objective
-        are meant.
-        """
+        """The options as a configuration of `mgrpo.train`, whose other groups have no effect."""
 
         def group(prefix: str) -> dict[str, Any]:
             names = (name for name in MGRPOConfig.__annotations__ if name.startswith(prefix))

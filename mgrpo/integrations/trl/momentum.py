@@ -22,9 +22,9 @@ FILE = "momentum.safetensors"  # in a checkpoint
 class MomentumCallback(TrainerCallback):
     """Averages the policy into a momentum model after each optimiser step.
 
-    The weights are kept in fp32 whatever the policy's dtype, unless `config` asks for bf16 with stochastic rounding or
-    Kahan compensation: plain bf16 does not move at these rates. Frozen weights are the policy's own. Under FSDP2 each
-    process averages its shards where they lie.
+    The weights are fp32 whatever the policy's dtype, unless `config` asks for bf16 with stochastic rounding or Kahan
+    compensation: plain bf16 would round every update away. Frozen weights are shared with the policy. Under FSDP2 each
+    process averages its own shards.
 
     Args:
         config: decay, schedule, storage.
@@ -43,18 +43,18 @@ class MomentumCallback(TrainerCallback):
         return self.momentum
 
     def start(self, policy: torch.nn.Module) -> None:
-        """A copy of the policy."""
+        """Copies the policy."""
         self.momentum = Momentum(policy, self.config, seed=self.seed, kernels=KernelsConfig())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Copies the policy, where none was loaded from a checkpoint."""
+        """Copies the policy, unless weights were loaded from a checkpoint."""
         if self.momentum is None:
             self.start(kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One average; FloatingPointError where the policy is not finite, which the average would keep for good."""
+        """Averages once; raises FloatingPointError if the policy is non-finite, which the average would keep."""
         momentum = self.started
         if not all_finite(momentum.policy):
             raise FloatingPointError(
@@ -65,7 +65,7 @@ class MomentumCallback(TrainerCallback):
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Lets the policy's module hold the momentum weights for a while."""
+        """Within the block, the policy's module holds the momentum weights."""
         momentum = self.started
         parameters = {name: p for name, p in momentum.policy.named_parameters() if name in momentum.weights}
         if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
@@ -87,7 +87,7 @@ class MomentumCallback(TrainerCallback):
                 parameter.data = own[name]
 
     def save(self, folder: Path, *, is_main: bool) -> None:
-        """Writes the weights, whole, and their Kahan terms into a checkpoint; every process has to call it."""
+        """Writes the full weights and their Kahan terms into a checkpoint; every process must call it."""
         momentum = self.started
         tensors = {name: _whole(weight) for name, weight in momentum.weights.items()}
         tensors |= {f"{name}/lost": _whole(term) for name, term in (momentum.compensation or {}).items()}
@@ -98,11 +98,11 @@ class MomentumCallback(TrainerCallback):
             os.replace(aside, folder / FILE)
 
     def load(self, folder: Path, policy: torch.nn.Module) -> None:
-        """Restores what `save` wrote, bit for bit; FileNotFoundError where there is none."""
+        """Restores what `save` wrote, bit for bit; raises FileNotFoundError if there is no file."""
         path = folder / FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"MomentumCallback: {path} must be there to resume, got none. Resume from a checkpoint of MGRPOTrainer."
+                f"MomentumCallback: {path} must exist to resume, it does not. Resume from a checkpoint of MGRPOTrainer."
             )
         self.start(policy)
         tensors = load_file(path)
@@ -117,13 +117,13 @@ class MomentumCallback(TrainerCallback):
         _write(momentum.compensation or {}, {name: tensors[f"{name}/lost"] for name in momentum.compensation or {}})
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The momentum model under every name of the policy's state dict, whole; every process has to call it."""
+        """The full momentum model under every name of the policy's state dict; every process must call it."""
         return {name: _whole(tensor) for name, tensor in self.started.state_dict().items()}
 
 
 @torch.no_grad()
 def all_finite(module: torch.nn.Module) -> bool:
-    """Whether every trained parameter is finite, on all processes that share one."""
+    """Whether every trained parameter is finite, on all processes."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         return True
@@ -135,14 +135,14 @@ def all_finite(module: torch.nn.Module) -> bool:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the host, of all its shards; every process has to call it."""
+    """The full tensor on the host; every process must call it."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().cpu().contiguous()
 
 
 @torch.no_grad()
 def _write(targets: dict[str, Any], values: dict[str, torch.Tensor]) -> None:
-    """Copies whole or sharded tensors into those of the same name."""
+    """Copies full tensors into full or sharded ones of the same name."""
     for name, target in targets.items():
         value = values[name].to(device=target.device, dtype=target.dtype)
         if isinstance(target, DTensor) and not isinstance(value, DTensor):

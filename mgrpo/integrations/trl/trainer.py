@@ -37,16 +37,16 @@ from mgrpo.types import Metrics
 
 __all__ = ["MGRPOConfig", "MGRPOTrainer", "MomentumCallback", "majority_vote"]
 require("trl")
-_GRPOTrainer: Any = grpo_trainer.GRPOTrainer  # whose types say that it may have no model
+_GRPOTrainer: Any = grpo_trainer.GRPOTrainer  # its types say that it may have no model
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One trajectory, as the processes tell one another of it."""
+    """A trajectory as the processes exchange it."""
 
     answer: str | None
-    entropy: float  # nats, what the filter looks at
+    entropy: float  # nats, for the filter
     mean_entropy: float  # nats, mean of the tokens
     length: int  # tokens
     truncated: bool
@@ -54,7 +54,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupCredit:
-    """What the main process makes of all rollouts, and tells the others."""
+    """Credit of all rollouts, computed by the main process and sent to the others."""
 
     credit: Credit
     metrics: Metrics
@@ -62,27 +62,27 @@ class GroupCredit:
 
 
 def majority_vote(completions: list[Any], **_: Any) -> list[float]:
-    """Stands among TRL's reward functions for the vote, which takes whole groups of all processes."""
+    """Placeholder among TRL's reward functions for the vote, which needs the groups of all processes."""
     return [0.0] * len(completions)
 
 
 class MGRPOTrainer(_GRPOTrainer):
-    """GRPOTrainer whose rewards are votes of the policy and of its momentum copy on each prompt's answer.
+    """GRPOTrainer whose rewards are votes of the policy and of its momentum model on each prompt's answer.
 
     Each prompt gets `num_generations` rollouts of the policy, which train, and `num_momentum_generations` of the
-    momentum model, which vote. Trajectories that the IQR filter drops do neither. After each optimiser step the
-    momentum model takes in the policy; it is saved in each checkpoint and restored from it.
+    momentum model, which vote. Trajectories that the IQR filter drops do neither. After each optimiser step the policy
+    is averaged into the momentum model, which is saved in each checkpoint.
 
     Args:
         model: folder, hub id, or model, as for GRPOTrainer.
         reward_funcs: further rewards, none by default; their weighted sum with the vote's is compared within groups.
             `args.reward_weights` starts with the weight of the vote.
         args: MGRPOConfig.
-        kwargs: as for GRPOTrainer; `train_dataset` needs the column `prompt`. A column `answer` feeds metrics alone.
+        kwargs: as for GRPOTrainer; `train_dataset` needs the column `prompt`. A column `answer` is for metrics only.
 
     Raises:
-        ValueError: tools, environments, rollout functions, DeepSpeed or FSDP1, with which momentum rollouts do not
-            work; an option out of range.
+        ValueError: tools, environments, rollout functions, DeepSpeed or FSDP1, which momentum rollouts do not support;
+            an option out of range.
 
     Source: arXiv 2512.13070, algorithm 1.
     """
@@ -96,7 +96,7 @@ class MGRPOTrainer(_GRPOTrainer):
             raise ValueError(f"MGRPOTrainer: args must be an MGRPOConfig, got {type(args).__name__}.")
         for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name):
-                raise ValueError(f"MGRPOTrainer: {name} must be None, for the momentum model has no turns of its own.")
+                raise ValueError(f"MGRPOTrainer: {name} must be None, because momentum rollouts have one turn.")
         others = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         super().__init__(model, [majority_vote, *others], args, **kwargs)
         if dropped := make_savable(self.accelerator.unwrap_model(self.model)):
@@ -123,14 +123,14 @@ class MGRPOTrainer(_GRPOTrainer):
     # Rollouts
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        """The momentum model's rollouts, then the policy's, with which TRL goes on."""
+        """Generates momentum rollouts and returns the policy's."""
         self._momentum_rollouts = self.roll_out_momentum(prompts) if self.model.training else ([], [])
         generated = super()._generate(prompts)
         self._prompt_ids = generated[0]
         return generated
 
     def roll_out_momentum(self, prompts: list[Any]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of prompts and responses of this process' momentum rollouts, in the order of its prompts."""
+        """Token ids of prompts and responses of this process's momentum rollouts, in the order of its prompts."""
         first = self.accelerator.process_index * len(prompts)
         rows = [
             row
@@ -143,9 +143,9 @@ class MGRPOTrainer(_GRPOTrainer):
         if images or fields:
             raise ValueError("MGRPOTrainer: prompts must be text, got images. Momentum rollouts do not take them.")
         with self.momentum.lent():
-            self._last_loaded_step = -1  # an engine of its own must take these weights
+            self._last_loaded_step = -1  # makes TRL send these weights to a separate engine
             responses, _ = self._generate_single_turn(prompt_ids, None, {}, self.num_momentum)
-        self._last_loaded_step = -1  # and the policy's before the next rollouts
+        self._last_loaded_step = -1  # makes TRL send the policy's before the next rollouts
         return prompt_ids, responses
 
     @property
@@ -195,7 +195,7 @@ class MGRPOTrainer(_GRPOTrainer):
             answers: R true answers, or None, for metrics alone.
 
         Raises:
-            FloatingPointError: no trajectory has a finite entropy; one that has none is dropped and counted.
+            FloatingPointError: no trajectory has a finite entropy; single ones without are dropped and counted.
         """
         num_policy = self.num_generations if self.model.training else self.num_generations_eval
         num_prompts = len(policy) // num_policy
@@ -211,7 +211,7 @@ class MGRPOTrainer(_GRPOTrainer):
         c, entropy = self.recipe, torch.tensor(values("entropy"))
         if not entropy.isfinite().any():
             raise FloatingPointError(
-                "MGRPOTrainer: the policy's logits must be finite, got none. Its weights are lost."
+                "MGRPOTrainer: the policy's logits must be finite, none is. Resume from an earlier checkpoint."
             )
         credit = assign_credit(
             values("answer"),
@@ -235,7 +235,7 @@ class MGRPOTrainer(_GRPOTrainer):
         return GroupCredit(credit=credit, metrics=metrics, alarms=alarms)
 
     def _take(self, credit: GroupCredit) -> None:
-        """Logs the metrics, and does what an alarm asks for."""
+        """Logs the metrics and handles alarms."""
         mode = "train" if self.model.training else "eval"
         for name, value in credit.metrics.items():
             if isinstance(value, int | float) and name != "step":
@@ -249,7 +249,7 @@ class MGRPOTrainer(_GRPOTrainer):
 
     @torch.no_grad()
     def _describe(self, prompts: list[list[int]], responses: list[list[int]]) -> list[Rollout]:
-        """Answers and entropies under the policy of this process' trajectories, given as token ids."""
+        """Answers of this process's trajectories, given as token ids, and their entropies under the policy."""
         if not prompts:
             return []
         device, pad_id = self.accelerator.device, self._tokenizer.pad_token_id
@@ -280,7 +280,7 @@ class MGRPOTrainer(_GRPOTrainer):
         ]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch, with our advantages, and without the trajectories that the filter dropped."""
+        """TRL's batch with our advantages, without the trajectories that the filter dropped."""
         output = super()._generate_and_score_completions(inputs)
         rows = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         device = output["advantages"].device
@@ -297,19 +297,19 @@ class MGRPOTrainer(_GRPOTrainer):
     # State
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """The momentum model first, so that a checkpoint with a trainer state has one."""
+        """Saves the momentum model first, so that every checkpoint with a trainer state has one."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         self.momentum.save(folder, is_main=self.args.should_save)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The momentum model too."""
+        """Loads the momentum model too."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.momentum.load(Path(checkpoint), self.accelerator.unwrap_model(self.model_wrapped))
 
     def save_momentum_model(self, folder: str | Path) -> None:
-        """Writes the momentum model and the tokenizer, for `from_pretrained`; every process has to call it."""
+        """Writes the momentum model and the tokenizer for `from_pretrained`; every process must call it."""
         weights = self.momentum.full_state_dict()
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model_wrapped)
@@ -317,7 +317,7 @@ class MGRPOTrainer(_GRPOTrainer):
 
 
 def _check_answer_key(key: str, dataset: Any) -> None:
-    """Raises ValueError for a key of answers other than the default that names no column."""
+    """Raises ValueError if a key other than the default names no column."""
     columns = getattr(dataset, "column_names", None)
     parts = key.split(".")
     known = isinstance(columns, list) and any(".".join(parts[:i]) in columns for i in range(1, len(parts) + 1))
@@ -329,7 +329,7 @@ def _check_answer_key(key: str, dataset: Any) -> None:
 
 
 def momentum_rollouts_at(row: int, num_policy: int, num_momentum: int) -> int:
-    """How many of a prompt's N momentum rollouts the process has that holds this of the M policy rollouts of it.
+    """Number of a prompt's N momentum rollouts that belong to row `row` of its M policy rollouts.
 
     They are spread evenly over the M rows of a group, so that processes which share a group have the same number.
     """

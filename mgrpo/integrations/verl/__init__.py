@@ -1,8 +1,8 @@
 """The plug-in that verl loads: trainer mode `mgrpo` and advantage estimator `mgrpo`, with no fork.
 
-verl imports this package in every process, Ray's workers among them, by its entry point `verl.plugins`, or by
-VERL_USE_EXTERNAL_MODULES=mgrpo.integrations.verl; everything is registered then. A program that has not imported verl
-may import the modules that need none of it.
+verl imports this package in every process, including Ray's workers, by its entry point `verl.plugins` or by
+VERL_USE_EXTERNAL_MODULES=mgrpo.integrations.verl, which registers both. Without verl, the modules that do not need it
+can still be imported.
 """
 
 import sys

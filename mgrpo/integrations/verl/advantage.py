@@ -1,4 +1,4 @@
-"""verl's advantage estimator `mgrpo`: rewards compared within groups, over the rollouts that a mask has left.
+"""verl's advantage estimator `mgrpo`: group advantages over the rollouts that a mask keeps.
 
 Letters: R rows (trajectories), L padded response tokens, B prompts, G rows of the largest group.
 """
@@ -25,24 +25,24 @@ def group_advantage(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A_i = (r_i - mean) / (std + 1e-6) over the rows of a prompt that have a response token, at every such token.
 
-    Use it alone with `algorithm.adv_estimator=mgrpo`, whatever gives the rewards; groups may differ in size.
+    Usable by itself with `algorithm.adv_estimator=mgrpo` and any rewards; groups may differ in size.
 
     Args:
         token_level_rewards: [R, L] float; r_i is their sum.
-        response_mask: [R, L]; a row of zeros has no part in its group and gets 0.
-        config: verl's algorithm section. norm_adv_by_std_in_grpo False leaves out the division (Dr. GRPO).
+        response_mask: [R, L]; a row of zeros is not part of its group and gets 0.
+        config: verl's algorithm section. norm_adv_by_std_in_grpo False omits the division (Dr. GRPO).
         index: [R], the prompt of each row.
 
     Returns:
         Advantages and returns, the same [R, L] fp32.
 
     Raises:
-        ValueError: no index.
+        ValueError: the index is missing.
 
     Source: arXiv 2402.03300; survivors of the filter alone as in arXiv 2512.13070.
     """
     if index is None:
-        raise ValueError("mgrpo: index must tell the prompt of each row, got None. Pass data with a uid.")
+        raise ValueError("mgrpo: index must name the prompt of each row, got None. Pass data with a uid.")
     by_std = True if config is None else _get(config, "norm_adv_by_std_in_grpo", True)
     with torch.no_grad():
         mask = response_mask.bool()

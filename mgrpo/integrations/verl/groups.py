@@ -1,4 +1,4 @@
-"""From verl's rows to votes and back: which rows are a prompt's group, and what becomes of each. No Ray, no queue.
+"""From verl's rows to groups and back: credit for the rows of a batch, without Ray or a queue.
 
 Letters: R rows (trajectories), L padded response tokens, B prompts, M policy and N momentum rollouts a prompt, G=M+N.
 """
@@ -18,7 +18,7 @@ from mgrpo.grading.checker import AnswerChecker
 from mgrpo.integrations.shared import credit_metrics, make_truth_reader
 from mgrpo.types import Metrics
 
-# A momentum rollout's prompt, so that no key of verl's queue is that of a policy rollout. It may hold no underscore.
+# Marks a momentum rollout's prompt, so that its key in verl's queue differs from a policy rollout's. No underscore.
 MOMENTUM = "-momentum"
 
 
@@ -73,14 +73,14 @@ def arrange(keys: Sequence[str], num_policy: int, num_momentum: int) -> torch.Te
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What the vote needs of R trajectories, in any order."""
+    """Inputs of the vote for R trajectories, in any order."""
 
     keys: list[str]  # [R]
     texts: list[str]  # [R], responses
     entropy: torch.Tensor  # [R, L] fp32, token entropies of the policy, nats
     mask: torch.Tensor  # [R, L] bool, tokens that the model wrote
     truncated: torch.Tensor  # [R] bool, cut at the length limit
-    true_answers: list[Any]  # [R], labels as the data have them, None where there is none
+    true_answers: list[Any]  # [R], raw labels, None where there is none
 
 
 def merge_rows(parts: Sequence[Rows]) -> Rows:
@@ -102,7 +102,7 @@ def merge_rows(parts: Sequence[Rows]) -> Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupCredit:
-    """What the vote makes of each row, and of the step."""
+    """Credit of each row, and metrics of the step."""
 
     rewards: torch.Tensor  # [R] fp32
     advantage: torch.Tensor  # [R] fp32
@@ -114,13 +114,13 @@ class GroupCredit:
 def credit_rows(
     rows: Rows, config: Config, *, extract: Callable[[str], str | None], checker: AnswerChecker, backend: str = "auto"
 ) -> GroupCredit:
-    """Filters, votes, rewards and compares within groups, and gives each row its own.
+    """Filters, votes, rewards and compares within groups; returns the credit of each row.
 
     Args:
-        rows: all rollouts of a step, without those that verl has added to fill up a batch.
-        config: rollout, filter, vote and objective are meant.
+        rows: all rollouts of a step, without verl's padding rows.
+        config: its rollout, filter, vote and objective are used.
         extract: finds the answer in a response, None where there is none.
-        checker: decides which answers are the same.
+        checker: decides which answers are equal.
         backend: backend of mgrpo_kernels.
 
     Raises:
@@ -133,7 +133,7 @@ def credit_rows(
     answers = [extract(text) for text in rows.texts]
     entropy = K.trajectory_entropy(rows.entropy.float(), mask=rows.mask, reduce="mean", backend=backend)
     lengths = rows.mask.sum(1)
-    # A true answer is read for metrics, and by objective.reward labels.
+    # True answers are used for metrics, and by objective.reward labels.
     read = make_truth_reader(config.answer.label_extract)
     true = [read(rows.true_answers[row]) for row in group[:, 0].tolist()]
     may_train = (torch.arange(group.shape[1]) < config.num_train).expand(group.shape)
@@ -171,14 +171,14 @@ def credit_rows(
 
 
 def _by_row(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """[R] values of the rows from those [B, G] of the groups."""
+    """[R] values of the rows from the [B, G] values of the groups."""
     out = values.new_zeros(group.numel())
     out[group.flatten()] = values.flatten()
     return out
 
 
 def place_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[R, L] fp32, each row's reward at its last token that the model wrote; none where there is no token."""
+    """[R, L] fp32, each row's reward at the last token that the model wrote, 0 elsewhere."""
     mask = mask.bool()
     out = torch.zeros(mask.shape, dtype=torch.float32)
     rows = mask.any(1)

@@ -15,7 +15,7 @@ from mgrpo.config.renamed import RENAMED
 from mgrpo.errors import ConfigError
 from mgrpo.integrations.shared import missing_evidence
 
-# What `mgrpo.` takes; the rest of a run is verl's own. None stands for every option of the group.
+# Options under `mgrpo.`; all else is verl's own. None stands for every option of the group.
 GROUPS: dict[str, tuple[str, ...] | None] = {
     "rollout": ("num_momentum", "truncated"),
     "momentum": None,
@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...] | None] = {
 }
 PATCH_KERNELS = "patch_kernels"
 MODEL = "actor_rollout_ref.model"
-# verl's option, what it must be, and why.
+# verl's option, its required value, and the reason.
 REQUIRED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("algorithm.adv_estimator", ("mgrpo",), "advantages are those of the vote"),
     ("algorithm.use_kl_in_reward", (False,), "rewards are votes; use actor_rollout_ref.actor.use_kl_loss"),
@@ -52,25 +52,25 @@ REQUIRED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """M-GRPO as verl is to run it."""
+    """M-GRPO's options within verl."""
 
     recipe: Config
-    """Of it rollout, momentum, filter, vote, answer, objective, kernels and monitor are meant."""
+    """Its groups rollout, momentum, filter, vote, answer, objective, kernels and monitor are used."""
     patch_kernels: bool
     """Whether the workers' log-probs and entropies are computed by mgrpo_kernels."""
     num_optimizer_steps: int
-    """Optimiser steps of the whole run, which the schedule of the momentum model spans."""
+    """Optimiser steps of the whole run, for the schedule of the momentum model."""
 
 
 def read_options(config: Any, *, total_training_steps: int | None = None) -> Options:
-    """Reads and checks `config.mgrpo` and those of verl's own options that M-GRPO needs.
+    """Reads and checks `config.mgrpo` and verl's options that M-GRPO needs.
 
     Args:
         config: verl's whole configuration, or a mapping like it.
-        total_training_steps: of the run, once verl has counted its data.
+        total_training_steps: steps of the run, once verl has counted its data.
 
     Raises:
-        ConfigError: every option that is unknown, out of range, verl's own, or contradicts another.
+        ConfigError: lists all options that are unknown, out of range, verl's own, or contradict another.
     """
     given = _plain(_select(config, "mgrpo")) or {}
     problems = _unknown(given)
@@ -104,7 +104,7 @@ def read_options(config: Any, *, total_training_steps: int | None = None) -> Opt
 
 
 def _check(recipe: Config) -> None:
-    """Raises ConfigError for what `mgrpo.train` can and the plug-in can not."""
+    """Raises ConfigError for options of `mgrpo.train` that the plug-in does not support."""
     problems = missing_evidence(recipe, host="verl")
     if recipe.filter.score == "source":
         problems.append("filter.score must be policy, got source.")
@@ -117,7 +117,7 @@ def _check(recipe: Config) -> None:
 
 
 def _unknown(given: Mapping[str, Any]) -> list[str]:
-    """Names each key that `mgrpo` does not take, with the nearest that it does."""
+    """A message for each unknown key of `mgrpo`, with the nearest known one."""
     problems = []
     known = {f.name: [g.name for g in dataclasses.fields(f.default_factory)] for f in _groups()}  # type: ignore[arg-type]
     for group, values in given.items():

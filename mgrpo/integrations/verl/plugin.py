@@ -19,11 +19,11 @@ _failure: str | None = None
 
 
 def load() -> None:
-    """Registers everything with verl; a failure is printed, because verl reports one at DEBUG alone.
+    """Registers trainer and estimator with verl; prints a failure, which verl itself logs only at DEBUG.
 
     Raises:
-        UnsupportedVersion: verl is absent, or of a version whose hooks are not known.
-        ImportError: a package that verl's trainer needs is absent.
+        UnsupportedVersion: verl is missing or its version unsupported.
+        ImportError: a package that verl's trainer needs is missing.
     """
     global _failure
     try:
@@ -32,7 +32,7 @@ def load() -> None:
             importlib.import_module(f"mgrpo.integrations.verl.{part}")
     except Exception as error:
         _failure = f"{type(error).__name__}: {error}"
-        # Straight to stderr too: verl sets up logging only after its plug-ins.
+        # To stderr too, because verl sets up logging only after its plug-ins.
         traceback.print_exc(file=sys.stderr)
         message = f"mgrpo's plug-in for verl failed to load ({_failure}); it supports verl {SUPPORTED['verl']}."
         print(f"ERROR: {message}", file=sys.stderr, flush=True)
@@ -41,7 +41,7 @@ def load() -> None:
 
 
 def describe() -> dict[str, Any]:
-    """What this process has of the plug-in: versions, what went wrong, and what is registered."""
+    """State of the plug-in in this process: versions, failure and registered names."""
     registered = []
     for module, registry in (("v1.trainer_base", "TRAINER_REGISTRY"), ("core_algos", "ADV_ESTIMATOR_REGISTRY")):
         known = sys.modules.get(f"verl.trainer.ppo.{module}")
@@ -59,7 +59,7 @@ def _version(package: str) -> str | None:
 
 
 def check_processes(found: list[dict[str, Any]]) -> None:
-    """Raises RuntimeError where a process has not loaded the plug-in, or another version of it.
+    """Raises RuntimeError if a process has not loaded the plug-in, or another version of it.
 
     Args:
         found: `describe()` of each worker.

@@ -1,4 +1,4 @@
-"""Trajectories in verl's queue: the columns that the vote reads, and those that it writes.
+"""Trajectories in verl's queue: reads the columns for the vote and writes its results.
 
 Letters: R rows (trajectories) of a batch, padding rows included; L response tokens.
 """
@@ -21,20 +21,20 @@ FIELDS = ("prompts", "responses", "response_mask", "entropy", "reward_model")
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """A batch of verl's queue. Rows that verl has added to fill it up have no part in a vote."""
+    """A batch of verl's queue; its padding rows take no part in a vote."""
 
     batch: Any  # KVBatchMeta
-    real: list[int]  # rows that are trajectories
+    real: list[int]  # indices of the trajectories, without padding rows
     texts: list[str]  # [R]
     lengths: list[int]  # [R]
     ended: list[bool]  # [R], the last token ends the response
-    true_answers: list[Any]  # [R], labels as the data have them, None where there is none
+    true_answers: list[Any]  # [R], raw labels, None where there is none
     entropy: torch.Tensor  # [R, L] fp32
     mask: torch.Tensor  # [R, L] bool, tokens that the model wrote
-    nested_mask: torch.Tensor  # [R, each its length], as the queue has it
+    nested_mask: torch.Tensor  # [R, length of each], as in the queue
 
     def rows(self, max_length: int) -> Rows:
-        """The trajectories, for the vote; `max_length` is the limit in tokens at which a response was cut."""
+        """The trajectories for the vote; `max_length` is the length limit of responses in tokens."""
         real = self.real
         cut = [self.lengths[row] >= max_length and not self.ended[row] for row in real]
         return Rows(
@@ -47,9 +47,9 @@ class Fetched:
         )
 
     def write_rewards(self, credit: GroupCredit) -> None:
-        """Rewards at the last token, and masks without the trajectories that do not train.
+        """Writes rewards at the last token, and masks that exclude trajectories not in the loss.
 
-        verl takes the loss's tokens from `response_mask`, and their number from `loss_mask`.
+        verl takes the tokens of the loss from `response_mask`, and their number from `loss_mask`.
         """
         mask = self.mask & self._spread(credit.trains)[:, None]
         masks = mask.to(self.nested_mask.dtype)
@@ -58,7 +58,7 @@ class Fetched:
         )
 
     def write_advantages(self, credit: GroupCredit) -> None:
-        """Advantages at every token of a trajectory that trains."""
+        """Writes advantages at every token of a trajectory in the loss."""
         advantages = self._spread(credit.advantage)[:, None] * (self.mask & self._spread(credit.trains)[:, None])
         self._put(advantages=advantages, returns=advantages)
 
@@ -79,7 +79,7 @@ class Fetched:
 
 
 def fetch(batch: Any, tokenizer: Any) -> Fetched:
-    """Reads scored trajectories.
+    """Reads trajectories with log-probs.
 
     Args:
         batch: KVBatchMeta, whose trajectories have entropies.
@@ -105,5 +105,5 @@ def fetch(batch: Any, tokenizer: Any) -> Fetched:
 
 
 def _true_answer(reward_model: Any) -> Any:
-    """The label that verl's data have under `reward_model`."""
+    """The label in the column `reward_model` of verl's data."""
     return reward_model.get("ground_truth") if isinstance(reward_model, dict) else None

@@ -1,4 +1,4 @@
-"""verl's trainer mode `mgrpo`: votes of the policy and of its momentum copy in place of rewards.
+"""verl's trainer mode `mgrpo`: votes of the policy and of its momentum model in place of rewards.
 
 Letters: R rows (trajectories), L response tokens, B prompts, M policy and N momentum rollouts a prompt.
 """
@@ -35,17 +35,17 @@ ACTORS = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
 
 @register_trainer("mgrpo")
 class MGRPOTrainer(PPOTrainerSync):
-    """verl's synchronous trainer whose rewards are majority votes, with no label.
+    """verl's synchronous trainer whose rewards are majority votes, without labels.
 
-    `actor_rollout_ref.rollout.n` is M. At each step the policy in the engine rolls out M responses a prompt; then the
-    engine is filled with the momentum model, which rolls out `mgrpo.rollout.num_momentum`. The log-probs of all of them
-    are the policy's. Trajectories that the IQR filter drops neither vote nor train, and momentum rollouts only vote.
+    `actor_rollout_ref.rollout.n` is M. At each step the engine generates M responses a prompt with the policy's weights
+    and then N = `mgrpo.rollout.num_momentum` with the momentum model's. The log-probs of all of them are the policy's.
+    Trajectories that the IQR filter drops neither vote nor train, and momentum rollouts only vote.
 
     Args:
         config: verl's configuration, with the key `mgrpo`.
 
     Raises:
-        ConfigError: options of verl with which this does not work, or options of ours out of range.
+        ConfigError: unsupported options of verl, or options of ours out of range.
 
     Source: arXiv 2512.13070, algorithm 1.
     """
@@ -65,19 +65,19 @@ class MGRPOTrainer(PPOTrainerSync):
 
     @property
     def trainer_mode(self) -> str:
-        """The mode whose data flow this is: verl asks for it by name in many places."""
+        """The mode of the same data flow, whose name verl compares in many places."""
         return "sync"
 
     @trainer_mode.setter
     def trainer_mode(self, name: str) -> None:
-        """Verl sets the registered name."""
+        """Ignores the registered name, which verl sets."""
 
     # Workers
 
     def _init_resource_pool_mgr(self) -> None:
-        """Verl's roles, of which the actor is our worker."""
+        """Verl's roles with our worker as the actor."""
         super()._init_resource_pool_mgr()
-        # Not at the top: a worker process imports the other way round.
+        # Not at the top, where it would be an import cycle in a worker process.
         worker = importlib.import_module("mgrpo.integrations.verl.worker").MGRPOWorker
         for role in set(self.role_worker_mapping) & set(ACTORS):
             self.role_worker_mapping[role] = ray.remote(worker)
@@ -92,19 +92,19 @@ class MGRPOTrainer(PPOTrainerSync):
             }
 
     def on_init_end(self) -> None:
-        """Makes sure of every worker before the first rollout."""
+        """Checks every worker before the first rollout."""
         plugin.check_processes(self.actor_rollout_wg.describe_plugin())
         super().on_init_end()
 
     # Rollouts
 
     def _submit_batch_to_rollout(self, batch: Any) -> int:
-        """Remembers the prompts for the momentum model."""
+        """Keeps the prompts for the momentum model."""
         self._prompts.append(batch)
         return super()._submit_batch_to_rollout(batch)
 
     def on_sample_end(self) -> None:
-        """The policy's rollouts are there: the momentum model's follow."""
+        """Generates the momentum rollouts after the policy's."""
         prompts, self._prompts = self._prompts, []
         self._momentum_batch = None
         if self.recipe.rollout.num_momentum:
@@ -115,7 +115,7 @@ class MGRPOTrainer(PPOTrainerSync):
         super().on_sample_end()
 
     def roll_out_momentum(self, prompts: list[Any]) -> Any:
-        """Rolls out N responses of each prompt with the model that the engine holds; returns their KVBatchMeta."""
+        """Generates N responses to each prompt with the engine's current weights; returns their KVBatchMeta."""
         batch = momentum_prompts(prompts, self.recipe.rollout.num_momentum)
         super()._submit_batch_to_rollout(batch)
         rollouts, _ = self.replay_buffer.sample(
@@ -126,7 +126,7 @@ class MGRPOTrainer(PPOTrainerSync):
     # Votes
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """Scores the policy's rollouts, and the momentum model's, whose log-probs nobody needs."""
+        """Computes log-probs and entropies of both models' rollouts; the momentum rollouts need only the entropies."""
         batch = super()._compute_old_log_prob(batch, metrics)
         if self._momentum_batch is not None:
             processes = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
@@ -135,7 +135,7 @@ class MGRPOTrainer(PPOTrainerSync):
         return batch
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """Votes, and puts rewards, masks and advantages in place of what verl's reward function has left."""
+        """Votes, and replaces rewards, masks and advantages."""
         fetched = [fetch(part, self.tokenizer) for part in (batch, self._momentum_batch) if part is not None]
         credit = credit_rows(
             merge_rows([part.rows(self.recipe.rollout.max_new_tokens) for part in fetched]),
@@ -147,7 +147,7 @@ class MGRPOTrainer(PPOTrainerSync):
         policy = fetched[0]
         policy.write_rewards(credit)
         batch = super()._compute_advantage(batch, metrics)
-        # The estimator has not seen the momentum rollouts, with which objective.advantage_over all compares.
+        # The estimator lacks the momentum rollouts, which objective.advantage_over all needs.
         policy.write_advantages(credit)
         if self._momentum_batch is not None:
             tq.kv_clear(keys=self._momentum_batch.keys, partition_id=self._momentum_batch.partition_id)
@@ -156,7 +156,7 @@ class MGRPOTrainer(PPOTrainerSync):
         return batch
 
     def _observe(self, credit: GroupCredit, metrics: dict[str, Any]) -> None:
-        """Logs the step, and does what an alarm asks for."""
+        """Logs the step and handles alarms."""
         found = credit.metrics | {"step": self.global_steps}
         for name, value in found.items():
             if isinstance(value, int | float) and name != "step":
@@ -168,7 +168,7 @@ class MGRPOTrainer(PPOTrainerSync):
             self._stop = self.recipe.monitor.on_collapse == "stop"
 
     def on_step_end(self) -> None:
-        """The policy goes back into the engine; after an alarm that stops the run, a checkpoint and the end."""
+        """Updates the engine with the policy; after an alarm that stops the run, saves a checkpoint and ends it."""
         super().on_step_end()
         if self._stop:
             self._save_checkpoint()
@@ -176,7 +176,7 @@ class MGRPOTrainer(PPOTrainerSync):
 
 
 def momentum_prompts(prompts: list[Any], num_momentum: int) -> Any:
-    """The same prompts under names of their own, with N rollouts each, as a TensorDict for the agent loop."""
+    """The prompts under separate keys, with N rollouts each, as a TensorDict for the agent loop."""
     batch = tu.concat_tensordict(prompts) if len(prompts) > 1 else prompts[0]
     batch = batch.clone(recurse=False)
     tu.assign_non_tensor_stack(batch, "uid", [f"{uid}{MOMENTUM}" for uid in batch["uid"]])

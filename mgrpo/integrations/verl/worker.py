@@ -1,4 +1,4 @@
-"""verl's worker with a momentum model beside the policy: averaged where the shards lie, lent to the rollout engine."""
+"""verl's worker with a momentum model, averaged on the policy's shards and lent to the rollout engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EngineMomentum:
 
     Args:
         engine: verl's engine, whose `module` is a plain module or one of FSDP2, and whose `optimizer_step` returns
-            the norm of the gradient. A step that verl skips, for its gradient is not finite, averages nothing.
+            the norm of the gradient. A step that verl skips for a non-finite gradient averages nothing.
         config: decay, schedule, storage.
         num_steps: optimiser steps of the run.
         seed: of stochastic rounding.
@@ -50,7 +50,7 @@ class EngineMomentum:
         engine.optimizer_step = self._step
 
     def _step(self) -> Any:
-        """The engine's optimiser step, and one average."""
+        """The engine's optimiser step, then one average."""
         norm = self._optimizer_step()
         if torch.isfinite(torch.as_tensor(norm)).all():
             self.momentum.update(self.step, self.num_steps)
@@ -59,7 +59,7 @@ class EngineMomentum:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Lets the policy's `state_dict`, from which verl fills its rollout engine, tell the momentum model."""
+        """Within the block, the policy's `state_dict`, which verl sends to its engine, is the momentum model."""
         module = self.engine.module
         policy = module.state_dict()
         weights = {name: tensor.to(policy[name].dtype) for name, tensor in self.momentum.state_dict().items()}
@@ -70,7 +70,7 @@ class EngineMomentum:
             del module.state_dict
 
     def save(self, folder: Path) -> None:
-        """Writes this process' shards, their Kahan terms and the step, aside and then renamed."""
+        """Writes this process's shards, their Kahan terms and the step into a temporary file, then renames it."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / file_name()
         aside = path.with_name(f".{path.name}.tmp")
@@ -89,7 +89,7 @@ class EngineMomentum:
         path = folder / file_name()
         if not path.is_file():
             raise FileNotFoundError(
-                f"mgrpo: {path} must be there to resume, got none. Resume from a checkpoint of trainer mode mgrpo, on "
+                f"mgrpo: {path} must exist to resume, it does not. Resume from a checkpoint of trainer mode mgrpo, on "
                 "as many processes as wrote it, or start anew with trainer.resume_mode=disable."
             )
         targets = self._tensors()
@@ -113,13 +113,13 @@ class EngineMomentum:
 
 
 def file_name() -> str:
-    """File of this process' shards in a checkpoint, named as verl names its own."""
+    """File of this process's shards in a checkpoint, named like verl's own."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return f"momentum_world_size_{size}_rank_{rank}.safetensors"
 
 
 def worker_options(given: Mapping[str, Any]) -> tuple[MomentumConfig, KernelsConfig]:
-    """What the trainer has put under `actor_rollout_ref.mgrpo`."""
+    """The options that the trainer has put under `actor_rollout_ref.mgrpo`."""
     return MomentumConfig(**given["momentum"]), KernelsConfig(**given["kernels"])
 
 
@@ -130,15 +130,15 @@ class MGRPOWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def describe_plugin(self) -> dict[str, Any]:
-        """What this process has of the plug-in."""
+        """State of the plug-in in this process."""
         return plugin.describe()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """Builds verl's models, and the momentum model as a copy of the policy."""
+        """Builds verl's models and a momentum model."""
         options = self.config.mgrpo
         if options.patch_kernels:
-            # For the life of the process, and before the engines take their functions.
+            # For the life of the process, and before the engines store their functions.
             patch_kernels(importlib.import_module("verl"))
         super().init_model()
         if "actor" in self.role:
@@ -149,7 +149,7 @@ class MGRPOWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_momentum_weights(self, global_steps: int | None = None, mode: str = "naive") -> None:
-        """Fills the rollout engine, which has to be asleep, with the momentum model."""
+        """Updates the rollout engine, which must be asleep, with the momentum model."""
         assert self.momentum is not None, "no actor here"
         with self.momentum.lent():
             await super().update_weights(global_steps=global_steps, mode=mode)
@@ -162,7 +162,7 @@ class MGRPOWorker(ActorRolloutRefWorker):
         global_step: int = 0,
         max_ckpt_to_keep: int | None = None,
     ) -> None:
-        """Verl's checkpoint with the momentum model beside it."""
+        """Verl's checkpoint, with the momentum model beside it."""
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
         assert self.momentum is not None, "no actor here"
         self.momentum.save(Path(local_path))
@@ -171,7 +171,7 @@ class MGRPOWorker(ActorRolloutRefWorker):
     def load_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False
     ) -> None:
-        """The momentum model first, for verl may delete the folder after."""
+        """Loads the momentum model first, because verl may delete the folder afterwards."""
         assert self.momentum is not None, "no actor here"
         self.momentum.load(Path(local_path))
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load)

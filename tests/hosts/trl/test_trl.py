@@ -238,7 +238,7 @@ def test_a_checkpoint_without_its_momentum_model_is_refused(make_trainer, tmp_pa
     with pytest.raises(ValueError, match=r"momentum.safetensors must hold 48 tensors .* got 24"):
         make_trainer(max_steps=3, momentum_dtype="bf16-kahan").train(resume_from_checkpoint=str(path.parent))
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"momentum.safetensors must be there to resume, got none"):
+    with pytest.raises(FileNotFoundError, match=r"momentum.safetensors must exist to resume, it does not"):
         make_trainer(max_steps=3).train(resume_from_checkpoint=str(path.parent))
 
 
@@ -268,7 +268,7 @@ def test_logits_that_are_not_finite_are_dropped_and_counted_and_never_all(make_t
     nan = float("nan")
     credit = trainer.assign_credit(rollouts(["7"] * 16, [nan, *[1.0] * 15]), rollouts(["7"] * 8), [None] * 16)
     assert credit.metrics["nonfinite_share"] == 1 / 24 and not credit.credit.keep[0, 0]
-    with pytest.raises(FloatingPointError, match="the policy's logits must be finite, got none"):
+    with pytest.raises(FloatingPointError, match="the policy's logits must be finite, none is"):
         trainer.assign_credit(rollouts(["7"] * 16, [nan] * 16), rollouts(["7"] * 8, [nan] * 8), [None] * 16)
 
 

@@ -47,7 +47,7 @@ def test_groups_may_differ_in_size():
 
 
 def test_no_index_is_refused():
-    with pytest.raises(ValueError, match="index must tell the prompt of each row, got None"):
+    with pytest.raises(ValueError, match="index must name the prompt of each row, got None"):
         estimate([1.0], torch.ones(1, 1), None)
 
 

@@ -188,7 +188,7 @@ def test_a_checkpoint_of_verl_has_the_momentum_model_bit_for_bit(make_worker, tm
 def test_a_checkpoint_without_or_with_another_momentum_model_is_refused(make_worker, tmp_path):
     worker = make_worker()
     worker.actor.save_checkpoint(str(tmp_path / "plain"), None, 1, None)
-    with pytest.raises(FileNotFoundError, match=r"momentum_world_size_1_rank_0.safetensors must be there to resume"):
+    with pytest.raises(FileNotFoundError, match=r"momentum_world_size_1_rank_0.safetensors must exist to resume"):
         worker.load_checkpoint(str(tmp_path / "plain"))
     worker.momentum.save(tmp_path / "one")
     other = copy.copy(worker.momentum)
