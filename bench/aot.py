@@ -1,8 +1,7 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and reports its resources: `python -m bench.aot`.
 
-Compiles each variant that a `mgrpo_kernels/*/triton.py` lists, for sm_80 and sm_90, and writes registers, spills,
-stack, shared memory, occupancy and accesses of 16 bytes to records/aot/triton.json and AOT.md, or to the folder of
-`--output`.
+Compiles each variant listed in a `mgrpo_kernels/*/triton.py` for sm_80 and sm_90, and writes registers, spills, stack,
+shared memory, occupancy and 16-byte accesses to records/aot/triton.json and AOT.md, or to the folder of `--output`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 
 BENCH = Path(__file__).resolve().parent
 PACKAGE = BENCH.parent / "mgrpo_kernels"
-# Bytes of shared memory of a multiprocessor, of an A100 and an H100 or H200.
+# Bytes of shared memory of a multiprocessor: A100, and H100 or H200.
 ARCHITECTURES = {80: 164 * 1024, 90: 228 * 1024}
 # Bytes that a multiprocessor must have in flight: 132 of them draw 4.3 TB/s from a memory with a latency of 0.7 us.
 _LEAST_UNDER_WAY = 24 * 1024
@@ -52,14 +51,14 @@ def operations() -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """Text of a constant, with short names of dtypes."""
+    """Text of a constant; dtypes have short names."""
     if isinstance(value, tuple | list):
         return "(" + ", ".join(map(_text, value)) + ")"
     return str(value)
 
 
 def _compile(op: str, variant: Any, architecture: int) -> dict[str, Any]:
-    """One row: a variant on an architecture."""
+    """The row of a variant on an architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, CompilationError
@@ -117,13 +116,13 @@ def _count(ptx: str, access: str) -> int:
 
 
 def _programs(registers: int, shared_bytes: int, num_warps: int, architecture: int) -> int:
-    """Programs that fit a multiprocessor: 64 warps, 65536 registers in units of 8 a thread, and its shared memory."""
+    """Programs that fit a multiprocessor, by its 64 warps, 65536 registers (8 at a time a thread) and shared memory."""
     by_registers = 65536 // (32 * num_warps * -(-registers // 8) * 8)
     return min(64 // num_warps, 32, by_registers, ARCHITECTURES[architecture] // (shared_bytes + 1024))
 
 
 def rows() -> list[dict[str, Any]]:
-    """Every variant of every operation on every architecture."""
+    """The rows of all variants of all operations on all architectures."""
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError("bench.aot: Triton interprets in this process. Run python -m bench.aot.")
     os.environ.pop("TRITON_INTERPRET", None)

@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    # Timings come in the written order, on inputs of their own seeds, whatever pytest-randomly does to tests.
+    # Timings are taken in the written order with fixed seeds, whatever pytest-randomly does to tests.
     for name in ("randomly_reset_seed", "randomly_reorganize"):
         if hasattr(config.option, name):
             setattr(config.option, name, False)
@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "bench" in metafunc.fixturenames:
         assert metafunc.module is not None
         backends = _backends(metafunc.config, metafunc.module.OP)
-        # On a GPU the others take their turns beside the first: peers are slow to compile and large.
+        # On a GPU the other backends are timed in the case of the first: peers are slow to compile and large.
         metafunc.parametrize("backend", backends[:1] if _device(metafunc.config) == "cuda" else backends)
 
 
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def scale(request: pytest.FixtureRequest) -> str:
-    """Which shapes: "cpu", "cuda" or "tiny"."""
+    """Name of the shapes: "cpu", "cuda" or "tiny"."""
     return _scale(request.config)
 
 
@@ -85,7 +85,7 @@ def bench(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, str
     def run(case: Case, backend: str) -> None:
         seconds = float(config.getoption("--bench-seconds") or 0)
         if _scale(config) == "tiny":
-            # A trial: nothing that compiles, no package that takes seconds to import, no more rounds than three.
+            # A trial skips peers that compile or import slowly, and takes at most three rounds.
             peers = [peer for peer in case.peers if peer.checked and peer.package is None]
             case, seconds = replace(case, peers=peers, cold=False), 0.0
         others = [name for name in _backends(config, case.op) if name != backend] if device == "cuda" else ["reference"]

@@ -1,4 +1,4 @@
-"""Tests which decoder families of transformers train with the embedded engine: `python -m bench.models`.
+"""Finds the decoder families of transformers that train with the embedded engine: `python -m bench.models`.
 
 Each family is a tiny random model (bench/training/families.py) in a folder, with which the trainer takes two steps.
 """
@@ -47,9 +47,9 @@ TABLE = ROOT / "docs" / "models.md"
 SPECIAL = {"<s>": "bos_token", "</s>": "eos_token", "<pad>": "pad_token"}
 PROMPTS = ("1+1", "What is 2+3?", "Add 12 and 33.", "4+5=")
 STEPS = 2
-# Matrices are scaled by this, because fresh weights give nearly flat logits.
+# Scale of the matrices, because fresh weights give nearly flat logits.
 GAIN = 3.0
-# Largest difference of the mean importance weight between engine and trainer from 1, in fp32.
+# Largest deviation from 1 of the mean importance weight between engine and trainer, in fp32.
 MAX_TIS_ERROR = 1e-3
 MAX_REASON = 240  # characters
 
@@ -60,13 +60,13 @@ class Outcome:
 
     family: str
     built: bool
-    way: str = ""  # of decoding, of a family that trains
+    way: str = ""  # way of decoding, if the family trains
     gap: float = 0.0  # between engine and trainer, nats a token
-    reason: str = ""  # why it does not train
+    reason: str = ""  # of a failure
 
     @property
     def trains(self) -> bool:
-        """Whether every step succeeded with rollouts of the model's distribution."""
+        """Whether every step succeeded with correct rollouts."""
         return self.built and not self.reason
 
 
@@ -126,7 +126,7 @@ def try_family(family: str, folder: Path, tokenizer: PreTrainedTokenizerFast, da
 
 
 def _fault(rows: Sequence[dict[str, Any]]) -> str:
-    """The first fault in the metrics of a finished run; empty where there is none."""
+    """The first fault in the metrics of a finished run; "" if there is none."""
     for row in rows:
         if row["nonfinite_steps"]:
             return "its loss or gradient is not finite"
@@ -147,7 +147,7 @@ def _one_line(error: Exception) -> str:
 
 
 def try_all(families: Sequence[str] = FAMILIES) -> Iterator[Outcome]:
-    """Every family, one after the other."""
+    """Tries the families, one after the other."""
     quiet_transformers()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -204,14 +204,14 @@ def render(outcomes: Sequence[Outcome]) -> str:
 
 
 def read_table(text: str) -> dict[str, str]:
-    """Way of decoding of each family that trains, read from the document."""
+    """Way of decoding of each trainable family, from the document."""
     part = text.partition("## Train\n")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")][1:]
     return {family: way for way, families in rows for family in families.split(", ")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tries the given families, or all of them and writes the document."""
+    """Tries the given families; without any, tries all and writes the document."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="try only these, and do not write the document")
     chosen = parser.parse_args(argv).families

@@ -1,4 +1,4 @@
-"""Records of benchmark runs: JSON a run, and the Markdown made of them by `python -m bench.records`."""
+"""Records of benchmark runs as JSON, and the Markdown page of them by `python -m bench.records`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _HEADER = ["candidate", "ms", "rate", "of roof", "peak MiB", "temporary MiB", "e
 
 
 def _columns(result: dict[str, Any]) -> list[str]:
-    """Headings of a case's table, with host times where they were measured."""
+    """Headings of a case's table, with host times if measured."""
     return _HEADER + ["host ms"] * any(row.get("host_ms") is not None for row in result["rows"])
 
 
@@ -85,7 +85,7 @@ def table(result: Result) -> str:
 
 
 def write(results: Sequence[Result], device: str = "cpu", folder: Path = RECORDS) -> list[Path]:
-    """Replaces the record of every operation of the run, in the device's folder; returns the paths."""
+    """Replaces the record of every operation in the run, in the device's folder; returns the paths."""
     used = meter(device)
     packages = {row.package for result in results for row in result.rows if row.package}
     header = {
@@ -115,7 +115,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _machine(device: dict[str, Any]) -> str:
-    """A record's device in a line."""
+    """A record's device on one line."""
     if "capability" not in device:
         return (
             f"{device['model']}, {device['cores']} cores ({', '.join(device['isa'])}), {device['threads']} threads; "
@@ -152,13 +152,13 @@ def _section(record: dict[str, Any], name: str) -> list[str]:
 
 
 def load_records(folder: Path = RECORDS) -> dict[Path, dict[str, Any]]:
-    """Every record of a benchmark under a folder; files without `cases` are left out."""
+    """All benchmark records under a folder; files without `cases` are skipped."""
     found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))}
     return {path: record for path, record in found.items() if isinstance(record, dict) and "cases" in record}
 
 
 def page(folder: Path = RECORDS) -> str:
-    """RECORDS.md from every record, a device at a time."""
+    """RECORDS.md from all records, device by device."""
     lines = ["# Records", "", "Made by `python -m bench.records` from the files in `records/`.", ""]
     by_device: dict[str, dict[Path, dict[str, Any]]] = {}
     for path, record in load_records(folder).items():

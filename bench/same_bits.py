@@ -1,7 +1,7 @@
-"""Whether another commit trains to the same bits: `python -m bench.same_bits COMMIT`.
+"""Checks that another commit trains to the same bits: `python -m bench.same_bits COMMIT`.
 
 The commit is built beside this checkout, on the same machine. Both run every preset for a few steps on the built-in
-task, with the widest instruction sets that the processor has; weights, momentum, optimiser and metrics must be equal.
+task, with the processor's widest instruction sets; weights, momentum, optimiser and metrics must be equal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mgrpo.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 ISAS = ("avx512", "avx2")
-# The built-in task in place of what a preset would fetch, and responses of a few tokens.
+# The built-in task instead of a preset's downloads, and responses of a few tokens.
 FLAGS = ["--model.path", "builtin:arithmetic", "--data.train", "arithmetic:2048:3-5:0", "--rollout.max-new-tokens"]
 FLAGS += ["32", "--data.probe", "arithmetic:32:3-5:1000003", "--eval.every", "10", "--checkpoint.every", "0"]
 FLAGS += ["--monitor.retention-every", "5", "--answer.equivalence", "exact", "--log.backends"]
@@ -59,7 +59,7 @@ def available(isa: str) -> bool:
 
 
 def train(root: Path, run_dir: Path, preset: str, isa: str, steps: int) -> dict[str, str]:
-    """Digests of every tensor and every row of metrics of a run of the tree at `root`."""
+    """Digests of all tensors and rows of metrics of a run of the tree at `root`."""
     shutil.rmtree(run_dir, ignore_errors=True)
     command = [sys.executable, "-m", "mgrpo.train", preset, *FLAGS, "--steps", str(steps), "--threads", "1"]
     environment = os.environ | {"PYTHONPATH": str(root), "MGRPO_CPU_ISA": isa}
@@ -88,12 +88,12 @@ def digest(content: bytes) -> str:
 
 
 def main() -> int:
-    """Prints a line for each preset and instruction set; 1 where anything differs."""
+    """Prints a line for each preset and instruction set; returns 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", help="what this checkout is compared with")
+    parser.add_argument("commit", help="the commit to compare with this checkout")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "same_bits", help="where the commit is built")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "same_bits", help="folder of the build")
     args = parser.parse_args()
     other = args.folder / "tree"
     name = build(args.commit, other)

@@ -24,7 +24,7 @@ _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "in
 
 
 def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Every verification found below the folders, each result with its machine; the newest last."""
+    """All verification results below the folders, each with its machine; the newest last."""
     paths = sorted(path for folder in folders for path in folder.rglob("verification.json"))
     found = []
     for path in paths:
@@ -34,7 +34,7 @@ def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _ms(result: dict[str, Any]) -> float:
-    """The least time recorded beside a verification for its operation and backend; inf where none is."""
+    """The least time recorded for the operation and backend of a verification; inf if there is none."""
     path = result["folder"] / f"{result['op'].rstrip('_')}.json"
     cases = json.loads(path.read_text()).get("cases", []) if path.is_file() else []
     times = [
@@ -44,7 +44,7 @@ def _ms(result: dict[str, Any]) -> float:
 
 
 def current_hash(op: str, backend: str) -> str:
-    """Hash of the sources in this checkout, whatever the library was compiled from."""
+    """Hash of the sources in this checkout, not of the compiled library."""
     return source_hash(op, backend, {path.stem: hash_cpp(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu")})
 
 
@@ -64,7 +64,7 @@ def verified_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _cell(results: Sequence[dict[str, Any]], op: str, backend: str) -> str:
-    """Cell of the table: dtypes that passed in the newest record, and the device."""
+    """Cell of the table: dtypes that passed in the newest record, and its device."""
     found = [result for result in results if result["op"] == op and result["backend"] == backend]
     if not found:
         return "no GPU run"

@@ -1,9 +1,9 @@
-"""Everything that only a GPU can tell, in one command: `make gpu`, or `python -m bench.gpu`.
+"""All checks and measurements that need a GPU, in one command: `make gpu`, or `python -m bench.gpu`.
 
-Stages, each a process with a limit and a log under OUT: build, doctor, tests, kernels against their peers, a full
-update step, Nsight Compute, a training run. A stage that fails does not stop the others; the table comes last, and the
-exit code is 1 where one failed. Nothing is fetched: wheels of peers in WHEELS are installed first, the others are rows
-that say "not installed".
+Stages, each a process with a time limit and a log under OUT: build, doctor, tests, kernels against their peers, a full
+update step, Nsight Compute, a training run. A failed stage does not stop the others; the table comes last, and the exit
+code is 1 if any failed. Nothing is downloaded: wheels of peers in WHEELS are installed first, other peers are listed as
+"not installed".
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pathlib import Path
 from mgrpo_kernels.operations import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-SKIPPED = 77  # exit code of a stage that has nothing to do here
+SKIPPED = 77  # exit code of a stage that does not apply here
 NEEDED = {"train": ("tyro", "rich", "transformers", "safetensors", "datasets", "math_verify", "matplotlib")}
-# What users wait for most comes before what time may cut off.
+# In order of importance, because the time limit cuts off the last.
 FIRST = ("token_logprob", "ema_update_", "logits_grpo_loss", "linear_token_logprob", "linear_grpo_loss", "grpo_loss")
 KERNELS = [op.rstrip("_") for op in sorted(OPERATIONS, key=lambda op: [*FIRST, op].index(op))]
 TAIL_LINES = 12
-LEAST_S = 5  # no stage begins with less
+LEAST_S = 5  # least time left to begin a stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,13 @@ class Stage:
     command: Sequence[str]
     limit_s: float
     needs: tuple[str, ...] = ()
-    """Modules without which there is nothing to do."""
+    """Modules that it needs; skipped without them."""
     gpu_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a stage."""
+    """Result of a stage."""
 
     name: str
     state: str
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def stages(out: Path, device: str, wheels: Path) -> list[Stage]:
-    """What is to be done; on a CPU with tiny shapes, to try the command itself."""
+    """The stages; on a CPU with tiny shapes, to try the command itself."""
     python = sys.executable
     tiny = device == "cpu"
     install = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
@@ -68,7 +68,7 @@ def stages(out: Path, device: str, wheels: Path) -> list[Stage]:
     bench = ["--device", device, "--record", "--record-dir", str(records), "--bench-seconds", "0.5", "-q"]
     bench += ["--shapes", "tiny"] * tiny
     files = [f"bench/kernels/test_{name}.py" for name in (KERNELS[-4:] if tiny else KERNELS)]
-    # Beside the times of the same device, by which bench.verified orders what passed.
+    # In the folder of the same device's times, by which bench.verified orders backends.
     folder = importlib.import_module("bench.harness.measure" if tiny else "bench.harness.cuda").slug()
     tests = ["tests/kernels/test_on_device.py", "-q", "--verify-record", str(records / folder)]
     train = [
@@ -114,7 +114,7 @@ def stages(out: Path, device: str, wheels: Path) -> list[Stage]:
 
 
 def run(stage: Stage, log: Path, limit_s: float) -> Outcome:
-    """Runs a stage in a process group of its own, so that nothing of it outlives its limit."""
+    """Runs a stage in a separate process group, all of which ends at the limit."""
     start = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -138,7 +138,7 @@ def run(stage: Stage, log: Path, limit_s: float) -> Outcome:
 
 
 def why_not(stage: Stage, device: str, left_s: float) -> str | None:
-    """What keeps a stage from running."""
+    """The reason to skip a stage; None if there is none."""
     if stage.gpu_only and device == "cpu":
         return "needs a GPU"
     if missing := [name for name in stage.needs if importlib.util.find_spec(name) is None]:
@@ -147,7 +147,7 @@ def why_not(stage: Stage, device: str, left_s: float) -> str | None:
 
 
 def run_all(todo: Sequence[Stage], out: Path, device: str, budget_s: float) -> list[Outcome]:
-    """Every stage for which there are time, modules and a device."""
+    """Runs every stage for which there are time, modules and a device."""
     deadline = time.monotonic() + budget_s
     outcomes = []
     for index, stage in enumerate(todo):
@@ -164,7 +164,7 @@ def run_all(todo: Sequence[Stage], out: Path, device: str, budget_s: float) -> l
 
 
 def summary(outcomes: Sequence[Outcome], out: Path) -> str:
-    """The table, and the records' tables ahead of it."""
+    """The tables of the records, then the table of stages."""
     lines = []
     for path in sorted((out / "records").rglob("*.json")):
         lines.append(f"record {path.relative_to(out)}")
@@ -175,7 +175,7 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 1 where a stage failed."""
+    """Returns 0, or 1 if a stage failed."""
     parser = argparse.ArgumentParser(
         "python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,8 @@
 """Nsight Compute on one launch of each memory-bound kernel: `python -m bench.gpu.ncu [--out FILE]`.
 
-Runs itself under `ncu` as the program whose kernels are read, and prints duration, share of the DRAM's bandwidth,
-registers, occupancy, instructions and what warps wait for. The clocks are left alone. Exits with 77, and says why,
-where ncu is missing or cannot read the counters.
+Runs itself under `ncu` as the profiled program, and prints duration, share of the DRAM bandwidth, registers, occupancy,
+instructions and the reasons of warp stalls. The clocks are not changed. Exits with 77 and a message if ncu is missing
+or cannot read the counters.
 T tokens, V vocabulary, N sequences.
 """
 
@@ -40,7 +40,7 @@ METRICS = {
 
 
 def calls(backend: str) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """Operations that move bytes: each makes its inputs, and returns the call whose launches are profiled."""
+    """Memory-bound operations: each function makes its inputs and returns the call to profile."""
 
     def token_logprob(grad: bool) -> Callable[[], Any]:
         logits = peaked(ROWS, VOCABULARY).to(torch.bfloat16).requires_grad_(grad)
@@ -81,7 +81,7 @@ def calls(backend: str) -> dict[str, Callable[[], Callable[[], Any]]]:
 
 
 def profiled() -> None:
-    """The program under ncu: a call ahead, then one between the marks."""
+    """The program under ncu: a warm-up call, then one in the profiled range."""
     for backend in device_backends("token_logprob", "cuda"):
         if backend == "reference":
             continue
@@ -104,7 +104,7 @@ def profiled() -> None:
 
 
 def command(ncu: str, log: Path) -> list[str]:
-    """How ncu is started."""
+    """The command line of ncu."""
     return [
         ncu,
         "--csv",
@@ -131,9 +131,9 @@ def _number(text: str) -> float | None:
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """Rows of ncu's raw CSV page: the kernel, METRICS by their short names, and the three longest waits.
+    """Rows of ncu's raw CSV page: the kernel, METRICS by their short names, and the three longest stalls.
 
-    The second line holds units; what does not belong to the table starts with ==.
+    The second line holds units; lines that start with == are not part of the table.
     """
     rows = list(csv.reader(line for line in text.splitlines() if line and not line.startswith("==")))
     while rows and "Kernel Name" not in rows[0]:

@@ -23,13 +23,13 @@ from mgrpo_kernels.testing import assert_within_budget
 
 _BACKEND_ORDER = ("cuda", "triton", "cpu", "reference")
 
-# A candidate that takes longer stays out of the rounds; below the second limit it is called a second time.
+# A slower candidate is not timed in rounds; below the second limit it is called a second time.
 SLOW_SECONDS = 5.0
 TWICE_SECONDS = 30.0
 # Three rounds make a median; two do where a round takes this long.
 LONG_ROUND_SECONDS = 10.0
 MOST_ROUNDS = 60
-# Half the error of the twin "scaled_0.9" of mgrpo_kernels.testing: a peer further off computes something else.
+# Half the error of the mutant "scaled_0.9" of mgrpo_kernels.testing: a peer with more computes something else.
 SAME_QUANTITY = 0.05
 
 
@@ -50,12 +50,12 @@ def meter(device: str) -> ModuleType:
 
 
 def inputs_on(device: str) -> AbstractContextManager[Any]:
-    """Where inputs are made; off when a candidate runs, for it costs every torch call some time."""
+    """Sets the default device for making inputs; off while candidates run, because it slows every torch call."""
     return torch.device(device) if device != "cpu" else nullcontext()
 
 
 def device_backends(op: str, device: str) -> list[str]:
-    """Available backends that take `op` on a device, the reference only where there is no other."""
+    """Available backends for `op` on a device; the reference only if there is no other."""
     found = []
     for name, state in backends().items():
         if not state.available:
@@ -73,25 +73,25 @@ class Run:
     """A candidate bound to one set of inputs."""
 
     call: Callable[[], Any]
-    """What is timed."""
+    """The timed call."""
     outputs: Callable[[Any], Outputs]
     """Named results from what the call returned; not timed."""
     restore: Callable[[], Any] | None = None
-    """Undoes the call's writes to its inputs, after each call; not timed."""
+    """Restores inputs that the call overwrote, after each call; not timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Something that computes the case's results, or a part of them."""
+    """An implementation of the case's results, or of some of them."""
 
     name: str
     """As printed."""
     prepare: Callable[[Any], Run]
-    """Binds it to inputs; imports its package, and may raise."""
+    """Binds the candidate to inputs; imports its package, and may raise."""
     package: str | None = None
     """Distribution whose version is recorded."""
     checked: bool = True
-    """Whether it solves the small problem first; False for what would compile twice."""
+    """Whether it is checked on the small problem first; False if it would compile twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,30 +100,30 @@ class Case:
 
     op: str
     mode: str
-    """What is called, such as "forward"."""
+    """The call, such as "forward"."""
     dtype: str
     shape: str
     make: Callable[[], Any]
-    """Inputs that are timed."""
+    """Makes the inputs for timing."""
     make_small: Callable[[], Any]
-    """Inputs of the check."""
+    """Makes the inputs of the check."""
     ours: Callable[[str], Candidate]
     """Our operation by backend."""
     oracle: Callable[[Any], Outputs]
-    """Every named result in fp64."""
+    """All named results in fp64."""
     peers: Sequence[Candidate]
     reduction_length: int
-    """Of the check's inputs, for the error budget."""
+    """Reduction length of the check's inputs, for the error budget."""
     bytes_moved: int | None = None
-    """Least bytes of the operation, which its GB/s count."""
+    """Least bytes that the operation moves, for GB/s."""
     flop: int | None = None
-    """Least operations, which its GFLOP/s count; dtype chooses the roof."""
+    """Least floating-point operations, for GFLOP/s; the dtype selects the roof."""
     cold: bool = False
-    """Whether the cache is swept ahead of every call."""
+    """Whether the cache is evicted before every call."""
     launch_bound: bool = False
-    """Whether a GPU finishes it before the host has said so: host times and graph replays are then taken too."""
+    """Whether host time exceeds GPU time; host times and graph replays are then measured too."""
     derived: Callable[[Outputs], Outputs] | None = None
-    """Results that a peer has and ours do not, made of ours for the comparison at the full shape."""
+    """Derives results that only peers return from ours, for the comparison at the full shape."""
 
 
 @dataclass(kw_only=True)
@@ -137,7 +137,7 @@ class Row:
     """ok | not installed | failed | differs"""
     detail: str = ""
     error: float | None = None
-    """Relative, of the worst output."""
+    """Largest relative error of an output."""
     error_against: str = "fp64"
     rounds: int = 0
     ms: float | None = None
@@ -164,13 +164,13 @@ class Result:
     unit: str | None
     roof: float | None = None
     load: float | None = None
-    """Processes that wanted a core, a minute's average, at the case's end, ours among them; None on a GPU."""
+    """Load average of the last minute at the end of the case, this process included; None on a GPU."""
     rows: list[Row] = field(default_factory=list)
 
 
 @dataclass
 class _Timed:
-    """A candidate that is green, its call and its seconds."""
+    """A candidate that passed its checks, its call and its seconds."""
 
     row: Row
     run: Run
@@ -182,7 +182,7 @@ class _Timed:
         return min(self.seconds) > SLOW_SECONDS
 
     def clear(self, cold: bool) -> None:
-        """Makes the next call meet the same inputs and cache as every other."""
+        """Restores the inputs and the state of the cache before the next call."""
         if self.run.restore is not None:
             self.run.restore()
         if cold:
@@ -203,7 +203,7 @@ def package_version(package: str) -> str | None:
 
 
 def _check_ours(case: Case, candidate: Candidate, row: Row, inputs: Any, oracle: Outputs) -> None:
-    """Ours within the budget that the tests use."""
+    """Checks ours against the error budget of the tests."""
     run = candidate.prepare(inputs)
     outputs = run.outputs(run.call())
     reference = case.ours("reference").prepare(inputs)
@@ -223,7 +223,7 @@ def _check_ours(case: Case, candidate: Candidate, row: Row, inputs: Any, oracle:
 
 
 def _attempt(row: Row, used: ModuleType, step: Callable[[], Any]) -> Any:
-    """A step of a peer; whatever it raises is foreign and is reported in its row."""
+    """Runs a step of a peer; its errors are reported in its row."""
     try:
         return step()
     except NotInstalledError as error:
@@ -231,18 +231,18 @@ def _attempt(row: Row, used: ModuleType, step: Callable[[], Any]) -> Any:
     except Exception as error:
         lines = str(error).strip().splitlines()
         row.status, row.detail = "failed", f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
-    # Past the exception, whose frames hold what was allocated.
+    # After the exception, whose frames hold allocated memory.
     used.free()
     return None
 
 
 def _refuses(error: ValueError | KeyError, op: str, backend: str) -> bool:
-    """Whether a backend has nothing for the operation, which is then timed on the reference."""
+    """Whether an error says that a backend lacks the operation, which is then timed on the reference."""
     return error.args == (backend,) if isinstance(error, KeyError) else f"{op}: backend must be" in str(error)
 
 
-def _judge(row: Row, outputs: Outputs, expected: Outputs, against: str) -> float:
-    """Relative error; a candidate that is too far off is not timed."""
+def _compare(row: Row, outputs: Outputs, expected: Outputs, against: str) -> float:
+    """Relative error; a candidate with too large an error is marked "differs" and not timed."""
     error = relative_error(outputs, expected)
     if not error <= SAME_QUANTITY:
         row.status, row.detail = "differs", f"relative error {error:.2g} against {against}"
@@ -252,7 +252,7 @@ def _judge(row: Row, outputs: Outputs, expected: Outputs, against: str) -> float
 def _check_peer(candidate: Candidate, row: Row, used: ModuleType, inputs: Any, oracle: Outputs) -> None:
     def step() -> None:
         run = candidate.prepare(inputs)
-        row.error = _judge(row, run.outputs(run.call()), oracle, "fp64")
+        row.error = _compare(row, run.outputs(run.call()), oracle, "fp64")
 
     _attempt(row, used, step)
 
@@ -282,7 +282,7 @@ def _first_call(candidate: Candidate, row: Row, used: ModuleType, inputs: Any, c
 def _first_calls(
     others: Sequence[Candidate], rows: Sequence[Row], used: ModuleType, inputs: Any, cold: bool, expected: Outputs
 ) -> list[_Timed]:
-    """The other candidates that are green at the full shape too, where they are compared with ours."""
+    """The other candidates whose results agree with ours at the full shape."""
     timed: list[_Timed] = []
     for other, row in zip(others, rows, strict=True):
         if row.status != "ok":
@@ -290,7 +290,7 @@ def _first_calls(
 
         def step(other: Candidate = other, row: Row = row) -> tuple[_Timed, float]:
             called, outputs = _first_call(other, row, used, inputs, cold)
-            return called, _judge(row, outputs, expected, "ours")
+            return called, _compare(row, outputs, expected, "ours")
 
         found = _attempt(row, used, step)
         if found is None:
@@ -303,7 +303,7 @@ def _first_calls(
 
 
 def _roof(case: Case, used: ModuleType) -> float | None:
-    """The roof that the case's rate is held against, measured on a quiet machine."""
+    """The roof of the case's rate, measured on a quiet machine."""
     used.evict()
     if case.flop is not None:
         return used.mm_flop_per_s(torch.bfloat16 if case.dtype == "bfloat16" else torch.float32) / used.FLOP_UNIT[1]
@@ -311,7 +311,7 @@ def _roof(case: Case, used: ModuleType) -> float | None:
 
 
 def _take_turns(benchmark: Any, ours: _Timed, others: Sequence[_Timed], cold: bool, rounds: int) -> None:
-    """The other candidates run in the set-up of each of our rounds; their order turns from round to round."""
+    """Times ours in rounds, with the other candidates in each round's set-up, in rotating order."""
     turn = 0
 
     def others_first() -> None:
@@ -337,7 +337,7 @@ def _take_turns(benchmark: Any, ours: _Timed, others: Sequence[_Timed], cold: bo
 
 
 def _replay(case: Case, own: _Timed, candidates: Iterable[_Timed]) -> list[_Timed]:
-    """Host times of all; and our candidates in CUDA graphs, as rows of their own."""
+    """Host times of all candidates, and separate rows of ours in CUDA graphs."""
     replayed = []
     for timed in candidates:
         timed.row.host_ms = cuda.host_seconds(timed.run.call) * 1e3
@@ -349,7 +349,7 @@ def _replay(case: Case, own: _Timed, candidates: Iterable[_Timed]) -> list[_Time
 
 
 def _fill(case: Case, used: ModuleType, ours: _Timed, candidates: Iterable[_Timed], roof: float | None) -> None:
-    """Times, rates and ratios of every row."""
+    """Fills in the times, rates and ratios of all rows."""
     work = case.flop if case.flop is not None else case.bytes_moved
     scale = used.FLOP_UNIT[1] if case.flop is not None else 1e9
     for timed in candidates:
@@ -370,7 +370,7 @@ def _fill(case: Case, used: ModuleType, ours: _Timed, candidates: Iterable[_Time
 def run_case(
     case: Case, backend: str, benchmark: Any, *, budget_seconds: float, device: str = "cpu", beside: Sequence[str] = ()
 ) -> Result:
-    """Checks, times and compares one case; backends `beside` ours take turns like peers."""
+    """Checks, times and compares one case; the backends in `beside` are timed like peers."""
     used = meter(device)
     cold = case.cold or used.ALWAYS_COLD
     ours = case.ours(backend)

@@ -1,4 +1,4 @@
-"""What candidates are compared by: their times, taken in turn, and the error of their results."""
+"""Comparison of candidates: interleaved times, and the error of their results."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 Outputs = Mapping[str, Tensor]
 
-# Results are compared in parts of this many elements, for their fp32 copies must not fill a GPU.
+# Results are compared in parts of this many elements, because their fp32 copies would fill a GPU.
 _PART = 2**26
 
 
 def interleave(candidates: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:
     """Calls every candidate once to warm up, then `rounds` times in turn; returns median seconds by name.
 
-    What else the machine does hits all of them.
+    In turn, because other load on the machine then affects all of them.
     """
     for candidate in candidates.values():
         candidate()
@@ -33,7 +33,7 @@ def interleave(candidates: Mapping[str, Callable[[], Any]], *, rounds: int) -> d
 
 
 def relative_error(actual: Outputs, expected: Outputs) -> float:
-    """Worst Euclidean error of the outputs that both have, relative to the expected; integers must be equal."""
+    """Largest relative Euclidean error of the outputs that both have; integers must be equal."""
     worst = 0.0
     shared = actual.keys() & expected.keys()
     assert shared, f"no output in common: {sorted(actual)}, {sorted(expected)}"
@@ -50,7 +50,7 @@ def relative_error(actual: Outputs, expected: Outputs) -> float:
 
 
 def _distance(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """Euclidean length of the difference, and of the second."""
+    """Euclidean norms of the difference and of `other`."""
     dtype = torch.float64 if other.dtype == torch.float64 else torch.float32
     squares = torch.zeros(2, dtype=torch.float64, device=other.device)
     for a, b in zip(one.reshape(-1).split(_PART), other.reshape(-1).split(_PART), strict=True):

@@ -1,4 +1,4 @@
-"""A GPU's side of measure.py: device clock, cold cache, roofs, peak memory, graph replays, and its description."""
+"""Measurements on a GPU, as measure.py on a CPU: device clock, cold cache, roofs, peak memory and graph replays."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def host_seconds(call: Callable[[], Any]) -> float:
-    """Host time to issue a call to an idle device, median of 9; one that synchronises waits."""
+    """Host time to issue a call to an idle device, median of 9; a synchronising call includes the wait."""
     times = []
     for _ in range(9):
         torch.cuda.synchronize()
@@ -66,7 +66,7 @@ def host_seconds(call: Callable[[], Any]) -> float:
 
 
 def replay_seconds(call: Callable[[], Any], replays: int = 9) -> list[float]:
-    """Times of one call in a CUDA graph of 20, a figure a replay."""
+    """Time of one call in a CUDA graph of 20, for each replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -92,7 +92,7 @@ def _sweep() -> Tensor:
 
 
 def evict() -> None:
-    """Writes a buffer of twice the L2 or more, and so gives the host a lead too."""
+    """Writes a buffer of at least twice the L2, which also gives the host a lead over the device."""
     _sweep().fill_(1.0)
 
 
@@ -107,7 +107,7 @@ def _copy_pair() -> tuple[Tensor, Tensor]:
 
 
 def copy_gb_per_s() -> float:
-    """Bytes read and written a second by copy_ of 1 GiB, the best of 10."""
+    """GB/s read and written by copy_ of 1 GiB, the best of 10."""
     source, target = _copy_pair()
     return 2 * source.nbytes / _fastest(lambda: target.copy_(source), 10) / 1e9
 
@@ -119,7 +119,7 @@ def _mm_operands(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def mm_flop_per_s(dtype: torch.dtype) -> float:
-    """torch.mm of square matrices of random numbers, the best of 10."""
+    """FLOP/s of torch.mm on random square matrices, the best of 10."""
     operand, out = _mm_operands(dtype)
     return 2 * _MM_SIDE**3 / _fastest(lambda: torch.mm(operand, operand, out=out), 10)
 
@@ -136,7 +136,7 @@ def with_memory(call: Callable[[], Any]) -> tuple[Any, Memory]:
 
 
 def free() -> None:
-    """Gives back what nothing holds any more."""
+    """Frees unused memory."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -148,7 +148,7 @@ def slug(name: str | None = None) -> str:
 
 
 def _smi() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU; empty where it is missing or refuses."""
+    """Fields of nvidia-smi for the first GPU; empty if it is missing or fails."""
     command = ("nvidia-smi", "--id=0", f"--query-gpu={','.join(_QUERIES)}", "--format=csv,noheader")
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
@@ -159,7 +159,7 @@ def _smi() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """The GPU and what runs on it."""
+    """The GPU and its software versions."""
     found = torch.cuda.get_device_properties(0)
     smi = _smi()
     try:

@@ -1,4 +1,4 @@
-"""What the machine gives and takes: clock, cold cache, roofs, peak memory, and its description."""
+"""Measurements on a CPU: clock, cold cache, roofs, peak memory, and the machine's description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 FLOP_UNIT = ("GFLOP/s", 1e9)
-# Cases say whether their cache is cold; what compiles for its first shapes is called once more.
+# A case states whether its cache is cold; a candidate that compiles for its first shapes is called once more.
 ALWAYS_COLD = False
 WARMS_UP = False
 PROTOCOL = (
@@ -43,7 +43,7 @@ _MM_SIDE = {torch.float32: 2048, torch.bfloat16: 4096}
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Wall-clock time of one call, the release of what it returns included."""
+    """Wall-clock time of one call, including the release of its result."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -51,7 +51,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 @cache
 def cache_bytes() -> int:
-    """Size of the last-level cache; 32 MiB where the system does not say."""
+    """Size of the last-level cache; 32 MiB if unknown."""
     try:
         said = subprocess.run(("getconf", "-a"), capture_output=True, text=True, check=False).stdout.split("\n")
     except OSError:
@@ -69,10 +69,10 @@ _least_sweep = [float("inf")]
 
 
 def evict() -> None:
-    """Reads a buffer of twice the last-level cache (1 GiB at most), so that the next call finds nothing of its own.
+    """Reads a buffer of twice the last-level cache (at most 1 GiB), so that the next call starts with a cold cache.
 
-    The read is also a probe: while it is slow, the machine is busy with something else, such as taking back the pages
-    that the former candidate freed, and it is repeated, 8 times at most.
+    While the read is slow, the machine is busy with something else, such as reclaiming the pages that the former
+    candidate freed; the read is then repeated, at most 8 times.
     """
     buffer = _sweep()
     for _ in range(_MOST_PROBES):
@@ -88,7 +88,7 @@ def _copy_pair() -> tuple[Tensor, Tensor]:
 
 
 def copy_gb_per_s() -> float:
-    """Bytes read and written a second by copy_ of 512 MiB, the best of 3."""
+    """GB/s read and written by copy_ of 512 MiB, the best of 3."""
     source, target = _copy_pair()
     fastest = min(seconds(lambda: target.copy_(source)) for _ in range(3))
     return 2 * source.nbytes / fastest / 1e9
@@ -101,19 +101,19 @@ def _mm_operands(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def mm_flop_per_s(dtype: torch.dtype) -> float:
-    """torch.mm of square matrices, the best of 3."""
+    """FLOP/s of torch.mm on square matrices, the best of 3."""
     operand, out = _mm_operands(dtype)
     fastest = min(seconds(lambda: torch.mm(operand, operand, out=out)) for _ in range(3))
     return 2 * operand.shape[0] ** 3 / fastest
 
 
 class Memory(NamedTuple):
-    """Memory of one call, in bytes over what was resident before it; None where the system cannot tell."""
+    """Memory of one call, in bytes above the resident size before it; None if the system cannot tell."""
 
     peak: int | None
-    """Most that was resident at once, results included."""
+    """Peak, results included."""
     temporary: int | None
-    """The part of it that was given back before the call returned."""
+    """The part of the peak that was freed before the call returned."""
 
 
 def _resident(field: str) -> int:
@@ -122,7 +122,7 @@ def _resident(field: str) -> int:
 
 
 def with_memory(call: Callable[[], Any]) -> tuple[Any, Memory]:
-    """Result and memory of a call, from the kernel's high-water mark, which is reset first."""
+    """Result and memory of a call, by the kernel's high-water mark, which is reset first."""
     try:
         trim = ctypes.CDLL("libc.so.6").malloc_trim
         trim(0)
@@ -137,7 +137,7 @@ def with_memory(call: Callable[[], Any]) -> tuple[Any, Memory]:
 
 
 def free() -> None:
-    """Nothing: the allocator of the process keeps no account of its own."""
+    """Does nothing: the allocator of the process keeps no cache to free."""
 
 
 def slug() -> str:
@@ -146,7 +146,7 @@ def slug() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """The machine, without its name or paths."""
+    """The machine's description, without its name and paths."""
     info = Path("/proc/cpuinfo")
     fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else {}
     fields = {key.strip(): value.strip() for key, value in fields.items()}

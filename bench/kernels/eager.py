@@ -1,4 +1,4 @@
-"""What several benchmarks share: inputs, and the PyTorch expressions that a project without kernels would write."""
+"""Shared by benchmarks: inputs, and the plain PyTorch expressions of a project without kernels."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def eager_logprob(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def eager_logprob_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log_softmax in fp32 for both."""
+    """Log-prob and entropy from log_softmax in fp32."""
     logps = logits.float().log_softmax(-1)
     return logps.gather(-1, targets[..., None]).squeeze(-1), -(logps.exp() * logps).sum(-1)
 
 
 def peaked(rows: int, vocabulary: int) -> Tensor:
-    """[T, V] normal logits with a few a row raised by 4 to 12, as mgrpo_kernels.testing has them, in less time."""
+    """[T, V] normal logits with a few a row raised by 4 to 12, as in mgrpo_kernels.testing but faster."""
     places = torch.randint(vocabulary, (rows, 3))
     return torch.randn(rows, vocabulary).scatter_add_(1, places, 4 + 8 * torch.rand(rows, 3))
 
@@ -61,8 +61,8 @@ def packed_batch(num: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def old_logprobs(logprob: Tensor) -> Tensor:
-    """Old log-probs that put each ratio on the clip's either side or inside it, and none near its edge.
+    """Old log-probs with ratios below, inside and above the clip range, and none near its edges.
 
-    The gradient jumps there, so that a peer which rounds its log-probs to bf16 would fall on the other side.
+    The gradient jumps at an edge, which a peer that rounds its log-probs to bf16 may cross.
     """
     return logprob + 0.6 * torch.randint(-1, 2, logprob.shape)

@@ -20,12 +20,12 @@ from mgrpo_kernels import ema_update_
 OP = "ema_update_"
 # tensors, elements of each
 SHAPES = {"cpu": (64, 2**20), "cuda": (96, 40 * 2**20), "tiny": (4, 2**16)}
-# Of the free memory, for momentum, policy and the published copy; the candidates need the rest.
+# A third of the free memory holds momentum, policy and the engine's copy; the candidates need the rest.
 MEMORY_SHARE = 3
-# On a GPU, what is compared of 4 G elements.
+# Tensors compared on a GPU, of 4 G elements.
 COMPARED = 8
 SMALL = (3, 1_027)
-# Far from 1, so that the change is large enough for a peer's result to be judged; no candidate's time depends on it.
+# Far from 1, so that the change is large enough to compare results; no candidate's time depends on it.
 DECAY = 0.9
 
 
@@ -47,7 +47,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where each candidate starts from: it keeps a momentum of its own, on a GPU it takes over the one of all."""
+    """Inputs of each candidate; on a CPU each has its own momentum, on a GPU they share one."""
 
     momentum: list[Tensor]
     policy: list[Tensor]
@@ -73,7 +73,7 @@ class Inputs:
         return self.shared_publish
 
     def named(self, momentum: Sequence[Tensor], publish: Sequence[Tensor] | None) -> Outputs:
-        """What is compared: everything, or where all share their storage, a copy of a few tensors."""
+        """Results to compare: all, or with shared storage a copy of a few tensors."""
         step = 1 if self.shared is None else max(len(momentum) // COMPARED, 1)
         named = {"momentum": torch.cat([tensor.detach() for tensor in momentum[::step]])}
         return named if publish is None else {**named, "publish": torch.cat(list(publish[::step]))}
@@ -88,7 +88,7 @@ def make(num: int, size: int, mode: Mode) -> Inputs:
 
 
 def num_tensors(scale: str, mode: Mode, free_bytes: int) -> int:
-    """As many tensors as the shape has, on a GPU only those that fit."""
+    """Number of tensors: all of the shape, on a GPU only those that fit."""
     num, size = SHAPES[scale]
     if scale != "cuda":
         return num
@@ -99,7 +99,7 @@ def num_tensors(scale: str, mode: Mode, free_bytes: int) -> int:
 
 
 def run(inputs: Inputs, update: Callable[[], Any], momentum: Sequence[Tensor]) -> Run:
-    """The update, then the copy to the rollout engine where the mode has one."""
+    """The update, then the copy for the rollout engine if the mode has one."""
     publish = inputs.publish()
 
     def with_publish() -> None:
@@ -196,7 +196,7 @@ def ema_pytorch(inputs: Inputs) -> Run:
 
 
 def timm(inputs: Inputs) -> Run:
-    """timm's package wants torchvision, this file of it only torch."""
+    """timm's package needs torchvision, this file of it only torch."""
     found = importlib.util.find_spec("timm")
     if found is None or not found.submodule_search_locations:
         raise NotInstalledError("timm")

@@ -19,7 +19,7 @@ SMALL = (7, 5)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rewards as ours takes them and as verl does: a token column, a mask and the group of each row."""
+    """Rewards in our form, and in verl's: a token column, a mask and the group of each row."""
 
     rewards: Tensor  # [B, G]
     column: Tensor  # [B * G, 1]

@@ -22,7 +22,7 @@ DUAL_CLIP, KL_COEF, ENTROPY_COEF = 3.0, 0.04, 0.01
 
 @dataclass(frozen=True)
 class Inputs:
-    """Token tensors [N, L], nats; logprob is what the loss is differentiated by, entropy too where used."""
+    """Token tensors [N, L], nats; the loss is differentiated by logprob, and by entropy where used."""
 
     logprob: Tensor
     old_logprob: Tensor
@@ -195,7 +195,7 @@ MODES: dict[str, tuple[Callable[[Inputs, str], Run], list[Candidate], int]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_grpo_loss(bench, mode, backend):
-    """64 k tokens, padded; every candidate also masks, and ours also returns seven metrics."""
+    """64 k padded tokens; every candidate also masks, and ours also returns seven metrics."""
     ours, peers, num_tensors = MODES[mode]
 
     def oracle(inputs: Inputs) -> Outputs:

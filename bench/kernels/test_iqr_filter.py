@@ -21,7 +21,7 @@ Filtered = tuple[Tensor, Tensor, Tensor] | IqrFilter
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every candidate is given."""
+    """Inputs of every candidate."""
 
     entropy: Tensor  # [B, G]
 
@@ -77,7 +77,7 @@ def test_iqr_filter(bench, scope, backend):
     """64 KiB of entropies."""
 
     def oracle(inputs: Inputs) -> dict[str, Tensor]:
-        # The mask is a comparison of fp32 numbers: an fp64 quartile would flip the entries that lie on the fence.
+        # The mask compares fp32 numbers: an fp64 quartile would flip entries on the fence.
         keep, q1, q3 = loop(inputs) if scope == "prompt" else whole(inputs)
         return {"keep": keep, "q1": q1.double(), "q3": q3.double()}
 

@@ -21,7 +21,7 @@ SMALL = (3, 24, 128, 4_099)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every candidate is given."""
+    """Inputs of every candidate."""
 
     hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
@@ -29,7 +29,7 @@ class Inputs:
     old_logprob: Tensor  # [T]
     advantage: Tensor  # [T], one value a sequence
     mask: Tensor  # [T]
-    cu_seqlens: Tensor  # [N+1], sequences of equal length, so that they can be padded without a change
+    cu_seqlens: Tensor  # [N+1], sequences of equal length, so that padding adds nothing
 
 
 def make(num: int, rows: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> Inputs:
@@ -112,7 +112,7 @@ def verl(inputs: Inputs) -> Run:
 
 
 def liger(chunk_size: int | None) -> Callable[[Inputs], Run]:
-    """Its sequences are padded to [N, L]; it chunks them, and compiles on a GPU as it does by default."""
+    """Its sequences are padded to [N, L]; it chunks them, and compiles on a GPU by default."""
 
     def prepare(inputs: Inputs) -> Run:
         num = inputs.cu_seqlens.shape[0] - 1

@@ -18,14 +18,14 @@ from mgrpo_kernels import linear_token_logprob
 OP = "linear_token_logprob"
 # T, D, V
 SHAPES = {"cpu": (256, 2_560, 151_936), "cuda": (8_192, 2_560, 151_936), "tiny": (16, 64, 1_000)}
-# The chunked op of torch streams the whole head once a chunk of 8 tokens: a vocabulary it can finish in seconds.
+# Torch's chunked op reads the whole head for each chunk of 8 tokens: a vocabulary that takes it seconds.
 V_SLICE = 16_384
 SMALL = (24, 128, 4_099)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every candidate is given."""
+    """Inputs of every candidate."""
 
     hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
@@ -48,7 +48,7 @@ def make(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, *, grad: b
 
 
 def run(inputs: Inputs, rows: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Run:
-    """Forward, and where the inputs want gradients also the backward of all that `rows` returns."""
+    """Forward, and if the inputs require gradients also the backward of all that `rows` returns."""
     operands = (inputs.hidden, inputs.weight)
     if not inputs.hidden.requires_grad:
 
@@ -105,7 +105,7 @@ def oracle(inputs: Inputs) -> Outputs:
 
 
 def nll(outputs: Outputs) -> Outputs:
-    """The sum that a loss without rows of its own returns."""
+    """The negative sum of log-probs, the result of a loss without a value for each row."""
     return {"nll": -outputs["logprob"].sum()}
 
 
@@ -153,13 +153,13 @@ def torch_chunked(inputs: Inputs) -> Run:
 
 
 def liger_fused(inputs: Inputs) -> Run:
-    """A log-prob a row; its gradients are made in the backward, where the logits are computed again."""
+    """One log-prob for each row; the backward computes the logits again."""
     function = load("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
     return run(inputs, lambda *operands: (-function(*operands, reduction="none"),))
 
 
 def liger_sum(inputs: Inputs) -> Run:
-    """Its fast path: the sum alone, whose gradients are made in the forward."""
+    """Its fast path: only the sum, whose gradients are computed in the forward."""
     function = load("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
     operands = (inputs.hidden, inputs.weight)
 

@@ -21,7 +21,7 @@ SMALL = (3, 24, 4_099)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every candidate is given."""
+    """Inputs of every candidate."""
 
     logits: Tensor  # [T, V]
     targets: Tensor  # [T]
@@ -107,7 +107,7 @@ def compiled(inputs: Inputs) -> Run:
 
 
 def liger(inputs: Inputs) -> Run:
-    """Its sequences have a row more than tokens; the gradient takes the place of the logits, which are filled again."""
+    """Its sequences have one more row than tokens; the gradient overwrites the logits, which are restored."""
     function = load("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
     num = inputs.cu_seqlens.shape[0] - 1
     rows, vocabulary = inputs.logits.shape

@@ -19,14 +19,14 @@ SMALL = (9, 7)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Answers as ids, and as the strings that a project without ids counts."""
+    """Answers as ids, and as strings, which a project without ids counts."""
 
     answer_ids: Tensor  # [B, G]
     texts: list[list[str]]  # B lists of G
 
 
 def make(num: int, group: int) -> Inputs:
-    """A frequent answer a prompt, and a tail; every rollout answers."""
+    """One frequent answer a prompt, and a tail; every rollout has an answer."""
     torch.manual_seed(0)
     tail = torch.randint(0, 64, (num, group))
     answer_ids = torch.where(torch.rand(num, group) < 0.4, tail[:, :1], tail)
@@ -68,7 +68,7 @@ def texts(inputs: Inputs) -> Run:
 
 
 def mode(inputs: Inputs) -> Run:
-    """torch.mode takes the smallest answer of a tie, so that its label is not compared."""
+    """torch.mode takes the smallest answer of a tie, so its label is not compared."""
 
     def call() -> Tensor:
         label = inputs.answer_ids.mode(1).values

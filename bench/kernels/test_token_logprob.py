@@ -23,7 +23,7 @@ SMALL = (24, 4_099)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every candidate is given."""
+    """Inputs of every candidate."""
 
     logits: Tensor  # [T, V]
     targets: Tensor  # [T]
@@ -40,7 +40,7 @@ def make(rows: int, vocabulary: int, dtype: torch.dtype, *, grad: bool) -> Input
 
 
 def run(inputs: Inputs, logits: Tensor, rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Run:
-    """Forward, and where the inputs want a gradient also the backward of both outputs."""
+    """Forward, and if the inputs require a gradient also the backward of both outputs."""
     if not inputs.logits.requires_grad:
 
         def forward() -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def run_logprob(inputs: Inputs, rows: Callable[[Tensor, Tensor], Tensor]) -> Run
 
 
 def ours(backend: str) -> Candidate:
-    """The backward writes over a copy of the logits, which is filled again after each call."""
+    """The backward overwrites a copy of the logits, which is restored after each call."""
 
     def prepare(inputs: Inputs) -> Run:
         grad = inputs.logits.requires_grad

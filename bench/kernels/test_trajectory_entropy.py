@@ -97,7 +97,7 @@ PEERS = {
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_trajectory_entropy(bench, device, layout, backend):
-    """64 k tokens at most, which stay in the cache."""
+    """At most 64 k tokens, which stay in the cache."""
     with inputs_on(device):
         tokens = int(make(N, L).lengths.sum()) if layout == "packed" else N * L
     bench(

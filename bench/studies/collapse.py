@@ -1,8 +1,8 @@
-"""When does the monitor sound? `python -m bench.studies.collapse` tells, on runs that collapse and on runs that hold.
+"""Steps at which the monitor alarms, in collapsing and in stable runs: `python -m bench.studies.collapse`.
 
-Two kinds of collapse: `spread`, the shipped base on 3 to 7 operands, where accuracy dies level by level and answers
-stay spread; `gather`, a base that guesses from 4 operands on, where one answer is given to most prompts. The monitor
-sees no label and no probe; the greedy accuracy on 2,500 fixed prompts, every 10 steps, is measured beside it.
+Two kinds of collapse: `spread`, the shipped base on 3 to 7 operands, where accuracy falls level by level and answers
+stay diverse; `gather`, a base that guesses from 4 operands on, where most prompts get the same answer. The monitor sees
+no label and no eval set; greedy accuracy on 2,500 fixed prompts is measured every 10 steps for comparison.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from mgrpo.types import Metrics, Sampling
 
 ARMS = {"srt": "srt", "pooled": "mgrpo_arithmetic", "anchored": "arithmetic"}
 EVERY = 10  # steps between evaluations
-SMOOTH = 3  # evaluations that are averaged
+SMOOTH = 3  # evaluations averaged
 LOST = 0.05  # fall of the averaged accuracy from its best
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollapseArgs:
-    """What to train. Runs that are in the folder already are only judged."""
+    """Runs to train. Existing runs in the folder are evaluated only."""
 
     out: Path = Path("collapse")
     """Folder of the runs, the base that guesses, and the table."""
     kinds: tuple[str, ...] = ("spread", "gather")
     """Kinds of collapse."""
     arms: tuple[str, ...] = tuple(ARMS)
-    """Arms: `srt` must be caught, `pooled` is the paper's vote, `anchored` the default of the built-in task."""
+    """Arms: `srt` collapses, `pooled` is the paper's vote, `anchored` the default of the built-in task."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of every arm."""
     steps: int = 300
-    """Most steps of a run; one that has lost 6 points is cut there."""
+    """Largest number of steps of a run; it ends earlier after a loss of 6 points."""
     parallel: int = 2
-    """Runs side by side, one CPU thread each."""
+    """Concurrent runs, one CPU thread each."""
 
 
 def make_config(args: CollapseArgs, kind: str, arm: str, seed: int) -> Config:
-    """A preset, without evaluation of its own."""
+    """A preset without evaluation."""
     base = make_preset(ARMS[arm])
     config = replace(
         base,
@@ -72,7 +72,7 @@ def make_config(args: CollapseArgs, kind: str, arm: str, seed: int) -> Config:
 
 
 def train(args: CollapseArgs, kind: str, arm: str, seed: int) -> None:
-    """Trains one run and writes its metrics, with the accuracy as `probe` every 10 steps."""
+    """Trains one run and writes its metrics, with greedy accuracy as `probe` every 10 steps."""
     path = args.out / f"{kind}-{arm}-{seed}.jsonl"
     if path.exists():
         return
@@ -91,7 +91,7 @@ def train(args: CollapseArgs, kind: str, arm: str, seed: int) -> None:
 
 
 def greedy_accuracy(trainer: Trainer) -> float:
-    """Share of the probe that the policy answers right without chance."""
+    """Greedy accuracy of the policy on the eval set."""
     assert trainer.probe is not None
     sampling = Sampling(temperature=0.0, max_new_tokens=trainer.config.rollout.max_new_tokens)
     return evaluate(
@@ -117,7 +117,7 @@ def smoothed(rows: Sequence[Metrics]) -> list[tuple[int, float]]:
 
 
 def fell(rows: Sequence[Metrics], loss: float = LOST) -> int | None:
-    """First step at which the smoothed accuracy is this far below its best; None where it never is."""
+    """First step at which the smoothed accuracy is `loss` below its best; None if it never is."""
     best = 0.0
     for step, value in smoothed(rows):
         best = max(best, value)
@@ -127,7 +127,7 @@ def fell(rows: Sequence[Metrics], loss: float = LOST) -> int | None:
 
 
 def first_alarm(rows: Sequence[Metrics], num_prompts: int = 16) -> tuple[int, str] | None:
-    """Step and reason of the first alarm of today's monitor on a run's rows."""
+    """Step and reason of the first alarm of the current monitor on a run's rows."""
     monitor = Monitor(MonitorConfig(), num_prompts=num_prompts)
     for row in rows:
         if reasons := monitor.observe({key: value for key, value in row.items() if not key.startswith("probe")}):
@@ -136,7 +136,7 @@ def first_alarm(rows: Sequence[Metrics], num_prompts: int = 16) -> tuple[int, st
 
 
 def table(args: CollapseArgs) -> str:
-    """A Markdown table, a line a run."""
+    """A Markdown table with one line for each run."""
     lines = ["| run | accuracy, best | last | 5 points lost at step | first alarm at step | reason |", "|---" * 6 + "|"]
     for path in sorted(args.out.glob("*-*-*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -150,7 +150,7 @@ def table(args: CollapseArgs) -> str:
 
 
 def main() -> None:
-    """Trains what is missing and writes the table."""
+    """Trains the missing runs and writes the table."""
     args = tyro.cli(CollapseArgs, description=__doc__)
     args.out.mkdir(parents=True, exist_ok=True)
     base = args.out / "guessing_base"

@@ -1,7 +1,7 @@
-"""Verdicts on answers that others have graded, and their time: `python -m bench.studies.graded_answers [FOLDER]`.
+"""Compares our grades of published graded answers: `python -m bench.studies.graded_answers [FOLDER]`.
 
 FOLDER holds `gsm8k_graded_solutions.jsonl`, `qwen25_math_graded_samples.jsonl` and `math500_test.jsonl`, or some of
-them; the default is $MGRPO_DATA, else a folder of data beside the repository. Nothing of them is kept here.
+them; the default is $MGRPO_DATA, else a folder of data beside the repository. The sets are not part of the repository.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GSM8K_SPEC = r"regex:A: *(.*)"
 
 @dataclass(frozen=True, kw_only=True)
 class Graded:
-    """An answer as a model wrote it, the true one, and the published verdict."""
+    """A model's answer, the true one, and the published grade."""
 
     place: str
     answer: str | None
@@ -33,7 +33,7 @@ class Graded:
 
 
 def find_data() -> Path:
-    """The folder of the graded sets, which need not be there."""
+    """The folder of the graded sets, which may not exist."""
     beside = Path(__file__).resolve().parents[3] / "shared" / "data"
     return Path(os.environ.get("MGRPO_DATA") or beside)
 
@@ -45,7 +45,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_gsm8k(folder: Path) -> Iterator[Graded]:
-    """Solutions of four models; the answer stands behind A:."""
+    """Solutions of four models, with the answer after "A:"."""
     extract = make_extractor(GSM8K_SPEC)
     for number, row in enumerate(_read_lines(folder / "gsm8k_graded_solutions.jsonl")):
         truth = extract(row["ground_truth"])
@@ -59,7 +59,7 @@ def read_gsm8k(folder: Path) -> Iterator[Graded]:
 
 
 def read_math_samples(folder: Path) -> Iterator[Graded]:
-    """Eight samples a question; the answer stands in a box."""
+    """Eight samples a question, with the answer in a box."""
     extract = make_extractor("boxed")
     for row in _read_lines(folder / "qwen25_math_graded_samples.jsonl"):
         for number, sample in enumerate(row["samples"]):
@@ -72,7 +72,7 @@ def read_math_samples(folder: Path) -> Iterator[Graded]:
 
 
 def read_math500(folder: Path) -> Iterator[Graded]:
-    """Worked solutions, whose boxes hold the true answers."""
+    """Worked solutions, with the true answer in a box."""
     extract = make_extractor("boxed")
     for row in _read_lines(folder / "math500_test.jsonl"):
         yield Graded(place=row["unique_id"], answer=extract(row["solution"]), truth=row["answer"], correct=True)
@@ -86,14 +86,14 @@ SETS: dict[str, Callable[[Path], Iterator[Graded]]] = {
 
 
 def grade(answers: list[Graded], checker: AnswerChecker, num_threads: int) -> list[Graded]:
-    """The answers whose verdict is not the published one."""
+    """The answers whose grade differs from the published one."""
     with ThreadPoolExecutor(num_threads) as threads:
         verdicts = threads.map(lambda each: checker.is_correct(each.answer, each.truth), answers)
         return [each for each, verdict in zip(answers, verdicts, strict=True) if verdict != each.correct]
 
 
 def main() -> int:
-    """Grades every set that is there, and prints a line for each."""
+    """Grades every existing set and prints a line for each."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else find_data()
     cores = len(os.sched_getaffinity(0))
     print(f"{'set':28s} {'graded alike':>14s} {'s':>8s} {'s, CPU':>8s}  on {cores} cores")
@@ -113,7 +113,7 @@ def main() -> int:
 
 
 def _processor_time() -> float:
-    """Seconds of this process and of those that it has waited for."""
+    """CPU seconds of this process and of its ended children."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 

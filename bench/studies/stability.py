@@ -1,7 +1,7 @@
-"""The stability study: does label-free training hold, or does it collapse? `make study`.
+"""The stability study: does label-free training collapse? `make study`.
 
-Trains four arms with three seeds each on the built-in task, two one-thread runs side by side, and writes a figure and
-a table of what came out. Finished runs are kept, so an interrupted study goes on where it was.
+Trains four arms with three seeds each on the built-in task, two one-thread runs at a time, and writes a figure and a
+table of the results. Finished runs are kept, so an interrupted study continues.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLORS = {"srt": "#d55e00", "no_filter": "#e69f00", "mgrpo": "#0072b2", "anchore
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArgs:
-    """What to train."""
+    """Runs to train."""
 
     out: Path = Path("study")
     """Directory of runs, figure and table."""
@@ -47,13 +47,13 @@ class StudyArgs:
     steps: int = 600
     """Steps of every run."""
     parallel: int = 2
-    """Runs side by side, one CPU thread each."""
+    """Concurrent runs, one CPU thread each."""
     flags: tuple[str, ...] = ()
-    """More flags for every run, such as --model.path=DIR."""
+    """Additional flags for every run, such as --model.path=DIR."""
 
 
 def train(args: StudyArgs, arm: str, seed: int) -> None:
-    """Trains one run, unless it is there already; a run that was cut off is resumed."""
+    """Trains one run unless it is finished; an interrupted run is resumed."""
     run_dir = args.out / f"{arm}-{seed}"
     rows = read_metrics(run_dir / "metrics.jsonl")
     if rows and rows[-1]["step"] == args.steps:
@@ -85,7 +85,7 @@ def train(args: StudyArgs, arm: str, seed: int) -> None:
 
 
 def summarize(runs: Sequence[Sequence[Metrics]]) -> dict[str, list[float]]:
-    """Best and final probe accuracy, and the final window's concentration, entropy and reward, a value a run."""
+    """For each run, best and final accuracy on the eval set, and concentration, entropy and reward at the end."""
     out: dict[str, list[float]] = {}
     for rows in runs:
         for key, name in (("probe_greedy_policy", "greedy"), ("probe_accuracy_policy", "sampled")):
@@ -120,12 +120,12 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 
 
 def draw(runs: dict[str, list[list[Metrics]]], path: Path) -> None:
-    """Four panels, a thin line a seed and a thick one their mean."""
+    """Four panels, with a thin line for each seed and a thick line for their mean."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
     panels = (
-        ("probe_greedy_policy", "Greedy accuracy on the probe", 1),
+        ("probe_greedy_policy", "Greedy accuracy on the eval set", 1),
         ("reward_mean", "Reward: share of rollouts that agree with the vote", 20),
         ("vote_accuracy", "Accuracy of the pseudo-labels", 20),
         ("top_answer_share", "Share of the commonest answer over different prompts", 20),

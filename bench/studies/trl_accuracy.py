@@ -1,7 +1,7 @@
-"""Does MGRPOTrainer in stock TRL learn what `mgrpo.train` does? `python -m bench.studies.trl_accuracy` trains both.
+"""Accuracy of MGRPOTrainer in stock TRL against that of `mgrpo.train`: `python -m bench.studies.trl_accuracy`.
 
-The same base, the same file of prompts, the same options, 100 steps, fp32, one CPU thread; then the accuracy of both
-policies on the same probe, greedy and sampled.
+Both have the same base, file of prompts and options, 100 steps, fp32, one CPU thread; then both policies are evaluated
+on the same eval set, greedily and sampled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mgrpo.training.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyArgs:
-    """What to train. Runs that are in the folder already are only told of."""
+    """Runs to train. Existing results in the folder are only printed."""
 
     out: Path = Path("trl_accuracy")
     """Folder of prompts, results and the table."""
@@ -35,7 +35,7 @@ class AccuracyArgs:
     steps: int = 100
     """Optimiser steps."""
     parallel: int = 2
-    """Runs side by side."""
+    """Concurrent runs."""
 
 
 def evaluate(model_path: Path) -> dict[str, float]:
@@ -83,7 +83,7 @@ def train(args: AccuracyArgs, which: str, seed: int) -> None:
 
 
 def train_in_trl(args: AccuracyArgs, prompts: Path, model: Path, seed: int) -> None:
-    """The options of the preset in TRL's words."""
+    """Trains with the options of the preset under TRL's names."""
     from datasets import load_dataset
 
     from mgrpo.integrations.trl import MGRPOConfig, MGRPOTrainer
@@ -119,7 +119,7 @@ def train_in_trl(args: AccuracyArgs, prompts: Path, model: Path, seed: int) -> N
 
 
 def main() -> None:
-    """Trains what is missing and prints the table."""
+    """Trains the missing runs and prints the table."""
     args = tyro.cli(AccuracyArgs, description=__doc__)
     args.out.mkdir(parents=True, exist_ok=True)
     export(ExportArgs(out=args.out / "prompts.jsonl", num=8192))

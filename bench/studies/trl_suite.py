@@ -1,8 +1,8 @@
-"""TRL's own GRPO tests with our kernels under its trainers: `python -m bench.studies.trl_suite CHECKOUT`.
+"""TRL's own GRPO tests with our kernels in its trainers: `python -m bench.studies.trl_suite CHECKOUT`.
 
-CHECKOUT is a clone of TRL of the installed version or near it; its tests are in no package. They ask the hub for tiny
-models and a data set: stand-ins of the same architectures, made here with random weights, take their place in a cache
-of their own. Every test runs twice, on TRL's functions and on ours; what passes on the one has to pass on the other.
+CHECKOUT is a clone of TRL of about the installed version, because its tests are in no package. Instead of the hub's
+tiny models and data set they get random models of the same architectures, from a separate cache. Every test runs twice,
+with TRL's functions and with ours, and must pass with ours if it passes with TRL's.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_tokenizer() -> Any:
 
 
 def fill_cache(home: Path) -> None:
-    """Every model as the hub's client would have left it."""
+    """Writes every model as the hub's client would cache it."""
     import torch
     import transformers
 
@@ -76,7 +76,7 @@ def fill_cache(home: Path) -> None:
 
 
 def load_dataset(path: str, config: str = "", split: str | None = None, streaming: bool = False, **_: Any) -> Any:
-    """Prompts of the shapes that the tests ask for."""
+    """Prompts in the formats that the tests load."""
     from datasets import Dataset, DatasetDict
 
     if "prompt_only" not in config or "image" in path:
@@ -89,21 +89,21 @@ def load_dataset(path: str, config: str = "", split: str | None = None, streamin
 
 
 def none_available(name: str) -> Any:
-    """Answers `is_..._available` that TRL no longer has."""
+    """Defines `is_..._available` functions that TRL no longer has."""
     if name.startswith("is_") and name.endswith("_available"):
         return lambda: False
     raise AttributeError(name)
 
 
 def pytest_configure(config: Any) -> None:
-    """As a plugin of TRL's tests: the data set, and our kernels where MGRPO_PATCHED is set."""
+    """Plugin of TRL's tests: replaces the data set, and with MGRPO_PATCHED the kernels."""
     import datasets
     import trl
     import trl.import_utils
 
     from mgrpo.integrations import patch_kernels
 
-    # The tests may be of an older release, whose questions after optional packages are gone.
+    # The tests may be of an older release with checks of optional packages that TRL has removed.
     sys.modules["trl.import_utils"].__dict__["__getattr__"] = none_available
     datasets.load_dataset = load_dataset
     if os.environ.get("MGRPO_PATCHED"):
@@ -118,7 +118,7 @@ def run(checkout: Path, work: Path, patched: bool) -> dict[str, str]:
     environment |= {"MGRPO_PATCHED": "1"} if patched else {}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.studies.trl_suite", "-p", "no:cacheprovider", "-x"]
     command[-1:] = ["--tb=no", f"--junitxml={report}", "tests/test_grpo_trainer.py"]
-    # Beside the checkout's package, which would be taken for the installed one.
+    # Without the checkout's package, which would hide the installed one.
     shutil.copytree(checkout / "tests", work / "tests", dirs_exist_ok=True)
     shutil.copy(checkout / "pyproject.toml", work)
     subprocess.run(command, cwd=work, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)

@@ -1,7 +1,7 @@
-"""What a training step takes on an idle machine and beside busy processes: `python -m bench.training.busy`.
+"""Time of a training step on an idle machine and beside busy processes: `python -m bench.training.busy`.
 
-Both ways of waiting at barriers, in turn: the commands' own, and libgomp's, which spins. In each round every way runs
-alone and beside the busy processes; the rows are medians of the rounds' medians of `step_s`.
+Compares two ways of waiting at barriers: the commands' own, and libgomp's, which spins. In each round each runs alone
+and beside the busy processes; a row is the median over rounds of the median `step_s`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 WARM_UP = 2
-# What libgomp does by itself; to name it is to leave the commands' choice out.
+# libgomp's default, named explicitly to override the commands' choice.
 WAYS = {"sleep": {}, "spin": {"GOMP_SPINCOUNT": "300000"}}
 
 
 @contextmanager
 def busy(num: int) -> Iterator[None]:
-    """So many single-thread processes that do nothing but compute."""
+    """Runs `num` single-thread processes that only compute."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num)]
     try:
         yield
@@ -36,7 +36,7 @@ def busy(num: int) -> Iterator[None]:
 
 
 def step_s(way: str, steps: int, flags: list[str]) -> float:
-    """Median seconds of a step of a run of its own."""
+    """Median seconds of a step, in a separate run."""
     environment = {name: v for name, v in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     environment |= WAYS[way] | {"PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +50,8 @@ def step_s(way: str, steps: int, flags: list[str]) -> float:
 def main() -> None:
     """Prints a row for each way of waiting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="times that every way runs")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a run, after two that do not count")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a run, after two for warm-up")
     parser.add_argument("--busy", type=int, default=2, help="other processes")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     args, flags = parser.parse_known_args()

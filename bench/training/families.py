@@ -12,7 +12,7 @@ FAMILIES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY, LONGEST = 300, 128
 MAX_PARAMETERS = 5_000_000
 
-# What each field is cut to, where it is larger.
+# Largest value of each field.
 _SIZES = {
     "vocab_size vocab_size_per_layer_input decoder_vocab_size pronunciation_vocab_size shape_vocab_size": VOCABULARY,
     "max_position_embeddings n_positions max_seq_len n_ctx context_length max_target_positions model_max_length "
@@ -43,12 +43,12 @@ _SIZES = {
 }
 SIZES = {name: size for names, size in _SIZES.items() for name in names.split()}
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks")
-# Lists with an entry a layer; a tiny model has one layer of each kind.
+# Lists with one entry for each layer; a tiny model has one layer of each kind.
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "indexer_types")
 
 _MAMBA = dict(mamba_n_heads=4, mamba_d_head=16)
 _INDEXER = dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=LONGEST)
-# What can not be told from the names, or a default that builds no model.
+# Fields whose meaning does not follow from the name, or whose default builds no model.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA | dict(attn_layer_indices=[1]),
     "cohere_compass_text": dict(
@@ -126,7 +126,7 @@ def shrink(config_class: type[PretrainedConfig], ids: dict[str, int]) -> dict[st
 
 
 def tiny_config(family: str, **ids: int) -> PretrainedConfig:
-    """A configuration of a family with a few thousand weights, `pad_token_id` and the like from `ids`."""
+    """A configuration of a family with a few thousand weights and the special tokens `ids`."""
     config_class = CONFIG_MAPPING[family]
     return config_class(**shrink(config_class, ids))
 
@@ -135,7 +135,7 @@ def tiny_model(config: PretrainedConfig, *, gain: float = 1.0, seed: int = 0) ->
     """A random model of a configuration, its matrices scaled by `gain` for peaked logits.
 
     Raises:
-        ValueError: it is not tiny.
+        ValueError: the model is not tiny.
     """
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())

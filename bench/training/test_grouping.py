@@ -1,4 +1,4 @@
-"""How long the answers of one prompt take to group where nearly all of them differ."""
+"""Time to group the answers of one prompt when nearly all of them differ."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMS = (
 
 @pytest.mark.parametrize("number", [64, 256])
 def test_grouping(benchmark, number):
-    """One worker, which runs; fingerprints are made anew in every round."""
+    """One running worker; fingerprints are computed again in every round."""
     rng = random.Random(0)
     rounds = [[FORMS[i % len(FORMS)] % tuple(rng.sample(range(11, 99), 4)) for i in range(number)] for _ in range(3)]
     with AnswerChecker(num_workers=1) as checker:

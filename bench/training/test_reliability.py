@@ -1,4 +1,4 @@
-"""What checkpoints and the collapse monitor cost a step of the arithmetic task."""
+"""Cost of checkpoints and the collapse monitor for a step of the arithmetic task."""
 
 import time
 from dataclasses import replace
@@ -9,7 +9,7 @@ from mgrpo.run.loop import Session
 from mgrpo.training.trainer import Trainer
 
 STEPS = 100
-BLOCK = 25  # steps that one of the two takes before the other does
+BLOCK = 25  # consecutive steps of each of the two runs
 WARM_UP = 25
 
 

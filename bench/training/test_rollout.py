@@ -41,7 +41,7 @@ def test_rollout(benchmark, loaded):
         tokens["ours"] = int(engine.generate(prompts, SAMPLES, sampling, WeightTag("policy", 0)).lengths.sum())
 
     def count(output: torch.Tensor, width: int) -> int:
-        """Generated tokens up to the first EOS, which is counted."""
+        """Generated tokens up to and including the first EOS."""
         new = output[:, width:]
         ended = (new == tokenizer.eos_token_id).cumsum(1)
         return int((ended - (new == tokenizer.eos_token_id).long() == 0).sum())

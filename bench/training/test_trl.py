@@ -22,8 +22,7 @@ ROUNDS = 3
 def test_trl(benchmark, tmp_path, dtype):
     """4 sequences of 64 prompt and 64 response tokens: log-probs and entropies of the responses, loss, backward.
 
-    The model is one layer under a head of Qwen3's vocabulary, so that the head is what takes the time, as it is what
-    the kernels replace.
+    The model is one layer under a head of Qwen3's vocabulary, so that the head, which the kernels replace, dominates.
     """
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}

@@ -1,9 +1,9 @@
-"""One full update step of a random Qwen3 of 0.6 B shapes: the trainer's own against transformers and torch.
+"""One full update step of a random Qwen3 of 0.6 B shapes: the trainer's against plain transformers and torch.
 
     python -m bench.training.update_step [--device cuda] [--shapes tiny] [--out FILE]
 
 Ours is `Learner.optimizer_step`: forward, log-probs and entropies from hidden states, clipped loss, backward, gradient
-norm, AdamW, EMA. Plain is what a trainer without kernels writes: materialised logits, log_softmax and gather, entropy
+norm, AdamW, EMA. Plain is the step of a trainer without kernels: materialised logits, log_softmax and gather, entropy
 without a gradient, the eager loss, the same AdamW, foreach EMA. Both keep fp32 weights and compute in bf16.
 R trajectories, L response tokens of each, P prompt tokens.
 """
@@ -72,7 +72,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What both are given; the model is made anew for each, from the same seed."""
+    """Inputs of both; each makes its own model from the same seed."""
 
     config: Config
     model: Qwen3ForCausalLM
@@ -83,7 +83,7 @@ class Problem:
     old_logprob: Tensor  # [R, L]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Where the forward runs."""
+        """The context of the forward."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.ids.device.type, self.dtype)
@@ -234,7 +234,7 @@ def _synchronize(device: str) -> None:
 
 
 def run(device: str, scale: str) -> dict[str, Any]:
-    """Both, one after the other, so that each has the memory to itself; what fails says so in its place."""
+    """Runs both, one after the other, so that each has all the memory; a failure is part of the result."""
     shape = SHAPES[scale]
     found: dict[str, Any] = {"shape": str(shape), "device": meter(device).describe()}
     for name, make in (("ours", ours), ("plain", plain)):
@@ -266,7 +266,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    """Runs both; 1 where ours fails."""
+    """Runs both; returns 1 if ours fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", choices=tuple(SHAPES), help="default: cuda on a GPU, else tiny")
