@@ -1,5 +1,5 @@
-// One Python function per launcher that every device has. Pointers come as integers, 0 for none; native.py has checked
-// all that they point to. The interpreter's lock is released while a kernel runs.
+// One Python function for each launcher of all devices. Pointers are integers, 0 for none; native.py has checked what
+// they point to. The GIL is released while a kernel runs.
 #include "bindings.h"
 
 #include <vector>
@@ -131,7 +131,7 @@ void logits_grpo_loss_fwd(const LogitRows& rows, const LossTokens& tokens, const
 
 }  // namespace
 
-// The argument types are local to a module, for two modules of one process bind them.
+// The argument types are local to a module, because two modules of one process bind them.
 void bind_operations(py::module_& m) {
   py::class_<LogitRows>(m, "LogitRows", py::module_local()).def(py::init(&logit_rows));
   m.def("token_logprob_fwd", &token_logprob_fwd, Unlocked());

@@ -1,4 +1,4 @@
-// What the modules of all devices share.
+// Code shared by the modules of all devices.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,7 +1,7 @@
-"""Hashes of implementations without their comments: what a measurement on a GPU is about.
+"""Hashes of implementations without their comments, which identify the code that a GPU record is for.
 
-Needs nothing but Python, and runs as a script, by which the build writes the CUDA sources' hashes into the library:
-`python _sources.py FILE.cu...` prints a C++ table.
+Needs only Python. As a script, `python _sources.py FILE.cu...`, it prints a C++ table of the CUDA sources' hashes,
+which the build compiles into the library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
-# Schemas and result types compute nothing.
+# Schemas and result types contain no arithmetic.
 _WITHOUT_ARITHMETIC = ("ops.py", "results.py")
 _CPP = re.compile(r"""//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')""", re.DOTALL)
 _LENGTH = 16
@@ -29,7 +29,7 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def strip_python(source: str) -> str:
-    """Source without comments, docstrings and blank lines, the same for every version of Python."""
+    """Source without comments, docstrings and blank lines, equal for all versions of Python."""
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -48,7 +48,7 @@ def strip_cpp(source: str) -> str:
 
 
 def _imported(path: Path) -> set[Path]:
-    """Files of the package that a file of it imports."""
+    """Files of the package that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_PACKAGE.name):
@@ -59,9 +59,9 @@ def _imported(path: Path) -> set[Path]:
 
 @cache
 def hash_python(*names: str) -> str:
-    """Of files of the package, such as "token_logprob/triton.py", and of all that they import from it.
+    """Hash of files of the package, such as "token_logprob/triton.py", and of all that they import from it.
 
-    Names that do not exist are left out.
+    Names that do not exist are skipped.
     """
     seen: set[Path] = set()
     new = {path for path in (_PACKAGE / name for name in names) if path.is_file()}
@@ -72,7 +72,7 @@ def hash_python(*names: str) -> str:
 
 
 def hash_cpp(source: Path) -> str:
-    """Of a file and of the project's headers that it includes."""
+    """Hash of a file and of the project's headers that it includes."""
     folders = (source.parent, source.parent.parent / "common")
     seen: set[Path] = set()
     new = {source}

@@ -1,4 +1,4 @@
-"""Which implementation runs an operation: one fixed order per device, and never a silent fallback."""
+"""Choice of the implementation that runs an operation: one fixed order per device, without silent fallback."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _SUPPORT = {
     "triton": _Support(("cuda", "meta"), native.DTYPES),
     "cuda": _Support(("cuda", "meta"), native.DTYPES),
 }
-# Run an operation by its schema in ops.py.
+# Backends that run an operation by its schema in ops.py.
 _COMPILED = ("cpu", "cuda", "triton")
-# Of a CPU and of what is no GPU; on a GPU `verified` chooses.
+# Order on a CPU and other devices; on a GPU `verified` chooses.
 _ORDER = {"cpu": ("cpu", "reference")}
 _ANY_DEVICE = ("reference",)
 _logger = logging.getLogger("mgrpo_kernels")
 _announced: set[tuple[str, str, str]] = set()
 
 
-# Whether they are here; a GPU backend also needs a GPU, whose driver the import of the package must not touch.
+# Availability without a look at the GPU, whose driver must not be touched by the import of the package.
 _KNOWN = {
     "reference": Availability(True, "plain PyTorch, runs on every device"),
     "cpu": Availability(*native.CPU),
@@ -69,12 +69,12 @@ def _state(name: str) -> Availability:
 
 
 def implementations(reference: Callable[..., Any], compiled: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Implementation by backend; `compiled` is that of all others and takes the backend's name."""
+    """Implementations by backend; `compiled` is for all but the reference, and takes the backend's name."""
     return {"reference": reference} | {name: partial(compiled, backend=name) for name in _COMPILED}
 
 
 def backends() -> dict[str, Availability]:
-    """Every backend of this build, with its availability and the reason for it."""
+    """Backends of this build, each with its availability and the reason."""
     return {name: _state(name) for name in _KNOWN}
 
 
@@ -85,7 +85,7 @@ def resolve(
     dtypes: tuple[torch.dtype, ...] = (),
     among: Iterable[str] = tuple(_SUPPORT),
 ) -> str:
-    """Name of the backend, one `among` those that have `op`, that runs it on `device` for inputs of `dtypes`.
+    """Name of the backend that runs `op` on `device` for inputs of `dtypes`, one `among` those that have it.
 
     MGRPO_BACKEND replaces "auto".
     """
@@ -113,7 +113,7 @@ def _takes(name: str, dtypes: tuple[torch.dtype, ...]) -> bool:
 def _check_choice(
     op: str, device: torch.device, source: str, backend: str, dtypes: tuple[torch.dtype, ...], among: tuple[str, ...]
 ) -> None:
-    """Refuse a named backend that cannot run this call."""
+    """Raise ValueError for a named backend that cannot run this call."""
     if backend not in _KNOWN or backend not in among or not _state(backend).available:
         raise ValueError(_refusal(op, source, backend, among))
     devices = _SUPPORT[backend].devices
@@ -127,7 +127,7 @@ def _check_choice(
 
 
 def _refusal(op: str, source: str, backend: str, among: tuple[str, ...]) -> str:
-    """The error that lists what is available and why the rest is not."""
+    """The error that lists the available backends and the reasons for the others."""
     states = backends()
     names = [name for name, state in states.items() if state.available and name in among]
     reasons = [f"{name} is unavailable: {state.reason}" for name, state in states.items() if not state.available]
@@ -139,7 +139,7 @@ def _refusal(op: str, source: str, backend: str, among: tuple[str, ...]) -> str:
 
 
 def _announce(op: str, device: str, backend: str) -> None:
-    """One log line for each operation, device and backend."""
+    """Log the choice once for each operation, device and backend."""
     if torch.compiler.is_compiling() or (op, device, backend) in _announced:
         return
     _announced.add((op, device, backend))

@@ -18,7 +18,7 @@ Inputs = dict[str, Tensor]
 
 
 class Sizes(NamedTuple):
-    """Of sample inputs."""
+    """Sizes of sample inputs."""
 
     num_tokens: int  # a multiple of 16
     hidden: int
@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
 
 
 class Samples:
-    """Inputs in fp32; some logits of each row are raised, so that probabilities are not all tiny."""
+    """Sample inputs in fp32; some logits of each row are raised, so that probabilities are not all tiny."""
 
     def __init__(self, device: torch.device, sizes: Sizes):
         generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ class Samples:
 
 
 class Operation(NamedTuple):
-    """A row."""
+    """A row of OPERATIONS."""
 
     folders: tuple[str, ...]  # whose kernels run it, its own first
     inputs: Callable[[Samples], Inputs]
@@ -124,12 +124,12 @@ OPERATIONS = {
 
 
 def source_hash(op: str, backend: str, compiled: Mapping[str, str]) -> str:
-    """Hash of what runs an operation on a GPU backend, comments apart.
+    """Hash of the code that runs an operation on a GPU backend, without comments.
 
     Args:
         op: a name in OPERATIONS.
         backend: "triton" or "cuda".
-        compiled: hashes of the CUDA sources by file name, as `native.sources()` gives the library's; where it is empty,
+        compiled: hashes of the CUDA sources by file name, such as `native.sources()` of the library; if it is empty,
             backend "cuda" has the hash "".
     """
     folders = OPERATIONS[op].folders

@@ -31,7 +31,7 @@ def _launcher(folder: str, name: str, backend: str) -> Callable[..., Any]:
 
 
 def _fields(struct: type[tuple[Any, ...]]) -> str:
-    """A struct as it stands in a schema."""
+    """The fields of a struct in a schema."""
     kinds = {name: kind.__forward_arg__.replace(" | None", "?") for name, kind in struct.__annotations__.items()}
     return ", ".join(f"{kind} {name}" for name, kind in kinds.items())
 
@@ -41,7 +41,7 @@ _ROWS, _ROW_BACKWARD, _LOSS_INPUTS, _LOSS_OPTIONS = _STRUCTS
 
 
 def _pack(args: Sequence[Any], structs: Sequence[tuple[int, type[tuple[Any, ...]]]]) -> list[Any]:
-    """Arguments with those from each index on as one struct."""
+    """Arguments, with those of each struct from its index on replaced by the struct."""
     packed, end = [], 0
     for start, struct in structs:
         packed += args[end:start]
@@ -51,9 +51,9 @@ def _pack(args: Sequence[Any], structs: Sequence[tuple[int, type[tuple[Any, ...]
 
 
 def _define(folder: str, schema: str, writes: str = "") -> Callable[[Callable[..., Any]], None]:
-    """Decorator of an operation's fake: shapes and dtypes of the results without their values.
+    """Decorator of an operation's fake, which returns results of the right shapes and dtypes without values.
 
-    The launchers take the structs of a schema as one argument each. `writes` names a tensor that they write over.
+    The launchers take the structs of a schema as one argument each. `writes` names a tensor that they overwrite.
     """
     name = schema.partition("(")[0]
     places = [
@@ -169,8 +169,8 @@ _HEAD = (
 
 @_define(
     "linear_token_logprob",
-    # Logits of the first tiles of the vocabulary are kept for the backward, each [T, kept_columns[i]]: fp32, or where
-    # halved fp16 differences to anchors [T].
+    # Logits of the first tiles of the vocabulary are kept for the backward, each [T, kept_columns[i]]: fp32, or with
+    # `halved` fp16 differences to anchors [T].
     f"linear_token_logprob_fwd({_HEAD}, bool self_certainty, SymInt[] kept_columns, bool halved, str backend) "
     "-> (Tensor top, Tensor exp, Tensor exp_x, Tensor finite_x, Tensor num_finite, Tensor z_target, Tensor[] kept, "
     "Tensor[] anchors)",
@@ -200,7 +200,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[
 
 @_define(
     "ema_update",
-    # Lists hold what is present; compensated and published give the index of its momentum.
+    # Lists hold present tensors; compensated and published are the indices of their momentum.
     "ema_update_(Tensor(a!)[] momentum, Tensor[] policy, Tensor(b!)[] compensation, int[] compensated, "
     "Tensor(c!)[] publish, int[] published, float decay, Tensor? decay_tensor, bool stochastic, int seed, SymInt step, "
     "Tensor? step_tensor, str backend) -> ()",

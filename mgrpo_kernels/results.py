@@ -1,4 +1,4 @@
-"""What the public functions return."""
+"""Results of the public functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a test of an operation needs: hard inputs, an error budget without hand-picked tolerances, and broken twins."""
+"""Tools for tests of operations: hard inputs, an error budget without hand-picked tolerances, and mutants."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def poison_masked(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def exponent_length(logits: Tensor, temperature: float) -> int:
-    """What the rounding of an exponent adds to the reduction length of e^(z/T): the square of its largest size.
+    """Addition to the reduction length of e^(z/T) by the rounding of exponents: the square of the largest exponent.
 
     An exponent is rounded by eps times its size, at most the spread of the logits [T, V] over the temperature.
     """
@@ -75,7 +75,7 @@ def assert_gradient_within_budget(
     reduction_length: int,
     largest_term: float = 0.0,
 ) -> None:
-    """Budget of a gradient [T, V], the target column apart from the others, which are far smaller."""
+    """Budget of a gradient [T, V], separately for the target column and the others, which are far smaller."""
     is_target = torch.nn.functional.one_hot(targets.clamp_min(0), oracle.shape[1]).bool()
     for name, columns in (("target column", is_target), ("other columns", ~is_target)):
         parts = (tensor.masked_select(columns) for tensor in (actual, oracle, reference))
@@ -95,7 +95,7 @@ class _RoundedGradient(torch.autograd.Function):
 
 
 def round_gradient(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor, whose gradient will be rounded to a dtype: for the reference of an operation that says it does so."""
+    """The tensor, with its gradient rounded to a dtype: for the reference of an operation that rounds it too."""
     return _RoundedGradient.apply(tensor, dtype)  # pyright: ignore[reportReturnType]
 
 
@@ -111,7 +111,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], outputs: Any) -> Any:
 
 
 def on_outputs(change: Callable[[Tensor], Tensor]) -> Mutant:
-    """A mutant that spoils results."""
+    """A mutant that changes results."""
 
     def mutate(op: Op) -> Op:
         return lambda *args, **kwargs: map_tensors(change, op(*args, **kwargs))
@@ -120,7 +120,7 @@ def on_outputs(change: Callable[[Tensor], Tensor]) -> Mutant:
 
 
 def on_argument(names: Iterable[str], change: Callable[[Any], Any]) -> Mutant:
-    """A mutant that spoils the named keyword arguments."""
+    """A mutant that changes the named keyword arguments."""
 
     def mutate(op: Op) -> Op:
         def mutated(*args: Any, **kwargs: Any) -> Any:
@@ -164,7 +164,7 @@ MUTANTS: dict[str, Mutant] = {
 def assert_mutants_rejected(
     op: Op, check: Callable[[Op], None], *, extra: Mapping[str, Mutant] | None = None, without: Iterable[str] = ()
 ) -> None:
-    """`check` must accept `op` and raise AssertionError for each broken twin of it.
+    """Assert that `check` accepts `op` and raises AssertionError for each mutant of it.
 
     `check` passes mask, keep and temperature by keyword. `without` names the mutants that cannot apply.
     """

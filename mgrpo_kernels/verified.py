@@ -1,7 +1,7 @@
-"""Which backends have passed their tests on a GPU: read from verified.json, which bench/verified.py makes of records.
+"""Backends that have passed their tests on a GPU, from verified.json, which bench/verified.py writes from records.
 
-A run counts for the source that it ran: a change of any line but a comment makes its row stale, and bench/verified.py
-and the tests refuse a stale row. A call reads the table alone.
+A run is valid for the source that it tested: a change of any line but a comment makes its row stale, and
+bench/verified.py and the tests refuse a stale row. A call reads only the table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _logger = logging.getLogger("mgrpo_kernels")
 
 
 class Run(NamedTuple):
-    """One operation that passed on one card."""
+    """One operation that passed on one GPU."""
 
     op: str
     backend: str
@@ -34,12 +34,12 @@ class Run(NamedTuple):
 
 @cache
 def runs() -> tuple[Run, ...]:
-    """All that passed, the fastest backend of an operation and dtype first."""
+    """All passed runs, the fastest backend of an operation and dtype first."""
     return tuple(Run(**entry) for entry in json.loads(FILE.read_text())["runs"])
 
 
 def triton_version() -> str:
-    """Of the installed package; "" where there is none."""
+    """Version of the installed Triton; "" if there is none."""
     try:
         return version("triton")
     except PackageNotFoundError:
@@ -47,7 +47,7 @@ def triton_version() -> str:
 
 
 def find(op: str, dtypes: tuple[torch.dtype, ...], capability: tuple[int, int]) -> list[Run]:
-    """A run for each backend that is verified for every dtype on cards of this major architecture, fastest first."""
+    """A run for each backend that is verified for all dtypes on GPUs of this major architecture, fastest first."""
     names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
     by_backend: dict[str, list[Run]] = {}
     for run in runs():
@@ -62,19 +62,19 @@ def choose(op: str, index: int | None, dtypes: tuple[torch.dtype, ...], among: t
     return _choose(op, capability, dtypes, among) if among and capability else "reference"
 
 
-# What torch.compiler.assume_constant_result sets: a compiler must not trace the reading of files. The decorator itself
-# imports the compiler, which takes longer than the rest of this package.
+# The attribute that torch.compiler.assume_constant_result sets, because a compiler must not trace reading files. The
+# decorator itself would import the compiler, which takes longer than the rest of this package.
 choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _capability(index: int | None) -> tuple[int, int] | None:
-    """Of a card; None where there is no GPU, which tensors without data may still name."""
+    """Capability of a GPU; None if there is none, which tensors without data may still name."""
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
 @cache
 def _choose(op: str, capability: tuple[int, int], dtypes: tuple[torch.dtype, ...], among: tuple[str, ...]) -> str:
-    """Cached, for it says once what it chose."""
+    """The choice, cached so that it is logged once."""
     here = f"{capability[0]}.{capability[1]}"
     for run in find(op, dtypes, capability):
         if run.backend not in among:

@@ -1,4 +1,4 @@
-// What every launcher's arguments are made of.
+// Types of the launchers' arguments.
 //
 // Letters: T token rows, V vocabulary, D hidden, N sequences, B prompts, G rollouts a prompt. Pointers are to memory of
 // the launcher's device that the caller owns and has checked; a null pointer stands for an absent argument.

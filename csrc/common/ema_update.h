@@ -5,7 +5,7 @@
 
 namespace mgrpo {
 
-// One momentum tensor and what goes with it; all contiguous and of `count` elements.
+// One momentum tensor and its other tensors; all contiguous and of `count` elements.
 struct EmaTensor {
   void* momentum;        // in momentum_dtype
   const void* policy;    // in policy_dtype
@@ -18,7 +18,7 @@ struct EmaTensor {
   Dtype publish_dtype;
 };
 
-// A tensor starts a group of its own, so that random bits never straddle two spans of work.
+// Every tensor starts a new group, so that random bits never straddle two spans of work.
 constexpr int64_t kEmaGroup = 64;
 
 struct EmaUpdate {

@@ -9,7 +9,7 @@ namespace mgrpo {
 
 enum class KlEstimate : int { k1 = 0, k2 = 1, k3 = 2 };
 
-// What is read of every token. Outside the mask it may be anything.
+// Inputs of every token. Outside the mask they may hold anything.
 struct LossTokens {
   const float* logprob;          // [T]
   const float* entropy;          // [T] or null

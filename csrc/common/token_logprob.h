@@ -5,7 +5,7 @@
 
 namespace mgrpo {
 
-// Rows of logits and what scales them; shared by the operations on logits.
+// Rows of logits with targets, mask and scale; shared by the operations on logits.
 struct LogitRows {
   const void* logits;         // [T, V] in dtype, rows `stride` elements apart
   Dtype dtype;

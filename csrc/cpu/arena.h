@@ -33,7 +33,7 @@ class HugePages {
       : first_((reinterpret_cast<uintptr_t>(from) + kBytes - 1) / kBytes),
         last_(most(first_, (reinterpret_cast<uintptr_t>(from) + uintptr_t(bytes)) / kBytes)) {}
 
-  // Advice that the system does not know or cannot take changes nothing but speed.
+  // Advice that the system does not know or cannot follow affects only speed.
   void ask() const {
 #if defined(MADV_HUGEPAGE)
     const size_t bytes = size_t((last_ - first_) * kBytes);
@@ -41,7 +41,7 @@ class HugePages {
 #endif
   }
 
-  // Inside a parallel region: maps them, and keeps what they hold.
+  // Inside a parallel region: maps them and keeps their contents.
   void fault_in() const {
 #if defined(__linux__)
     constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, of Linux 5.14

@@ -1,4 +1,4 @@
-// Which instruction set runs: read once from CPUID, or forced by MGRPO_CPU_ISA.
+// Choice of the instruction set: once by CPUID, or forced by MGRPO_CPU_ISA.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>

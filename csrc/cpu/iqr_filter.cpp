@@ -28,7 +28,7 @@ float quantile(float* values, int64_t begin, int64_t size, float fraction) {
   return weight < 0.5f ? std::fma(weight, high - low, low) : std::fma(weight - 1.0f, high - low, high);
 }
 
-// The packed values that take part; returns their number, or 0 where one is not finite.
+// Packs the values that take part; returns their number, or 0 if one is non-finite.
 int64_t pack(const float* entropy, const bool* keep, int64_t size, float* packed) {
   int64_t num_used = 0;
   bool finite = true;

@@ -1,4 +1,4 @@
-// What bindings.cpp may call: one table of launchers per instruction set, chosen at run time.
+// Functions for bindings.cpp: one table of launchers per instruction set, chosen at run time.
 //
 // Letters and pointers: see dtype.h.
 #pragma once

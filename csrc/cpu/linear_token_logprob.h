@@ -9,7 +9,7 @@
 
 namespace mgrpo {
 
-// What both directions read. Logits are hidden . weight + bias; z = softcapped logits / temperature.
+// Inputs of both directions. Logits are hidden . weight + bias; z = softcapped logits / temperature.
 struct LinearHead {
   const void* hidden;  // [T, D] in dtype, rows hidden_stride elements apart
   const void* weight;  // [V, D] in dtype, rows weight_stride elements apart

@@ -39,7 +39,7 @@ struct LossSums {
   f32v term[1 + kNumMetrics];
 };
 
-// What is known before any token's loss.
+// Computed before any token's loss.
 struct LossContext {
   LossTokens tokens;
   LossOptions options;
@@ -58,7 +58,7 @@ MGRPO_INLINE int64_t clamp_token(int64_t position, int64_t num_tokens) {
   return position < 0 ? 0 : position > num_tokens ? num_tokens : position;
 }
 
-// A compiled graph does not check cu_seqlens, so no value of them may lead outside the tokens.
+// A compiled graph does not check cu_seqlens, so no value may cause an access outside the tokens.
 MGRPO_INLINE int64_t sequence_start(const LossTokens& tokens, int64_t sequence) {
   if (tokens.cu_seqlens) return clamp_token(tokens.cu_seqlens[sequence], tokens.num_tokens);
   return sequence * (tokens.num_tokens / tokens.num_sequences);
@@ -248,7 +248,7 @@ LossContext loss_context(const LossTokens& tokens, const LossOptions& options, c
   return context;
 }
 
-// Loss, metrics and, where there is room for them, gradients.
+// Loss, metrics and the gradients whose outputs are given.
 void loss_of_tokens(const LossContext& context, const LossScratch& scratch, const LossOutputs& outputs,
                     int num_threads) {
   const int64_t num_tokens = context.tokens.num_tokens, num_chunks = (num_tokens + kLossChunk - 1) / kLossChunk;

@@ -35,7 +35,7 @@ MGRPO_INLINE int32_t reduce_max(i32v v) {
   return lanes[0];
 }
 
-// A group in 32 bits, filled up with rollouts that neither answer nor vote.
+// A group in 32 bits, padded with rollouts that neither answer nor vote.
 struct Group {
   int32_t ids[kMostCompared];    // -1 for no answer
   int32_t votes[kMostCompared];  // 0 for no voter
@@ -82,7 +82,7 @@ bool read(const MajorityVote& args, int64_t start, Group& group) {
   return true;
 }
 
-// Votes of all who gave the answer of each rollout.
+// Votes for the answer of each rollout.
 void count_classes(Group& group) {
   for (int g = 0; g < group.padded; g += kLanes) {
     const i32v own = load(group.ids + g);
@@ -96,7 +96,7 @@ bool leads(const Group& group, int g, int32_t top) {
   return group.ids[g] >= 0 && group.votes[g] > 0 && group.class_votes[g] == top;
 }
 
-// The first of the leading voters whose class has the most votes of the rollouts that decide a tie.
+// The first of the leading voters whose class has the most tie-breaking votes.
 int winner_of_tie(const Group& group, const bool* tie_break, int first, int32_t top) {
   int winner = first;
   int32_t most = -1;

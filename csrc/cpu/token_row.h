@@ -111,7 +111,7 @@ RowStats row_stats(const T* row, int64_t vocabulary, float temperature, float so
     }
     BlockSums sums[4];
     for (i = 0; i + 4 * kLanes <= whole; i += 4 * kLanes) {
-      // Memory works on the next block while this one is summed.
+      // Prefetch the next block while this one is summed.
       for (size_t line = 0; line < 4 * kLanes * sizeof(T); line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(block + kBlock + i) + line);
       for (int k = 0; k < 4; ++k)

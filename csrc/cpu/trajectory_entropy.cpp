@@ -105,7 +105,7 @@ int64_t count(const bool* mask, int64_t size) {
   return total;
 }
 
-// What divides the sum.
+// The divisor of the sum.
 int64_t divisor(const Trajectories& args, const Sequence& part) {
   if (!args.mean) return 1;
   const int64_t size = part.end - part.begin;

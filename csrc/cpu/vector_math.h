@@ -1,5 +1,6 @@
-// Exponentials and the softcap of vectors. Three exponentials, for what each gives costs the others time: 2^x for the
-// statistics of a row, whose temperature takes log2(e) in; e^x exactly 0 far down, for probabilities; e^x - 1 for the KL.
+// Exponentials and the softcap of vectors. There are three exponentials, each as cheap as its use allows: 2^x for the
+// statistics of a row, with log2(e) folded into the temperature; e^x, exactly 0 far down, for probabilities; e^x - 1
+// for the KL.
 #pragma once
 
 #include "simd.h"

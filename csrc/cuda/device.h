@@ -1,4 +1,4 @@
-// What kernels use of a GPU. One source for nvcc and, with MGRPO_EMULATE, for a CPU (see emulate.h).
+// GPU primitives of the kernels. One source for nvcc and, with MGRPO_EMULATE, for a CPU (see emulate.h).
 #pragma once
 
 #include <array>
@@ -197,7 +197,7 @@ __device__ __forceinline__ T* in_block(T* mine, unsigned rank) {
   asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
   return reinterpret_cast<T*>(theirs);
 }
-// Waits for every thread of the cluster; what they wrote is there.
+// Waits for every thread of the cluster, whose writes are then visible.
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }

@@ -3,9 +3,9 @@
 // Fused: widening, mix, rounding to nearest, stochastic or compensated, and the copy for the rollout engine: each list
 // is read once and each written once, from 6 bytes a parameter (bf16, stochastic) to 14 (fp32 with a bf16 copy).
 //
-// One launch, for the descriptors of hundreds of tensors travel as the kernel's argument. A table on the device would
-// need memory that outlives the launch (every replay of a captured graph), filled by a copy that does not wait. The
-// argument is copied with the launch, and a graph holds its own.
+// One launch, with the descriptors of hundreds of tensors as the kernel's argument. A table on the device would need
+// memory that outlives the launch (every replay of a captured graph), filled by an asynchronous copy. The argument is
+// copied at the launch, and a graph holds its own copy.
 #include "ema_update.h"
 
 #include <algorithm>
@@ -31,8 +31,8 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == 40 && kRun <= 65536, "as many entries as fit");
 
-// An argument of 32,764 bytes needs CUDA 12.1 and a driver that knows it (530). Short lists take 4 KiB, whose copy is
-// shorter too. Emulated launches are short, so that tests run several.
+// An argument of 32,764 bytes needs CUDA 12.1 and driver 530. Short lists take 4 KiB, whose copy is faster. Emulated
+// launches are short, so that tests run several.
 #if defined(MGRPO_EMULATE)
 constexpr int kFewEntries = 3, kMostEntries = 5;
 #elif CUDART_VERSION >= 12010
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) ema_update_kernel(const __grid_const
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Launches for the tensors from `first` on as many as fit; returns the first that is left.
+// Launches for as many tensors from `first` on as fit; returns the first remaining one.
 template <int kEntries>
 int64_t launch_some(const EmaUpdate& args, int64_t first) {
   Launch<kEntries> here = {};

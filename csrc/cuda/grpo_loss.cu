@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Tokens without a sequence, which only wrong boundaries leave, have no statistics of one.
+// Tokens without a sequence, which only invalid boundaries cause, have no statistics of one.
 LossOptions usable(const LossTokens& tokens, LossOptions options) {
   if (tokens.num_sequences == 0) options.sequence_ratio = options.sequence_mean = false;
   return options;
@@ -110,7 +110,7 @@ void launch_sequences(const LossTokens& tokens, const LossOptions& options, cons
     launch(grpo_loss_sequences_kernel, tokens.num_sequences, kThreads, executor, tokens, options, scratch);
 }
 
-// The loss and the metrics, and the gradients where there is room for them.
+// The loss, the metrics and the gradients whose outputs are given.
 void launch_sums(const LossTokens& tokens, const LossOptions& options, const LossScratch& scratch,
                  const LossOutputs& outputs, Executor executor) {
   launch(grpo_loss_fwd_kernel, (tokens.num_tokens + kLossChunk - 1) / kLossChunk, kThreads, executor, tokens, options,

@@ -54,7 +54,7 @@ __device__ void find_by_comparison(const Scope& scope, const int64_t* ranks, flo
   __syncthreads();
 }
 
-// What is known of a rank's value: its highest digits, and its rank among the values that share them.
+// State of the search for a rank's value: its highest digits, and its rank among the values that share them.
 struct Search {
   uint32_t prefix;
   int64_t left;

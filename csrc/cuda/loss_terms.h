@@ -86,7 +86,7 @@ __device__ double denominator_of(const LossOptions& options, int64_t num_active)
   return num_active > 0 ? static_cast<double>(num_active) : 1.0;
 }
 
-// What a token's loss takes besides its log-prob and entropy.
+// Inputs of a token's loss besides its log-prob and entropy.
 struct TokenInputs {
   float advantage, old, ref, rollout;
   float share;           // of the token in the loss: 1, or 1 / mask tokens of its sequence

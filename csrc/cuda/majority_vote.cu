@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 
-// What one answer of a prompt got.
+// Votes for one answer of a prompt.
 struct Tally {
   int64_t votes;
   int64_t preferred;  // votes that decide a tie
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 4) majority_vote_kernel(MajorityVote
   args.tie[prompt] = best.votes > 0 && best.votes == second.votes;
 }
 
-// Least id and weight, for a check of the values: one block, outside the path of a run.
+// Least id and weight, for a check of the values that is off by default: one block.
 __global__ void __launch_bounds__(kThreads) lowest_kernel(MajorityVote args) {
   __shared__ int64_t shared[2][kWarps];
   int64_t least[2] = {0, 0};

@@ -6,10 +6,10 @@
 //
 // A thread copies, reads and replaces its own vectors only. So no barrier guards the row, and a vector of the next row
 // is asked for as soon as this row's has been written: reads and writes overlap within a block, and where a block waits
-// for its last copies or for its cluster, the others of the multiprocessor go on. Clusters are as many as run at a time
-// and take turns at the rows. How a row is cut depends on V and its type alone: a row's bits depend on nothing but the
-// row. What it needs of issue: 9 instructions a logit for the sums and 9 for the gradient, two thirds of what an H200
-// has in the time of the memory.
+// for its last copies or for its cluster, the others of the multiprocessor continue. There are as many clusters as run
+// concurrently, and each takes every n-th row. The division of a row depends on V and its type alone, so a row's bits
+// depend on nothing but the row. Issue slots: 9 instructions a logit for the sums and 9 for the gradient, two thirds of
+// what an H200 can issue in the time of the memory accesses.
 #pragma once
 
 #include "device.h"
@@ -54,7 +54,7 @@ struct alignas(16) WarpSums {
 
 enum class Fill { zero, undefined, gradient };
 
-// What is written of a row: 2^x (constant + slope x), x = (z - top) log2(e) / temperature, but for the target.
+// Coefficients of a row's gradient: 2^x (constant + slope x), x = (z - top) log2(e) / temperature, but for the target.
 struct RowOutput {
   Fill fill = Fill::zero;
   float top = 0, constant = 0, slope = 0, target = 0;

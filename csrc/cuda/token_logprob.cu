@@ -2,9 +2,9 @@
 //
 // Fused: temperature, softcap, both sums of the softmax and the gather, in one read of the logits [T, V] with one
 // exponential a logit; backward of all four outputs in one read and one write, over the logits themselves if asked.
-// A thread keeps sums of its own and moves them to a larger maximum once in kUnroll vectors; threads meet after the
-// loop. Logits come through a ring in shared memory, so that a multiprocessor has 100 KB on its way. The order of the
-// sums depends on V alone, so a row's bits depend on nothing but the row.
+// A thread keeps its own sums and rescales them to a larger maximum once in kUnroll vectors; threads synchronise after
+// the loop. Logits are loaded through a ring in shared memory, so that a multiprocessor has 100 KB in flight. The order
+// of the sums depends on V alone, so a row's bits depend on nothing but the row.
 #include "token_logprob.h"
 
 #include "device.h"
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) token_logprob_fwd_kernel(TokenLogpro
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         z[u][k] = capped<kCapped>(z[u][k], rows.softcap);
-        // What fills up the last vectors must not be lifted to minus the cap.
+        // The padding of the last vectors must not be raised to minus the cap.
         if (kCapped && (first + u * kThreads) * kSize + k >= rows.vocabulary) z[u][k] = -INFINITY;
         highest = max_nan(highest, z[u][k]);
       }
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) token_logprob_bwd_kernel(TokenLogpro
     for (int k = 0; k < kSize; ++k) z[k] = gradient(capped<kCapped>(z[k], rows.softcap));
     return to_vector<T>(z);
   };
-  // What is on its way has been read before anything is written, for a thread writes what it alone has read.
+  // Loads in flight are complete before a write, because a thread overwrites only vectors that it alone has read.
   using Ring = RowRing<T, kThreads, kBackwardUnroll, kBackwardDepth>;
   __shared__ typename Ring::Slots slots;
   const Ring ring(slots, row, vocabulary, aligned);

@@ -1,4 +1,4 @@
-// What kernels on rows of logits share: which rows count, how a row is read, and the sums of its softmax.
+// Shared by kernels on rows of logits: the rows that count, loads of a row, and the sums of its softmax.
 #pragma once
 
 #include "device.h"
@@ -56,8 +56,8 @@ __device__ __forceinline__ void store_at(typename T::Bits* row, int64_t v, int64
   }
 }
 
-// Vectors of a row on their way, kBatch of a thread at a time and kDepth batches ahead. A thread copies and takes its
-// own vectors alone: no barrier, and what waits for memory takes no registers. Only whole batches of an aligned row.
+// Vectors of a row in flight, kBatch of a thread at a time and kDepth batches ahead. A thread copies and reads only its
+// own vectors: there is no barrier, and waiting loads take no registers. Only whole batches of an aligned row.
 template <typename T, int kThreads, int kBatch, int kDepth>
 struct RowRing {
   static constexpr int kBatchSize = kThreads * kBatch;

@@ -22,7 +22,7 @@ __device__ Sequence sequence(const Trajectories& args, int64_t n) {
   return {begin, end, 0 <= begin && begin <= end && end <= args.num_tokens};
 }
 
-// What divides the sum.
+// The divisor of the sum.
 __device__ float divisor(const Trajectories& args, const Sequence& part) {
   int64_t count = part.end - part.begin;
   if (args.mask) {
@@ -72,7 +72,7 @@ void forward(const Trajectories& args, const void* tokens, float* entropy) {
 template <typename T>
 void backward(const Trajectories& args, const float* dentropy, void* dtokens) {
   auto* out = static_cast<typename T::Bits*>(dtokens);
-  // Wrong boundaries, which only the device sees, may leave tokens to no sequence.
+  // Invalid boundaries, which only the device sees, may leave tokens without a sequence.
   if (args.cu_seqlens)
     launch(clear_kernel<T>, (args.num_tokens + kThreads - 1) / kThreads, kThreads, args.executor, out, args.num_tokens);
   launch(trajectory_entropy_bwd_kernel<T>, args.num_sequences, kThreads, args.executor, args, dentropy, out);

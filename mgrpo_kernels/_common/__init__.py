@@ -1,1 +1,1 @@
-"""What the operations share."""
+"""Code shared by the operations."""

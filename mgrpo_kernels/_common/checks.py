@@ -1,6 +1,6 @@
-"""Argument checks shared by the public functions; everything here raises ValueError.
+"""Argument checks shared by the public functions; all raise ValueError.
 
-What is of another type than the operations take but means the same is returned in theirs: a number of numpy's, say.
+The `as_` functions convert equivalent types, such as numpy's numbers, to the type of the operations.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _NUMPY_BOOLS = ("numpy.bool", "numpy.bool_")
 
 
 def invalid(where: str, arg: str, expected: str, actual: object, remedy: str) -> ValueError:
-    """The one form of every argument error."""
+    """The error for an invalid argument."""
     return ValueError(f"{where}: {arg} must be {expected}, got {actual}. {remedy}")
 
 
 def checks_values(device: torch.device) -> bool:
-    """Whether to look at tensor values: always on a CPU, elsewhere with MGRPO_CHECK=1, for it synchronises."""
+    """Whether to check tensor values: always on a CPU, elsewhere with MGRPO_CHECK=1, because it synchronises."""
     if torch.compiler.is_compiling():
         return False
     return device.type == "cpu" or os.environ.get("MGRPO_CHECK") == "1"
@@ -42,7 +42,7 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
 ) -> None:
-    """Check type, shape (None matches any size), dtype and device; `layout` names the shape in the error."""
+    """Check type, shape (None matches any size), dtype and device; `layout` is the shape's name in the error."""
     if not isinstance(value, Tensor):
         raise invalid(where, arg, f"a tensor {layout}", type(value).__name__, "Pass a torch.Tensor.")
     if value.layout != torch.strided:
@@ -68,13 +68,13 @@ def check_choice(where: str, arg: str, value: str, choices: tuple[str, ...]) -> 
 
 
 def as_number(where: str, arg: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
-    """A finite real number in [low, high], or (low, high] with open_low, as Python has it; a bool is none."""
+    """A finite real number in [low, high], or (low, high] with open_low, as a Python number; not a bool."""
     number = value
     if isinstance(value, bool):
         number = None
     elif not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         number = _to_python(value)
-    # Beyond the largest float lie infinities, integers that no float holds, and NaN.
+    # Excludes infinities, integers that no float holds, and NaN.
     in_range = number is not None and abs(number) <= sys.float_info.max and low <= number <= high
     if number is None or not in_range or (open_low and number == low):
         interval = f"a finite number in {'(' if open_low else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
@@ -83,7 +83,7 @@ def as_number(where: str, arg: str, value: Any, low: float, high: float = math.i
 
 
 def _to_python(value: Any) -> int | float | None:
-    """What the number types of other libraries hold; None of what is no real number, or too large for a float."""
+    """The Python number of another library's number; None if it is not real, or too large for a float."""
     if isinstance(value, Integral):
         return int(value)
     try:
@@ -93,7 +93,7 @@ def _to_python(value: Any) -> int | float | None:
 
 
 def as_integer(where: str, arg: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
-    """An integer in [low, high] as Python has it; neither a bool nor a float that happens to be whole is one."""
+    """An integer in [low, high] as a Python int; not a bool or a float with an integral value."""
     number = value
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
@@ -104,17 +104,17 @@ def as_integer(where: str, arg: str, value: Any, low: int, high: int = 2**63 - 1
 
 
 def as_flag(where: str, arg: str, value: Any) -> bool:
-    """True or False, also as numpy has them."""
+    """True or False, also of numpy."""
     if not isinstance(value, bool) and f"{type(value).__module__}.{type(value).__name__}" not in _NUMPY_BOOLS:
         raise invalid(where, arg, "True or False", repr(value), "Correct the value.")
     return bool(value)
 
 
 def as_list(where: str, arg: str, value: Any) -> list[Any] | tuple[Any, ...]:
-    """The entries of anything that gives them in an order of its own, a generator too."""
+    """The entries of an ordered iterable, such as a list or a generator."""
     if isinstance(value, list | tuple):
         return value
-    # A tensor would fall into rows, a dictionary into names, and the order of a set is none.
+    # A tensor would be split into rows, a dictionary into names, and a set has no order.
     if isinstance(value, Iterable) and not isinstance(value, Tensor | Mapping | Set | str | bytes):
         return list(value)
     raise invalid(where, arg, "a list of tensors", type(value).__name__, "Pass list(model.parameters()), say.")

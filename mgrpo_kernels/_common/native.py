@@ -1,4 +1,4 @@
-"""The compiled libraries and what turns a tensor into what they take: an address, a code, an executor."""
+"""The compiled libraries, and conversion of tensors to their arguments: addresses, dtype codes, executors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class Native(NamedTuple):
-    """A library, and where its launchers run: a number of threads on a CPU, a stream on a GPU."""
+    """A library and the executor of its launchers: a number of threads on a CPU, a stream on a GPU."""
 
     library: ModuleType
     executor: int
 
 
 def _load(name: str, needs: str) -> tuple[ModuleType | None, str]:
-    """A library of the package, or why there is none."""
+    """A library of the package, or None and the reason."""
     try:
         return import_module(f"mgrpo_kernels.{name}"), "compiled"
     except ModuleNotFoundError:
@@ -34,7 +34,7 @@ CUDA = (_LIBRARIES["cuda"][0] is not None, _LIBRARIES["cuda"][1])
 
 
 def sources() -> dict[str, str]:
-    """Hashes of the CUDA sources that were compiled, by file name; empty without the library."""
+    """Hashes of the compiled CUDA sources by file name; empty without the library."""
     library = _LIBRARIES["cuda"][0]
     return {} if library is None else library.sources()
 
@@ -44,7 +44,7 @@ DTYPES = tuple(_CODES)
 
 
 def native(like: Tensor) -> Native:
-    """The library for a tensor's device; RuntimeError where it is missing and the call did not go through `resolve`."""
+    """The library for a tensor's device; RuntimeError if it is missing, in a call that bypassed `resolve`."""
     device = like.device.type
     library, reason = _LIBRARIES[device]
     if library is None:
@@ -63,7 +63,7 @@ def code(dtype: torch.dtype) -> int:
 
 
 def as_fp32(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous fp32, for the small tensors of one number a row."""
+    """Contiguous fp32 copy, for small tensors of one number a row."""
     return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 

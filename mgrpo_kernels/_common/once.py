@@ -1,8 +1,8 @@
-"""Gradients that cannot be differentiated again, and say so.
+"""Gradients that raise an error when they are differentiated again.
 
-A backward that runs without grad mode returns a gradient that is cut off from the inputs: where other terms keep a loss
-differentiable, its second derivative would lack a part in silence. `once_differentiable` sees that only where the
-upstream gradient requires a gradient, and its error lies on no way to the inputs, which torch.autograd.grad leaves out.
+A backward without grad mode returns a gradient detached from the inputs: if other terms keep a loss differentiable, its
+second derivative would silently lack a part. `once_differentiable` detects that only if the upstream gradient requires
+a gradient, and its error node is on no path to the inputs, so torch.autograd.grad skips it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 class _Refusal(torch.autograd.Function):
-    """Gradients as they are, with an edge to all that they depend on and a backward that raises."""
+    """The gradients, with edges to all that they depend on and a backward that raises."""
 
     @staticmethod
     def forward(ctx: Any, where: str, gradients: Sequence[Tensor | None], *sources: Tensor | None) -> Any:
         ctx.where = where
-        # An alias, which may be written in place, as views that a node returns may not.
+        # An alias, because views that a node returns cannot be written in place.
         return tuple(None if gradient is None else gradient.detach() for gradient in gradients)
 
     @staticmethod
@@ -32,9 +32,9 @@ class _Refusal(torch.autograd.Function):
 
 
 def once(where: str, gradients: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients that a backward returns; a graph of them, where one is asked for, refuses to go back to `sources`.
+    """The gradients for a backward to return; with create_graph, differentiating them with respect to `sources` raises.
 
-    `sources` are the inputs and upstream gradients that they depend on. A compiler's graph refuses by itself.
+    `sources` are the inputs and upstream gradients that they depend on. torch.compile raises by itself.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tuple(gradients)
@@ -44,7 +44,7 @@ def once(where: str, gradients: Sequence[Tensor | None], sources: Sequence[Tenso
 
 
 class _Input(torch.autograd.Function):
-    """Saves itself, which is what its gradient depends on."""
+    """Identity; saves its input, on which its gradient depends."""
 
     @staticmethod
     def forward(ctx: Any, where: str, tensor: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class _Input(torch.autograd.Function):
 
 
 def once_input(where: str, tensor: Tensor) -> Tensor:
-    """The tensor, whose gradient refuses a second backward: for operations in plain PyTorch, without a node of ours."""
+    """The tensor; a second backward through its gradient raises. For operations in plain PyTorch without a node."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and tensor.requires_grad):
         return tensor
     return _Input.apply(where, tensor)  # pyright: ignore[reportReturnType]

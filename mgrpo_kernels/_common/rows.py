@@ -1,4 +1,4 @@
-"""What every backend of the token log-probs does with one number a row: sums to outputs, upstream to coefficients.
+"""Shared by all backends of the token log-probs, on one number a row: sums to outputs, upstream to coefficients.
 
 T rows, V columns, z = softcapped logits / temperature. Backward formulas, with a = z - lse and p = exp(a):
 dz = dlogprob * onehot + p * (A + C * a), A = dlse - dlogprob - dentropy * entropy, C = -dentropy.
@@ -51,7 +51,7 @@ class RowOutputs(NamedTuple):
 
 
 class RowGrads(NamedTuple):
-    """What the backward of a row needs, each [T]; None for a term that is absent."""
+    """Coefficients of a row's backward, each [T]; None for an absent term."""
 
     constant: Tensor
     onehot: Tensor | None
@@ -65,7 +65,7 @@ class RowGrads(NamedTuple):
 
 
 def active_rows(targets: Tensor, mask: Tensor | None) -> Tensor:
-    """[T] bool, False for the rows that the mask or the ignored target removes."""
+    """[T] bool, False for rows removed by the mask or the ignored target."""
     active = targets != IGNORED_TARGET
     return active if mask is None else active & mask
 

@@ -1,4 +1,4 @@
-"""A vocabulary that is spread over the processes of a group."""
+"""A vocabulary that is sharded over the processes of a group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Shard(NamedTuple):
 
 
 class LocalHead(NamedTuple):
-    """What this process holds of a head; `shard` is None where no placement tells of it."""
+    """This process's part of a head; `shard` is None if no placement gives it."""
 
     weight: Tensor
     bias: Tensor | None
@@ -34,7 +34,7 @@ def local_head(where: str, weight: Tensor, bias: Tensor | None, group: dist.Proc
         raise invalid(where, "group", "a process group", type(group).__name__, "Pass dist.group.WORLD, say.")
     if type(weight) in (Tensor, torch.nn.Parameter):
         return LocalHead(weight, bias, None)
-    # A tenth of a second, which nobody else is to wait for.
+    # The import takes a tenth of a second, which other calls must not wait for.
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor import Shard as Sharded
 
@@ -66,7 +66,7 @@ def local_head(where: str, weight: Tensor, bias: Tensor | None, group: dist.Proc
 
 
 def find_shard(columns: int, group: dist.ProcessGroup | None, device: torch.device) -> Shard:
-    """Where `columns` local columns lie in the whole vocabulary; shards are in rank order, of any size."""
+    """Range of `columns` local columns in the whole vocabulary; shards are in rank order, of any size."""
     if group is None:
         return Shard(0, columns, None)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
@@ -76,7 +76,7 @@ def find_shard(columns: int, group: dist.ProcessGroup | None, device: torch.devi
 
 
 def merge_over_group(sums: RowSums, z_target: Tensor, group: dist.ProcessGroup) -> tuple[RowSums, Tensor]:
-    """Sums and target logits over every shard of the vocabulary, by one collective, the same bits on every rank."""
+    """Sums and target logits over all shards of the vocabulary, by one collective; bit-equal on all ranks."""
     mine = torch.stack([*sums, z_target])
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)

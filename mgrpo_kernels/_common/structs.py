@@ -1,4 +1,4 @@
-"""What the operations are handed by name; the schemas of ops.py are made of the fields in their order."""
+"""Argument structs of the operations; ops.py builds schemas from the fields in their order."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mgrpo_kernels._common.checks import IGNORED_TARGET
 
 
 class RowInputs(NamedTuple):
-    """Rows of logits and what scales them."""
+    """Rows of logits with targets, mask and scale."""
 
     logits: Tensor  # [T, V]
     targets: Tensor  # [T]
     mask: Tensor | None  # [T]
-    temperature: float  # where temperatures is None
+    temperature: float  # used if temperatures is None
     temperatures: Tensor | None  # [T]
     softcap: float  # 0 for none
 
 
 class RowBackward(NamedTuple):
-    """What the forward of rows saved and the upstream gradients, each [T]."""
+    """Saved results of a forward on rows, and upstream gradients, each [T]."""
 
     logprob: Tensor
     entropy: Tensor
@@ -34,7 +34,7 @@ class RowBackward(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-    """Tensors of a loss that receive no gradient; the log-probs are shaped as the mask, [T] or [N, L]."""
+    """Tensors of a loss without gradients; log-probs have the shape of the mask, [T] or [N, L]."""
 
     advantage: Tensor  # shaped as the mask, or [N]
     mask: Tensor
@@ -51,17 +51,17 @@ class LossInputs(NamedTuple):
 
     @property
     def by_sequence(self) -> bool:
-        """Whether the advantage is one a sequence, also where there are as many tokens."""
+        """Whether there is one advantage a sequence, also if there are as many tokens."""
         packed = self.cu_seqlens is not None
         return self.advantage.dim() != self.mask.dim() or (packed and self.advantage.shape[0] == self.num_sequences)
 
     def with_targets(self, targets: Tensor) -> LossInputs:
-        """Masked also where a packed token has no target."""
+        """The inputs with packed tokens without a target masked."""
         return self._replace(mask=self.mask & (targets != IGNORED_TARGET))
 
 
 class LossOptions(NamedTuple):
-    """What is not a tensor."""
+    """Options of a loss that are not tensors."""
 
     clip_low: float
     clip_high: float
@@ -73,4 +73,4 @@ class LossOptions(NamedTuple):
     ratio: str
     reduce: str
     max_length: float | None
-    denominator: float | None  # in place of the one that `reduce` names; LossInputs.normalizer comes before it
+    denominator: float | None  # replaces that of `reduce`; LossInputs.normalizer replaces both

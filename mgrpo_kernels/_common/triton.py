@@ -1,4 +1,4 @@
-"""What the Triton modules of all operations share."""
+"""Code shared by the Triton modules of all operations."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 
 def interprets() -> bool:
-    """Whether Triton's kernels run in its interpreter, on tensors of a CPU."""
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Variant(NamedTuple):
-    """A kernel as a launcher starts it, for the compiler ahead of time; a module lists its own in `variants()`."""
+    """A kernel as a launcher starts it, for ahead-of-time compilation; a module lists its own in `variants()`."""
 
     kernel: Any
     signature: Mapping[str, str]  # of every argument in order: "*bf16", "i64", "fp32", "constexpr"
@@ -37,7 +37,7 @@ def variant(
     writes: int = 0,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Variant:
-    """With the types of the arguments that are no constants, None for an absent one; pointers are aligned."""
+    """A variant; `types` are those of the non-constant arguments, None for an absent one. Pointers are aligned."""
     given = {name: types[name] for name in kernel.arg_names if name not in constants}
     absent = {name: None for name, kind in given.items() if kind is None}
     pointers = tuple(name for name, kind in given.items() if kind and kind[0] == "*")

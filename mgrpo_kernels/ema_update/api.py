@@ -78,8 +78,8 @@ def ema_update_(
     """momentum[i] <- decay * momentum[i] + (1 - decay) * policy[i], in place.
 
     Args:
-        momentum: contiguous float tensors of any shapes and mixed dtypes, on one device; tied weights appear once. This
-            and the other lists may be any iterables, `model.parameters()` say.
+        momentum: contiguous float tensors of any shapes and mixed dtypes, on one device; tied weights appear once. All
+            lists may be any iterables, such as `model.parameters()`.
         policy: as many tensors, each with the shape of its momentum; dtypes may differ.
         decay: number in [0, 1], or a 0-d float tensor: the share of the old weights kept. 0 copies, 1 freezes, exactly.
         rounding: how bf16 momentum is stored: "nearest" | "stochastic". Wider dtypes are always stored to nearest.
@@ -133,7 +133,7 @@ def ema_update_(
 
 
 def _check_decay(decay: float | Tensor) -> float | Tensor:
-    """A number, or a 0-d tensor, which is checked where its value may be read."""
+    """Check the decay, a number or a 0-d tensor; a tensor's value only where it may be read."""
     if not isinstance(decay, Tensor):
         return as_number(_WHERE, "decay", decay, 0.0, 1.0)
     check_tensor(_WHERE, "decay", decay, "[]", (), FLOATS)
@@ -148,7 +148,7 @@ def _present(tensors: Sequence[Tensor | None] | None) -> list[Tensor]:
 
 
 def _indices(tensors: Sequence[Tensor | None] | None) -> list[int]:
-    """Where they stand in it."""
+    """Indices of the tensors in a list with gaps."""
     return [] if tensors is None else [index for index, tensor in enumerate(tensors) if tensor is not None]
 
 
@@ -159,7 +159,7 @@ def _check_lists(
     publish: Sequence[Tensor | None] | None,
     rounding: str,
 ) -> None:
-    """Check lengths, every tensor, and that nothing written shares memory."""
+    """Check lengths, all tensors, and that no written tensor shares memory."""
     if compensation is not None and rounding == "stochastic":
         raise invalid(_WHERE, "compensation", "None with stochastic rounding", "a list", "Choose one of the two.")
     for name, tensors in {"policy": policy, "compensation": compensation, "publish": publish}.items():
@@ -184,7 +184,7 @@ def _are_valid(
     publish: Sequence[Tensor | None] | None,
     rounding: str,
 ) -> bool:
-    """Whether _check_entries has nothing to say: an attribute of all tensors at a time takes a quarter of its time."""
+    """Whether all tensors are valid; takes a quarter of the time of _check_entries, which names the invalid one."""
     compensated = [momentum[index] for index in _indices(compensation)]
     published = [momentum[index] for index in _indices(publish)]
     return (
@@ -217,7 +217,7 @@ def _check_entries(
     publish: Sequence[Tensor | None] | None,
     rounding: str,
 ) -> None:
-    """Check tensor by tensor, for an error that names it."""
+    """Check tensor by tensor, for an error with the tensor's name."""
     device = getattr(momentum[0], "device", None) if momentum else None
     for index, old in enumerate(momentum):
         _check_entry(f"momentum[{index}]", old, old, FLOATS, device)
@@ -257,7 +257,7 @@ def _check_overlap(
     compensation: Sequence[Tensor | None] | None,
     publish: Sequence[Tensor | None] | None,
 ) -> None:
-    """Refuse a tensor that is written and shares bytes with another; tied policies may."""
+    """Raise ValueError for a written tensor that shares bytes with another; policies may be tied."""
     extents = []
     lists = {"momentum": momentum, "policy": policy, "compensation": compensation or (), "publish": publish or ()}
     for name, tensors in lists.items():

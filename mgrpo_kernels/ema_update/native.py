@@ -1,4 +1,4 @@
-"""Launch of the compiled kernel: columns of addresses, sizes and dtype codes, one entry a tensor."""
+"""Launch of the compiled kernel, with columns of addresses, sizes and dtype codes, one entry a tensor."""
 
 from __future__ import annotations
 

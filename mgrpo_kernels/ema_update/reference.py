@@ -23,7 +23,7 @@ def _weight(decay: float | Tensor) -> float | Tensor:
 
 
 def _blend(momentum: Tensor, policy: Tensor, weight: float | Tensor) -> Tensor:
-    """Linear mix momentum + weight (policy - momentum); exact at both ends, also where the other side is not finite."""
+    """Linear mix momentum + weight (policy - momentum); exact at both ends, also if the other side is non-finite."""
     dtype = accumulation_dtype(momentum)
     old, new = momentum.to(dtype), policy.to(dtype)
     if isinstance(weight, Tensor):
@@ -37,7 +37,7 @@ def _blend(momentum: Tensor, policy: Tensor, weight: float | Tensor) -> Tensor:
 def _store_stochastically(
     momentum: Tensor, policy: Tensor, weight: float | Tensor, seed: Tensor, step: Tensor, tensor_index: int
 ) -> None:
-    """Update a bf16 tensor block by block, for the random words take several times its memory."""
+    """Update a bf16 tensor block by block, because the random words take several times its memory."""
     flat, flat_policy = momentum.view(-1), policy.view(-1)
     for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
         block = slice(start, start + _BLOCK_ELEMENTS)

@@ -1,4 +1,4 @@
-"""Random bits and stochastic rounding: a function of (seed, step, tensor, element) and of nothing else."""
+"""Random bits and stochastic rounding, a function of (seed, step, tensor, element) alone."""
 
 from __future__ import annotations
 

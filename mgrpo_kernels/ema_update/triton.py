@@ -3,9 +3,9 @@
 Fused: both casts, the blend, the rounding, the Kahan term and the copy for the rollout engine, in one read of momentum
 and policy and one write of momentum (and of the copy). Random bits belong to elements, so nothing depends on the grid.
 
-The table is built and pinned on the host once for a set of addresses, and copied by each call, asynchronously and on
-the call's stream: 56 bytes a tensor. A captured graph repeats the copy from the same pinned memory, which is kept for
-good; nothing on the device outlives the call.
+The table is built and pinned on the host once for a set of addresses, and copied by each call, asynchronously on the
+call's stream: 56 bytes a tensor. A captured graph repeats the copy from the same pinned memory, which is never freed;
+no device memory outlives the call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BLOCK, _NUM_WARPS = 2048, 4
 # A program finds its tensor by a search, some 1 us: 32 blocks hide it, where there are programs enough for 132
 # multiprocessors of some 7 programs, eight times over.
 _MOST_BLOCKS, _ENOUGH_PROGRAMS = 32, 8192
-# Of host tables: more than the models of a process, so that only lists of fleeting addresses are built again.
+# Size of the cache of host tables: more than the models of a process, so that only changing addresses are rebuilt.
 _MOST_TABLES = 16
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -47,7 +47,7 @@ def _load(address, begin, o, m, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
 def _store(address, begin, o, m, b_value, b_random, DTYPE: tl.constexpr, RANDOM: tl.constexpr, WHOLE: tl.constexpr):
     """Store fp32 values in DTYPE, to nearest or by random bits; returns what is kept of them."""
     if DTYPE == tl.bfloat16:
-        # By the bits, also to nearest: what is added carries into the half that stays. A NaN must be a quiet one.
+        # On the bits, also to nearest: the addition carries into the upper half, which is kept. A NaN must be quiet.
         bits = b_value.to(tl.uint32, bitcast=True)
         nearest = 0x7FFF + ((bits >> 16) & 1)
         finite = bits + (b_random if RANDOM else nearest)
@@ -287,7 +287,7 @@ def ema_update_(
 
 
 def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
-    """A 0-d tensor on the device; it is there already but for a number that was made on the host."""
+    """A 0-d tensor on the device; copies it if it was made on the host."""
     return None if scalar is None else scalar.to(device, non_blocking=True)
 
 

@@ -43,7 +43,7 @@ def group_advantage_kernel(
         m_kept = m & (tl.load(p_keep + o, mask=m, other=0) != 0)
     b_reward = tl.load(p_rewards + o, mask=m_kept, other=0.0).to(tl.float32)
     count = tl.sum(m_kept.to(tl.int32), 1)[:, None]
-    # A NaN differs from everything; the least and the greatest leave it out.
+    # A NaN differs from everything, but minimum and maximum ignore it.
     least = tl.min(tl.where(m_kept, b_reward, float("inf")), 1)[:, None]
     greatest = tl.max(tl.where(m_kept, b_reward, float("-inf")), 1)[:, None]
     num_nan = tl.sum((b_reward != b_reward).to(tl.int32), 1)[:, None]

@@ -271,7 +271,7 @@ def linear_grpo_loss(
 
 
 def _check_packed(where: str, cu_seqlens: Tensor | None) -> None:
-    """Rows have no other layout."""
+    """Check that cu_seqlens is given: rows of logits are always packed."""
     if cu_seqlens is None:
         raise invalid(where, "cu_seqlens", "given", None, "Pass [0, T] for one sequence.")
 
@@ -279,7 +279,7 @@ def _check_packed(where: str, cu_seqlens: Tensor | None) -> None:
 def _check_tokens(
     where: str, shape: tuple[int, ...], device: torch.device, inputs: LossInputs, entropy: Tensor | None = None
 ) -> None:
-    """Check everything that is shaped by tokens or sequences."""
+    """Check all tensors with a token or sequence dimension."""
     layout, advantage = "[N, L]" if inputs.cu_seqlens is None else "[T]", inputs.advantage
     if inputs.cu_seqlens is not None:
         check_cu_seqlens(where, inputs.cu_seqlens, shape[0], device)
@@ -296,7 +296,7 @@ def _check_tokens(
 def _check_options(
     where: str, inputs: LossInputs, options: LossOptions, normalizer: float | Tensor | None, device: torch.device
 ) -> tuple[LossInputs, LossOptions]:
-    """Check every option that is not a token tensor; the normalizer joins its kind, numbers become Python's."""
+    """Check all options; returns the inputs and options with the normalizer in its place and Python numbers."""
     least = {"clip_high": 0.0, "kl_coef": 0.0, "entropy_coef": -float("inf")}
     numbers = {name: as_number(where, name, getattr(options, name), low) for name, low in least.items()}
     numbers["clip_low"] = as_number(where, "clip_low", options.clip_low, 0.0, 1.0)

@@ -1,6 +1,6 @@
 """The three losses on any compiled backend: one autograd node each, or a chain of two.
 
-The forward writes the gradients too, for an upstream gradient of 1: the backward multiplies them.
+The forward also computes the gradients, for an upstream gradient of 1; the backward multiplies them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "entropy", "
 
 
 def _is_one(upstream: Tensor) -> bool:
-    """Whether a product with it can be left out; only a CPU tells without waiting for the device."""
+    """Whether the product with it can be omitted; known only on a CPU, without waiting for a device."""
     return upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1
 
 
@@ -35,7 +35,7 @@ class _GrpoLoss(torch.autograd.Function):
         loss, metrics, dlogprob, dentropy = torch.ops.mgrpo_kernels.grpo_loss_fwd(logprob, entropy, *args)
         ctx.needed = args[-3:-1]
         ctx.save_for_backward(dlogprob, dentropy)
-        # Not saved, for they may be written over: their values are not used. A compiler's graph holds no such thing.
+        # Not by save_for_backward: their values are not used and may be overwritten. A compiled graph cannot hold them.
         ctx.inputs = () if torch.compiler.is_compiling() else (logprob, entropy)
         ctx.dtypes = (logprob.dtype, logprob.dtype if entropy is None else entropy.dtype)
         ctx.num_others = len(args)
@@ -58,9 +58,9 @@ class _GrpoLoss(torch.autograd.Function):
 
 
 class _LogitsGrpoLoss(torch.autograd.Function):
-    """Hands dlogits over in its first backward; a second one computes them anew from the logits.
+    """Returns dlogits of the forward in its first backward; a second one computes them again from the logits.
 
-    So it does for fp16 logits, whose gradients would underflow without the upstream loss scale.
+    With fp16 logits the first does too, because their gradients would underflow without the upstream loss scale.
     """
 
     @staticmethod
@@ -80,7 +80,7 @@ class _LogitsGrpoLoss(torch.autograd.Function):
                 logits, targets, temperature, temperatures, *loss_args, needs_grad, needs_dlogits, backend
             )
         )
-        # A compiled graph's saved tensors must not be written over.
+        # Saved tensors of a compiled graph must not be overwritten.
         ctx.compiled = needs_dlogits and torch.compiler.is_compiling()
         if ctx.compiled:
             ctx.save_for_backward(dlogits)
@@ -98,7 +98,7 @@ class _LogitsGrpoLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, *[None] * ctx.num_others
-        # Logits that were written over since are refused only where they are needed.
+        # Overwritten logits raise an error only if they are needed.
         saved: Any = ctx.saved_tensors if ctx.compiled or ctx.dlogits is None or torch.is_grad_enabled() else (None,)
         with torch.no_grad():
             if ctx.compiled:
@@ -113,7 +113,7 @@ class _LogitsGrpoLoss(torch.autograd.Function):
 
 
 def _dlogits_again(ctx: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> Tensor:
-    """Gradient of the logits from what the forward saved."""
+    """Gradient of the logits from the forward's saved tensors."""
     logits, targets, mask, temperatures, logprob, entropy, lse, dlogprob, dentropy = saved
     rows = RowInputs(logits, targets, mask, ctx.temperature, temperatures, 0.0)
     given = RowBackward(logprob, entropy, lse, None, dlogprob * upstream, dentropy * upstream, None, None)
@@ -121,12 +121,12 @@ def _dlogits_again(ctx: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> Ten
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
-    """Detached, so that a node never waits for a gradient that it does not give."""
+    """The tensor detached, so that a node does not track gradients that it does not return."""
     return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
 def _constants(inputs: LossInputs) -> LossInputs:
-    """The same, detached."""
+    """The inputs, detached."""
     tensors: Any = map(_constant, inputs)
     return LossInputs(*tensors)
 
@@ -157,7 +157,7 @@ def logits_grpo_loss(
     options: LossOptions,
     backend: str,
 ) -> GrpoLoss:
-    """See the public function. The ratio of a sequence needs all its log-probs ahead of any gradient: two nodes."""
+    """See the public function. The ratio of a sequence needs all its log-probs before any gradient: two nodes."""
     if options.ratio == "sequence":
         rows = token_logprob(
             logits,

@@ -12,13 +12,13 @@ from mgrpo_kernels._common.structs import LossInputs, LossOptions, RowInputs
 from mgrpo_kernels.ops import NUM_METRICS
 from mgrpo_kernels.token_logprob.native import Rows
 
-# Tokens whose sums the library keeps together: kLossChunk there.
+# Tokens of one sum in the library, its kLossChunk.
 _CHUNK = 1024
 _KL_CODES = {"k1": 0, "k2": 1, "k3": 2}
 
 
 class _Loss:
-    """LossTokens, LossOptions and LossScratch of the library, and the tensors that must outlive them."""
+    """LossTokens, LossOptions and LossScratch of the library, with the tensors that must outlive them."""
 
     def __init__(self, logprob: Tensor, entropy: Tensor | None, inputs: LossInputs, options: LossOptions):
         mask, num_sequences, num_tokens = inputs.mask, inputs.num_sequences, inputs.mask.numel()
@@ -37,7 +37,7 @@ class _Loss:
 
 
 def _options(num_sequences: int, options: LossOptions) -> tuple[Any, ...]:
-    """LossOptions of the library; a denominator that is given replaces the one that `reduce` names."""
+    """LossOptions of the library; a given denominator replaces that of `reduce`."""
     denominator, count_tokens = options.denominator, False
     if denominator is None:
         count_tokens = options.reduce == "token_mean"

@@ -38,7 +38,7 @@ class _Sequences:
 
 
 def _clean(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log-probs with masked tokens at 0 and -inf at its stand-in."""
+    """Log-probs with masked tokens at 0 and -inf replaced by LEAST_LOGPROB."""
     return torch.where(mask, values.to(dtype), 0).clamp_min(_LEAST_LOGPROB)
 
 
@@ -59,7 +59,7 @@ def _surrogate(log_ratio: Tensor, advantage: Tensor, options: LossOptions) -> tu
     value = torch.minimum(product, ratio.clamp(1 - options.clip_low, 1 + options.clip_high) * advantage)
     if options.dual_clip is not None:
         value = torch.where(advantage < 0, torch.maximum(value, options.dual_clip * advantage), value)
-    # An overflowing ratio must not reach the backward of a token that the clip holds: 0 * inf is NaN there.
+    # An overflowing ratio must not reach the backward of a clipped token: 0 * inf is NaN there.
     moves = product == value
     live = torch.where(moves, log_ratio, 0).exp() * advantage
     held = torch.where(advantage == 0, 0, value)
@@ -83,7 +83,7 @@ def _reduce(losses: Tensor, sequences: _Sequences, inputs: LossInputs, options: 
 
 
 def _log_ratio(current: Tensor, old: Tensor, mask: Tensor, sequences: _Sequences, kind: str) -> Tensor:
-    """Token log-ratio, or its mean over the sequence with the gradient of the token's own."""
+    """Token log-ratio, or its mean over the sequence, with the gradient of the token's own log-ratio."""
     if kind == "token":
         return current - old
     counts = sequences.sum(mask.to(current.dtype)).clamp_min(1)
@@ -110,7 +110,7 @@ def _metrics(
 
 def grpo_loss(logprob: Tensor, entropy: Tensor | None, inputs: LossInputs, options: LossOptions) -> GrpoLoss:
     """See the public function."""
-    # What is detached here, the ratio of a sequence too, has no place in a second derivative.
+    # Detached terms, including the ratio of a sequence, would be missing in a second derivative.
     logprob, entropy = once_input("grpo_loss", logprob), None if entropy is None else once_input("grpo_loss", entropy)
     dtype = accumulation_dtype(logprob)
     mask, sequences = inputs.mask, _Sequences(inputs)

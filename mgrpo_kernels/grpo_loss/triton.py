@@ -20,7 +20,7 @@ from mgrpo_kernels.token_logprob.triton import token_logprob_bwd, token_logprob_
 
 
 class _Grid(NamedTuple):
-    """How the tokens are dealt out; it depends on their number alone, so that a sum's order does."""
+    """Distribution of the tokens over programs; depends only on their number, and so does the order of sums."""
 
     programs: int
     block: int
@@ -48,7 +48,7 @@ def _blocks(grid: _Grid, alone: bool) -> dict[str, int]:
 
 
 def _pointer(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous; a bool as the bytes that it is."""
+    """A contiguous tensor; a bool one as bytes."""
     if tensor is None:
         return None
     return tensor.contiguous().view(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
@@ -63,7 +63,7 @@ def _launch(
     inputs: LossInputs,
     options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and metrics; gradients where there is room for them."""
+    """Loss and metrics, and the gradients whose outputs are given."""
     num_tokens, num_sequences = inputs.mask.numel(), inputs.num_sequences
     length = inputs.mask.shape[1] if inputs.cu_seqlens is None else 0
     sequence_ratio, sequence_mean = options.ratio == "sequence", options.reduce == "sequence_mean_token_mean"

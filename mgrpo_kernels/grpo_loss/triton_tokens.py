@@ -50,7 +50,7 @@ def _power_of_2(exponent):
 
 @triton.jit
 def _clean(logprob, active):
-    """Log-prob in fp32 with tokens outside the mask at 0 and -inf at its stand-in."""
+    """Log-prob in fp32 with tokens outside the mask at 0 and -inf replaced by _LEAST_LOGPROB."""
     value = tl.where(active, logprob.to(tl.float32), 0.0)
     return tl.where(value < _LEAST_LOGPROB, _LEAST_LOGPROB, value)
 
@@ -85,7 +85,7 @@ def _sequence_of(o_t, p_cu_seqlens, length, num_sequences, search_steps):
 def _token_terms(
     active, raw, old, log_ratio, advantage, ref, rollout, entropy, share, inverse, limits, KL: tl.constexpr
 ):  # fmt: skip
-    """Terms of tokens, or of one: what is summed, then the two gradients. Follows reference.py line by line.
+    """Summed terms of one or more tokens, then the two gradients. Follows reference.py line by line.
 
     A log-prob or entropy that is absent is None; old and log_ratio come cleaned.
     """
@@ -208,7 +208,7 @@ def grpo_loss_parts_kernel(
     length,
     BT: tl.constexpr,
 ):
-    """One program a part: what the loss of a token needs to know of others."""
+    """Statistics that the loss of a token needs of other tokens, one program a part."""
     i_part = tl.program_id(0).to(tl.int64)
     if i_part == 0:
         tl.store(p_counts, 0)

@@ -69,7 +69,7 @@ def iqr_filter(
     entropy = entropy.detach()
     implementation = _IMPLEMENTATIONS[resolve(where, entropy.device, backend, (entropy.dtype,), _IMPLEMENTATIONS)]
     result = implementation(entropy, k=k, scope=scope, keep=keep, two_sided=two_sided)
-    # A non-finite entropy makes its quartiles NaN, and so their sum; without one, there is nothing to look for.
+    # A non-finite entropy makes its quartiles NaN, and so their sum; otherwise nothing more is checked.
     if checks_values(entropy.device) and math.isnan(result.q1.sum()):
         wrong = ~entropy.isfinite() if keep is None else keep & ~entropy.isfinite()
         if wrong.any():

@@ -31,7 +31,7 @@ _LEAST_IQR = tl.constexpr(1e-6)
 
 @triton.jit
 def _load(p_entropy, p_keep, o, size):
-    """Entries at `o`, infinity for those that take no part."""
+    """Entries at `o`, infinity for excluded ones."""
     m = o < size
     if p_keep is not None:
         m = m & (tl.load(p_keep + o, mask=m, other=0) != 0)
@@ -40,14 +40,14 @@ def _load(p_entropy, p_keep, o, size):
 
 @triton.jit
 def _number(key):
-    """The number of an int64 key; keys are in the order of their numbers, those of NaN count as infinities."""
+    """The number of an int64 key; keys have the order of their numbers, with NaN as infinity."""
     key = tl.minimum(tl.maximum(key, -_INFINITY_BITS - 1), _INFINITY_BITS).to(tl.int32)
     return tl.where(key >= 0, key, key ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _num_below(b_first, p_entropy, p_keep, size, q1, q3, TILE: tl.constexpr):
-    """How many entries are less than each of two numbers."""
+    """Counts of entries less than each of two numbers."""
     b_below1 = (b_first < q1).to(tl.int32)
     b_below3 = (b_first < q3).to(tl.int32)
     for start in range(TILE, size, TILE):
@@ -88,7 +88,7 @@ def iqr_filter_kernel(
     TWO_SIDED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A scope."""
+    """One scope a program."""
     i_scope = tl.program_id(0).to(tl.int64)
     p_entropy += i_scope * size
     p_kept += i_scope * size

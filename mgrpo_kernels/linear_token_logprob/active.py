@@ -1,4 +1,4 @@
-"""Leaves masked rows out of every product, for all backends."""
+"""Excludes masked rows from all products, for all backends."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def _lies_on_host(mask: Any, hidden: Tensor) -> bool:
 
 
 def _to_device(tensor: Tensor, hidden: Tensor) -> Tensor:
-    """From pinned memory, for else the copy may wait for the device."""
+    """Copies through pinned memory, because the copy may otherwise wait for the device."""
     return (tensor.pin_memory() if hidden.is_cuda else tensor).to(hidden.device, non_blocking=True)
 
 
 def mask_on_device(where: str, mask: Any, hidden: Tensor) -> Any:
-    """A copy of a mask that lies on the CPU, whose shape is checked; any other as it is."""
+    """A copy on the device of a mask on the CPU, after a check of its shape; any other mask as it is."""
     if not _lies_on_host(mask, hidden):
         return mask
     check_tensor(where, "mask", mask, "[T]", (hidden.shape[0],), (torch.bool,))
@@ -35,7 +35,7 @@ def mask_on_device(where: str, mask: Any, hidden: Tensor) -> Any:
 def _on_all(
     node: Node, active: Tensor, hidden: Tensor, targets: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, ...]:
-    """Results of `node` on all rows, 0 on those that are not active, of which it sees no value."""
+    """Results of `node` on all rows, 0 on inactive ones, whose values are replaced before."""
     hidden = hidden.masked_fill(~active[:, None], 0)
     targets = targets.masked_fill(~active, 0)
     if isinstance(temperature, Tensor):
@@ -46,7 +46,7 @@ def _on_all(
 def _on_rows(
     node: Node, rows: Tensor, hidden: Tensor, targets: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, ...]:
-    """Results of `node` on the rows of those indices, 0 on the others."""
+    """Results of `node` on the rows of the given indices, 0 on the others."""
     temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
     outputs = node(hidden.index_select(0, rows), targets[rows], temperature)
     return tuple(output.new_zeros(hidden.shape[0]).index_copy(0, rows, output) for output in outputs)
@@ -62,7 +62,7 @@ def on_active_rows(
 ) -> TokenLogprob:
     """Results of `node(hidden, targets, temperature)` on the active rows, 0 on the others."""
     inputs = (hidden, targets, temperature)
-    # A GPU would have to be waited for to count its active rows, and a compiler knows no values: they keep them all.
+    # Counting active rows would wait for a GPU, and a compiler has no values: both keep all rows.
     if torch.compiler.is_compiling():
         outputs = _on_all(node, active_rows(targets, mask if mask is None else mask.to(hidden.device)), *inputs)
     elif mask is not None and _lies_on_host(mask, hidden):

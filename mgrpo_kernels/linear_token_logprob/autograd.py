@@ -18,18 +18,18 @@ from mgrpo_kernels.results import TokenLogprob
 
 
 class _Options(NamedTuple):
-    """What is not a tensor."""
+    """Options that are not tensors."""
 
     softcap: float
     self_certainty: bool
     budget_bytes: int | None
     shard: Shard
     backend: str
-    keep: bool  # the logits, as far as the budget goes
+    keep: bool  # whether to keep logits within the budget
 
 
 def _live_rows(grads: RowGrads) -> Tensor | None:
-    """Rows that a gradient reaches; None for all, or where their number is unknown without waiting for values."""
+    """Rows with a gradient; None for all, or if counting them would wait for the device."""
     if torch.compiler.is_compiling() or grads.constant.device.type != "cpu":
         return None
     live = grads.constant != 0
@@ -40,7 +40,7 @@ def _live_rows(grads: RowGrads) -> Tensor | None:
 
 
 class _LinearTokenLogprob(torch.autograd.Function):
-    """Saves the inputs, one number a row and output, and logits; those that are not kept are computed again."""
+    """Saves the inputs, one number a row and output, and kept logits; the others are computed again."""
 
     @staticmethod
     def forward(
@@ -57,7 +57,7 @@ class _LinearTokenLogprob(torch.autograd.Function):
         scale = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
         tiles = Tiles(0, [], False)
         if options.keep:
-            # The free memory is asked for once: the backward's would not know of what is kept.
+            # The budget is computed once: in the backward the free memory would exclude the kept logits.
             budget = memory_budget(hidden.device, options.budget_bytes)
             options = options._replace(budget_bytes=budget)
             tiles = plan_tiles(hidden, weight.shape[0], budget, keep=True, softcap=options.softcap)
@@ -142,7 +142,7 @@ def linear_token_logprob(
 ) -> TokenLogprob:
     """See the public function."""
     needs_grad = any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
-    # The library of the CPU keeps none. A compiler would take the free memory that it sees for that of every call.
+    # The CPU library keeps none. A compiled graph would fix the free memory of the time of its tracing.
     keep = backend != "cpu" and torch.is_grad_enabled() and needs_grad
     keep = keep and not (budget_bytes is None and torch.compiler.is_compiling())
     options = _Options(softcap or 0.0, self_certainty, budget_bytes, shard, backend, keep)

@@ -15,7 +15,7 @@ _BUDGET_BYTES = 64 * 2**20
 
 
 class Head:
-    """A LinearHead of the library, and the tensors that must outlive it."""
+    """A LinearHead of the library, with the tensors that must outlive it."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ def linear_token_logprob_fwd(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
 
 def linear_token_logprob_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See ops.py."""
-    # The portable forward may round every product: only the same products again agree with its log-sum-exp.
+    # The portable forward may round every product: only the same products agree with its log-sum-exp.
     is_fused = args[0].dtype == torch.bfloat16 or native(args[0]).library.isa() == "portable"
     return _by_kernel(*args) if is_fused else _by_products(*args)
 

@@ -1,4 +1,4 @@
-"""torch.mm around the CUDA kernels of token_logprob; no kernel of its own."""
+"""torch.mm with the CUDA kernels of token_logprob; there is no separate kernel."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The GPU backends: vocabulary tiles of logits by torch.mm around the row kernels of token_logprob.
+"""The GPU backends: vocabulary tiles of logits by torch.mm with the row kernels of token_logprob.
 
 A tile's statistics are those of token_logprob on its columns and merge as sums do; its gradient is token_logprob's
 backward about the log-sum-exp of all tiles. Logits are fp32, products fp32-accumulated; gradients of bf16 logits are
 rounded to bf16 before the two products that take them. Letters: see the package.
 
-The forward may keep the first tiles' logits, so that the backward multiplies twice, not three times. In fp32, as they
-are, they cost no pass of their own: 14 B of traffic a logit forward and backward. Else as fp16 differences to the
-tile's largest logit, 18 B: the likelier a token, the smaller its difference and so its error. Gradients of random rows
-come out 1e-4 to 5e-4 off, ahead of a rounding to bf16 of 2e-3; by bf16 exponentials it is 4e-4 to 2e-3.
+The forward may keep the first tiles' logits, so that the backward has two products, not three. Kept in fp32 they need
+no additional pass: 14 B of traffic a logit forward and backward. Otherwise they are kept as fp16 differences to the
+tile's largest logit, 18 B: the likelier a token, the smaller its difference and so its error. The error of gradients of
+random rows is 1e-4 to 5e-4, before a rounding to bf16 of 2e-3; with bf16 exponentials it would be 4e-4 to 2e-3.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _blocks(
     hidden: Tensor, weight: Tensor, budget_bytes: int | None, kept_columns: list[int], halved: bool
 ) -> Iterator[slice]:
-    """The tiles that are kept, then those that cover the rest of the vocabulary."""
+    """The kept tiles, then those of the rest of the vocabulary."""
     start = 0
     for columns in kept_columns:
         yield slice(start, start + columns)
         start += columns
-    # Where all is kept, nothing asks a GPU for its free memory.
+    # If all tiles are kept, the free memory of the GPU need not be queried.
     if start < weight.shape[0]:
         budget = memory_budget(hidden.device, budget_bytes) - (2 if halved else 4) * hidden.shape[0] * start
         tile = plan_tiles(hidden, weight.shape[0], budget, keep=False).columns
@@ -49,7 +49,7 @@ def _blocks(
 
 def _halve(logits: Tensor, top: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
     """Differences of a tile's logits to an anchor by their largest z, and the anchor [T]."""
-    # Of -inf nothing can be subtracted.
+    # -inf cannot be subtracted.
     anchor = (top * scale).masked_fill(top <= _LOWEST, 0)
     return torch.sub(logits, anchor[:, None], out=torch.empty_like(logits, dtype=torch.float16)), anchor
 
@@ -70,10 +70,10 @@ def cuda_row_sums(
     *,
     is_exact: bool,
 ) -> tuple[Tensor, ...]:
-    """RowSums from what the CUDA kernel finds of a tile; then z of the target, or 0.
+    """RowSums from the CUDA kernel's results on a tile; then z of the target, or 0.
 
-    About the tile's log-sum-exp, or where exact about its largest z, for one more read: a log-sum-exp of 40 is rounded
-    by 2e-6, which bf16 operands do not notice.
+    About the tile's log-sum-exp; for exact inputs about its largest z, at the cost of one more read: a log-sum-exp of
+    40 is rounded by 2e-6, which is negligible for bf16 operands.
     """
     scale = temperature if temperatures is None else temperatures
 
@@ -145,12 +145,12 @@ def _gradient(
     """Gradient of a tile's logits in fp32; of fp16 ones never in place."""
     nearest = columns.clamp(0, logits.shape[1] - 1)
     here = columns == nearest
-    # The row kernel makes its coefficients from upstream gradients: these give the ones at hand.
+    # The row kernel computes coefficients from upstream gradients: these result in the given ones.
     constant, onehot, slope, uniform = grads
     dlse = constant if uniform is None else constant - uniform
     own = None if onehot is None else onehot.masked_fill(~here, 0)
     dlse = dlse if own is None else dlse + own
-    # A row whose target lies elsewhere has, for the kernel, one of probability 0.
+    # For the kernel, a row whose target is outside the tile has one of probability 0.
     saved = (logprob.masked_fill(~here, -torch.inf), torch.zeros_like(lse), lse, torch.ones_like(lse))
     upstream = (own, None if slope is None else -slope, dlse, uniform)
     rest = (nearest, None, temperature, temperatures, softcap, *saved, *upstream, backend)
@@ -217,5 +217,5 @@ def linear_token_logprob_bwd(
                 dhidden += _product(dlogits, weight[block] if dlogits.dtype == weight.dtype else weight[block].float())
             if needs_weight:
                 dweight[block] = _product(dlogits.T, hidden if dlogits.dtype == hidden.dtype else hidden.float())
-            del logits, dlogits  # ahead of the next tile's
+            del logits, dlogits  # before the next tile's
     return dhidden if fp32_dhidden else dhidden.to(hidden.dtype), dweight, dbias

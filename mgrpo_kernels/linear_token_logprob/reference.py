@@ -1,7 +1,7 @@
 """Log-probability and entropy from hidden states and the head's weight: the specification.
 
-T rows, D hidden, V vocabulary. Walks tiles of the vocabulary, so that weight and dweight are touched once and the
-logits never exist as a whole; the backward computes each tile again.
+T rows, D hidden, V vocabulary. Processes tiles of the vocabulary, so that weight and dweight are accessed once and the
+logits are never materialised; the backward computes each tile again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mgrpo_kernels.token_logprob.reference import row_sums
 
 
 class _Options(NamedTuple):
-    """What is not a tensor."""
+    """Options that are not tensors."""
 
     softcap: float | None
     self_certainty: bool

@@ -1,4 +1,4 @@
-"""Tiles of the vocabulary, and gradients of hidden states, weight and bias by them, with torch's own products."""
+"""Tiles of the vocabulary, and gradients of hidden states, weight and bias by tiles, with torch's products."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mgrpo_kernels._common.segments import accumulation_dtype
 _CPU_BUDGET_BYTES = 64 * 2**20
 
 
-# What torch's libraries of products give one multiprocessor at a time.
+# Block of a product that torch's libraries assign to one multiprocessor.
 _BLOCK_ROWS, _BLOCK_COLUMNS = 128, 256
 
 
 class Tiles(NamedTuple):
-    """How products walk a vocabulary."""
+    """Division of a vocabulary into tiles."""
 
     columns: int  # of a tile; the last may have fewer
     kept: list[int]  # columns of the first tiles, whose logits the forward keeps for the backward
@@ -43,9 +43,9 @@ def tile_columns(hidden: Tensor, columns: int, budget_bytes: int | None) -> int:
 
 
 def whole_waves(columns: int, num_rows: int, num_processors: int) -> int:
-    """At most `columns`, at least 1, as many as fill a GPU a whole number of times with blocks of [T, columns].
+    """The largest number of columns, 1 to `columns`, whose blocks of [T, columns] fill a GPU a whole number of times.
 
-    A last wave that is not full costs as much as a full one. Where not even one wave fits, whole blocks.
+    A partial last wave costs as much as a full one. If not even one wave fits, whole blocks.
     """
     block_rows = max(1, -(-num_rows // _BLOCK_ROWS))
     step = _BLOCK_COLUMNS * num_processors // gcd(block_rows, num_processors)
@@ -56,9 +56,9 @@ def whole_waves(columns: int, num_rows: int, num_processors: int) -> int:
 
 def _fit(hidden: Tensor, columns: int, budget_bytes: int, kept_bytes: int, num_processors: int) -> tuple[int, int]:
     """Columns of a tile, and columns that can be kept beside it at `kept_bytes` a logit."""
-    # At work on a tile are two blocks [T, tile] and two [tile, D] of fp32.
+    # A tile needs two blocks [T, tile] and two [tile, D] of fp32.
     column_bytes, work_bytes = kept_bytes * max(1, len(hidden)), 8 * max(1, sum(hidden.shape))
-    # A tile of some waves is as fast as a larger one: it gets what keeping all leaves, but for a quarter at least.
+    # A tile of a few waves is as fast as a larger one: it gets the memory left by kept logits, at least a quarter.
     share = max(budget_bytes - column_bytes * columns, budget_bytes // 4) if kept_bytes else budget_bytes
     tile = max(1, share // work_bytes)
     tile = columns if tile >= columns else whole_waves(tile, len(hidden), num_processors)
@@ -67,10 +67,10 @@ def _fit(hidden: Tensor, columns: int, budget_bytes: int, kept_bytes: int, num_p
 
 
 def plan_tiles(hidden: Tensor, columns: int, budget_bytes: int, *, keep: bool, softcap: float = 0.0) -> Tiles:
-    """Tiles for products around row kernels, and with `keep` which of them to keep, all within the budget.
+    """Tiles for products with row kernels, and with `keep` the kept ones, all within the budget.
 
-    A kept tile spares the backward a third of its products. In fp32 a kept logit costs no pass of its own; where those
-    of bf16 operands do not all fit they are kept in 16 bits, as products.py tells, which a softcap's logits are not.
+    A kept tile spares the backward a third of its products. In fp32 it needs no additional pass; if the logits of bf16
+    operands do not all fit, they are kept in 16 bits (see products.py), except with a softcap.
     """
     on_cuda = hidden.device.type == "cuda"
     num_processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if on_cuda else 1
@@ -82,7 +82,7 @@ def plan_tiles(hidden: Tensor, columns: int, budget_bytes: int, *, keep: bool, s
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """A context without autocast, which knows nothing of tensors without data."""
+    """A context without autocast; the CPU's for meta tensors, which autocast does not support."""
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 

@@ -1,4 +1,4 @@
-"""torch.mm around the Triton kernels of token_logprob; no kernel of its own."""
+"""torch.mm with the Triton kernels of token_logprob; there is no separate kernel."""
 
 from __future__ import annotations
 

@@ -17,13 +17,13 @@ from mgrpo_kernels.results import MajorityVote
 def _compiled(
     answer_ids: Tensor, *, keep: Tensor | None, weights: Tensor | None, tie_break: Tensor | None, backend: str
 ) -> tuple[MajorityVote, Tensor]:
-    """Any compiled backend; also the least id and weight, which it reads anyway."""
+    """Any compiled backend; also returns the least id and weight, which it reads anyway."""
     *vote, lowest = torch.ops.mgrpo_kernels.majority_vote(answer_ids, keep, weights, tie_break, backend)
     return MajorityVote(*vote), lowest
 
 
 def _reference(**arguments: Any) -> tuple[MajorityVote, None]:
-    """The reference, which looks for no least value."""
+    """The reference, which does not return least values."""
     return reference.majority_vote(**arguments), None
 
 

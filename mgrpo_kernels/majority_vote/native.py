@@ -28,7 +28,7 @@ def majority_vote(
         answer_ids.new_empty(answer_ids.shape, dtype=torch.float32),
         answer_ids.new_empty(2, dtype=torch.int64),
     )
-    # On a GPU the least values take a launch of their own, for a check that is off unless asked for.
+    # On a GPU the least values need another launch, for a check that is off by default.
     used = outputs if checks_values(answer_ids.device) else outputs[:-1]
     library, executor = native(answer_ids)
     library.majority_vote(

@@ -60,7 +60,7 @@ def majority_vote_kernel(
     BG: tl.constexpr,
     BO: tl.constexpr,
 ):
-    """A prompt; or, after the last, the least id and weight of all, 0 unless asked for."""
+    """One prompt a program; the program after the last finds the least id and weight of all, 0 without LOWEST."""
     WEIGHTED: tl.constexpr = p_weights is not None
     i_prompt = tl.program_id(0).to(tl.int64)
     if i_prompt == num_prompts:
@@ -95,7 +95,7 @@ def majority_vote_kernel(
         top = tl.max(tl.where(is_voter, b_class, 0), 0)
         is_leader = is_voter & (b_class == top)
         top_preferred = tl.max(tl.where(is_leader, b_preferred, -1), 0)
-        # The earliest of those that are left.
+        # The earliest of the remaining ones.
         winner = tl.min(tl.where(is_leader & (b_preferred == top_preferred), o, BG), 0)
         label = tl.max(tl.where(o == winner, b_id, -1), 0)
         is_rival = is_voter & (b_id != label)
@@ -110,7 +110,7 @@ def majority_vote_kernel(
 
 
 def _sizes(group: int) -> tuple[int, int, int]:
-    """Padded group, rollouts that it meets at a time, warps."""
+    """Padded group, rollouts compared with it at a time, warps."""
     padded = triton.next_power_of_2(group)
     num_warps = 1 if padded <= 64 else 4 if padded <= 512 else 8
     return padded, min(padded, max(1, 32 * num_warps * _THREAD_PAIRS // padded)), num_warps
@@ -119,7 +119,7 @@ def _sizes(group: int) -> tuple[int, int, int]:
 def majority_vote(
     answer_ids: Tensor, keep: Tensor | None, weights: Tensor | None, tie_break: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """See ops.py. The least id and weight are looked for where the public function reads them, and else 0."""
+    """See ops.py. The least id and weight are computed only if the public function checks them, else 0."""
     num_prompts, group = answer_ids.shape
     if group > _MOST_GROUP:
         expected = f"of at most {_MOST_GROUP} rollouts a prompt for backend 'triton'"

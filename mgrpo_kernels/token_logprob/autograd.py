@@ -14,7 +14,7 @@ from mgrpo_kernels.results import TokenLogprob
 
 
 class _TokenLogprob(torch.autograd.Function):
-    """Saves the logits and one number a row and output."""
+    """Saves the logits, and one number for each row and output."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -26,7 +26,7 @@ class _TokenLogprob(torch.autograd.Function):
             rows.logits, rows.targets, rows.mask, rows.temperatures, logprob, entropy, lse, num_finite
         )
         ctx.temperature, ctx.softcap, ctx.backend = rows.temperature, rows.softcap, backend
-        # A compiler's graph has no storage to write over.
+        # A compiled graph has no storage to overwrite.
         ctx.inplace = inplace_backward and not torch.compiler.is_compiling()
         ctx.set_materialize_grads(False)
         return logprob, entropy, lse, certainty
@@ -49,7 +49,7 @@ class _TokenLogprob(torch.autograd.Function):
 
 
 def split_scale(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    """The number and the tensor of RowInputs, one of which stands for the temperature."""
+    """The fields `temperature` and `temperatures` of RowInputs."""
     return (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
 
 

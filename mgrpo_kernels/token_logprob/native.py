@@ -12,7 +12,7 @@ from mgrpo_kernels._common.structs import RowBackward, RowInputs
 
 
 class Rows:
-    """A LogitRows of the library, and the tensors that must outlive it."""
+    """A LogitRows of the library, with the tensors that must outlive it."""
 
     def __init__(self, rows: RowInputs):
         logits = rows.logits

@@ -30,7 +30,7 @@ _BLOCK_ELEMENTS = 2**20
 
 def row_sums(z: Tensor, self_certainty: bool) -> RowSums:
     """Sums over the columns of z [T, V]."""
-    # A finite stand-in for the top of a row of -inf keeps every later difference free of inf - inf.
+    # A finite top for rows of -inf avoids inf - inf in later differences.
     top = z.amax(1).clamp_min(torch.finfo(z.dtype).min)
     x = z - top[:, None]
     finite_x = num_finite = torch.zeros_like(top)
@@ -49,7 +49,7 @@ def take(value: float | Tensor, rows: slice) -> float | Tensor:
 
 
 class _TokenLogprob(torch.autograd.Function):
-    """One node for all four outputs; walks blocks of rows so that temporaries stay small."""
+    """One node for all four outputs; processes blocks of rows, so that temporaries are small."""
 
     @staticmethod
     def forward(

@@ -1,10 +1,10 @@
 """Log-probability, entropy, log-sum-exp and self-certainty of rows of logits by Triton, and their gradient.
 
-Forward: 2 B a bf16 logit, each read once; every thread keeps a running maximum and sums of its own elements, which
-meet once, after the loop. The vocabulary is split over programs by its size alone, so that a row's bits depend on
-nothing but the row. Backward: one read and one write, in place if asked. A small kernel first turns what is known of a
-row into seven numbers, for in place a row's target may be overwritten before another program needs it; the target's
-own gradient is one of them, so that no other column asks whether it is the target's. T rows, V columns.
+Forward: 2 B a bf16 logit, each read once; every thread keeps a running maximum and sums of its own elements, which are
+combined once, after the loop. The vocabulary is split over programs by its size alone, so that a row's bits depend on
+the row alone. Backward: one read and one write, in place if asked. A small kernel first computes seven numbers for each
+row, because in place a row's target may be overwritten before another program needs it; the target's own gradient is
+one of them, so that no column needs a test for the target. T rows, V columns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mgrpo_kernels.token_logprob.triton_rows import (
 
 _NUM_WARPS = 4
 _THREADS = 32 * _NUM_WARPS
-# Elements a thread takes between two rescales: the rescale costs a thirtieth.
+# Elements of a thread between two rescales, each of which costs a thirtieth.
 _PER_THREAD = 32
 _BLOCK = _THREADS * _PER_THREAD
 # Few enough programs a row that their start and end vanish in 64 KiB of bf16, and enough for a few rows to fill a GPU.
@@ -42,7 +42,7 @@ _NUM_NUMBERS = 7
 
 
 class _Rows(NamedTuple):
-    """What every kernel but the backward begins with, in their order."""
+    """First arguments of all kernels but the backward, in order."""
 
     logits: Tensor
     targets: Tensor
@@ -56,7 +56,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(rows: RowInputs) -> _Rows:
-    """With the sizes."""
+    """The first arguments, with the sizes."""
     logits, targets, mask, temperature, temperatures, softcap = rows
     scale = (temperature, as_fp32(temperatures), softcap)
     return _Rows(
@@ -129,11 +129,11 @@ def row_sums(
 
 
 def _backward(rows: _Rows, dlogits: Tensor, *given: Tensor | None) -> None:
-    """Fill dlogits, from what the forward saved and upstream gradients, or from coefficients."""
+    """Fill dlogits, from saved results and upstream gradients, or from coefficients."""
     if rows.num_rows == 0:
         return
     numbers = rows.logits.new_empty((_NUM_NUMBERS, rows.num_rows), dtype=torch.float32)
-    # An output that was not asked for is empty, and so is the gradient that a compiler's graph gives it.
+    # An output that was not requested is empty, and so is its gradient in a compiled graph.
     values = [None if tensor is None or not tensor.numel() else as_fp32(tensor) for tensor in given]
     capped = rows.softcap > 0
     kernel: Any = token_logprob_rows_kernel

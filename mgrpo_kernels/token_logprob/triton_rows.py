@@ -1,4 +1,4 @@
-"""Device code of triton.py: what a program does with a row of logits, or with a block of rows.
+"""Device code of triton.py for a row of logits or a block of rows.
 
 T rows, V columns, S splits of V; z' is the softcapped logit, z = z' / temperature. `rows` are the arguments that every
 kernel begins with: logits, targets, mask, temperature, temperatures, softcap, stride, V. `sums` of z' about a maximum:
@@ -16,8 +16,8 @@ import triton.language as tl
 
 from mgrpo_kernels._common.checks import IGNORED_TARGET
 
-# Blocks that a program has asked for while it computes one. They wait in shared memory and take no registers: with one
-# a multiprocessor has some 60 KiB under way, with two all that its shared memory holds.
+# Blocks that a program loads ahead. They are in shared memory and take no registers: with one a multiprocessor has some
+# 60 KiB in flight, with two all that its shared memory holds.
 BLOCKS_AHEAD = 2
 _IGNORED = tl.constexpr(IGNORED_TARGET)
 _LEAST = tl.constexpr(torch.finfo(torch.float32).min)  # a finite stand-in for the maximum of -inf
@@ -29,13 +29,13 @@ _LN2 = tl.constexpr(math.log(2.0))
 
 @triton.jit
 def _exponent(x):
-    """X within reach of exp2; NaN stays."""
+    """Clamp x to the range of exp2; NaN stays NaN."""
     return tl.maximum(x, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _cap(z, softcap):
-    """C tanh(z / c): by (1 - e) / (1 + e) with e = exp(-2 |z / c|), and by its series near 0 where that cancels."""
+    """Softcap c tanh(z / c): (1 - e) / (1 + e) with e = exp(-2 |z / c|), near 0, where that cancels, its series."""
     u = z / softcap
     a = tl.abs(u)
     e = tl.exp2(a * (-2.0 * _LOG2E))
@@ -74,7 +74,7 @@ def _load_row(rows, o_t, m_t):
 
 @triton.jit
 def _load_logits(p_logits, m_logits, other, softcap, CAPPED: tl.constexpr):
-    """Softcapped logits in fp32; what the mask leaves out is `other` as it is."""
+    """Softcapped logits in fp32; `other` outside the mask, not softcapped."""
     if m_logits is None:
         z = tl.load(p_logits, eviction_policy="evict_first").to(tl.float32)
         if CAPPED:
@@ -112,7 +112,7 @@ def _shift(sums, high, scale):
 
 @triton.jit
 def _add_block(sums, z, scale, L: tl.constexpr, P: tl.constexpr, VEC: tl.constexpr, CERTAINTY: tl.constexpr):
-    """Sums [P] with a block of z' added, of which a thread has VEC adjacent elements, L times: none needs another's."""
+    """Sums [P] with a block of z' added; a thread has VEC adjacent elements, L times, and adds only its own."""
     z = tl.reshape(z, [L, P, VEC])
     high = tl.maximum(sums[0], tl.max(tl.max(z, 2), 0))
     _, exp, exp_x, finite_x, num_finite = _shift(sums, high, scale)
@@ -173,7 +173,7 @@ def token_logprob_fwd_kernel(
     i_t, i_split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     row = _load_row(rows, i_t, True)
     _, inside, active, temperature = row
-    # With p_top all rows count: the target of one may lie in another process's share of the vocabulary.
+    # With p_top all rows count: the target may be in another process's shard of the vocabulary.
     reads = True if p_top is not None else active & inside
     begin = i_split * (BLOCKS * BLOCK)
     end = tl.where(reads, tl.minimum(begin + BLOCKS * BLOCK, vocabulary), begin)
@@ -354,7 +354,7 @@ def token_logprob_bwd_kernel(
             p_z, p_dz = p_row + whole + o_v, p_drow + whole + o_v
             _write_block(p_z, p_dz, whole + o_v < end, numbers, constant, softcap, CAPPED, UNIFORM)
         if (target >= begin) & (target < end):
-            # After the thread that wrote its block.
+            # After its own block was written.
             tl.debug_barrier()
             tl.store(p_drow + target, dz_target.to(p_dlogits.dtype.element_ty))
     else:

@@ -35,7 +35,7 @@ class _TrajectoryEntropy(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """The backward, which is linear too: its gradient is the forward, so that derivatives of any order are right."""
+    """The backward, which is linear: its gradient is the forward, so derivatives of any order are correct."""
 
     @staticmethod
     def forward(

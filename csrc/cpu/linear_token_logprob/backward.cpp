@@ -108,7 +108,7 @@ void write_rows(const float* c, int64_t c_stride, int64_t rows, int64_t columns,
 }
 
 #if defined(__AVX512F__)
-// For cores that multiply bf16, and so convert it too.
+// For cores that multiply and convert bf16.
 MGRPO_BF16 void write_rows_bf16(const float* c, int64_t c_stride, int64_t rows, int64_t columns, bf16* out,
                                 int64_t ld) {
   for (int64_t r = 0; r < rows; ++r, c += kTile, out += ld) {
@@ -255,7 +255,7 @@ struct Backward {
     float* accumulator = arena.at<float>(at_accumulator);
     TokenCoefficients* tokens = arena.at<TokenCoefficients>(at_tokens);
     for (int64_t p = 0; p < sizes.panels; ++p) gather(args, p * kTile, tokens + p);
-    // Nothing writes the tokens past the last panel, which dweight adds up; nothing dhidden without a vocabulary.
+    // Nothing else writes the tokens past the last panel, which dweight sums, or dhidden without a vocabulary.
     const bool tokens_padded = sizes.panels * kTile < sizes.token_tiles * kDepth<E>;
     if (tokens_padded) std::memset(static_cast<void*>(by_row), 0, size_t(by_row_bytes));
     if (head.vocabulary == 0) std::memset(accumulator, 0, size_t(accumulator_bytes));

@@ -109,7 +109,7 @@ bool forward(const LinearTokenLogprobForward& args, Core<E> core) {
   const int64_t padded = sizes.panels * kTile, block = sizes.block_panels;
   Layout layout;
   const int64_t at_packed = layout.add(sizes.packed_bytes()), at_temperatures = layout.add(padded * kFloat);
-  // Slices of the vocabulary follow from the problem and the budget alone; what they leave bounds the threads.
+  // Slices of the vocabulary depend on the problem and the budget alone; the rest of the budget bounds the threads.
   const int64_t slice_bytes = kNumSums * padded * kFloat, allowed = bytes_allowed(head, layout.bytes);
   const int64_t most_slices = most(1, least(kMostSlices, (allowed - layout.bytes) / 4 / most(1, slice_bytes)));
   const int64_t slice_rows = blocks_of(blocks_of(head.vocabulary, sizes.rows), most_slices) * sizes.rows;

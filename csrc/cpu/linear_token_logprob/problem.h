@@ -1,4 +1,4 @@
-// What both directions share: sizes, packing and the product of the weight and the hidden states.
+// Shared by both directions: sizes, packing and the product of the weight and the hidden states.
 #pragma once
 
 #include <math.h>
@@ -42,8 +42,8 @@ struct Sizes {
   int64_t logits_bytes(int64_t num_rows) const { return num_rows * block_panels * kTile * kFloat; }
 };
 
-// The budget, or a quarter more than what a call needs whatever its tile: with less, tiles too small would be slow and
-// save little.
+// The budget, or a quarter more than a call needs for any tile: with less, tiles would be small and slow and save
+// little.
 inline int64_t bytes_allowed(const LinearHead& head, int64_t needed_bytes) {
   return most(head.budget_bytes, needed_bytes + needed_bytes / 4);
 }
