@@ -1,4 +1,4 @@
-# Every target makes .venv first where it is missing or older than what it is made from.
+# Every target first makes .venv if it is missing or older than its sources.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,12 +10,12 @@ NATIVE := CMakeLists.txt setup.py mgrpo_kernels/_sources.py $(wildcard csrc/*.* 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
 
-# In a random order, by file and within each, whose seed is printed: ARGS='-p no:randomly' takes the written one,
-# ARGS='--randomly-seed=N' repeats one.
+# In random order, whose seed is printed: ARGS='-p no:randomly' takes the written order, ARGS='--randomly-seed=N'
+# repeats one.
 test: $(VENV)/.built
 	$(BIN)/python -m pytest $(ARGS)
 
-# Real vLLM on the CPU, in an environment of its own, with the library that the other one has built.
+# Real vLLM on the CPU, in a separate environment, with the library built in .venv.
 VLLM := .venv-vllm
 test-vllm: $(VENV)/.built $(VLLM)/.made
 	PYTHONPATH=. VLLM_LOGGING_LEVEL=ERROR $(VLLM)/bin/python -m pytest tests/hosts/vllm $(ARGS)
@@ -26,7 +26,7 @@ $(VLLM)/.made: requirements.txt requirements-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
 	@touch $@
 
-# Stock verl with the plug-in on the CPU, likewise; the plug-in is found as an installed one is.
+# Stock verl with the plug-in on the CPU, in a separate environment, where the plug-in is found like an installed one.
 VERL := .venv-verl
 test-verl: $(VENV)/.built $(VERL)/.made
 	$(VERL)/bin/python -m pytest tests/hosts/verl $(ARGS)
@@ -37,7 +37,7 @@ $(VERL)/.made: requirements-verl.txt pyproject.toml
 	MGRPO_SKIP_NATIVE=1 $(VERL)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Every fault that a run must survive, injected; a line each. chaos-full adds the tests that take minutes.
+# Injects every fault that a run must survive, with one line for each. chaos-full adds tests that take minutes.
 chaos: $(VENV)/.built
 	$(BIN)/python -m pytest tests -m fault --fault-table $(ARGS)
 
@@ -56,13 +56,13 @@ format: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest bench $(ARGS)
 
-# The kernels against other libraries, whose packages it installs; writes bench/records and bench/RECORDS.md.
+# Benchmarks the kernels against other libraries, which it installs; writes bench/records and bench/RECORDS.md.
 bench-peers: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-bench.txt
 	$(BIN)/python -m pytest bench --record $(ARGS)
 	$(BIN)/python -m bench.records
 
-# The property tests on new examples: as many rounds as ROUNDS says, on each instruction set in turn.
+# The property tests on new examples: ROUNDS rounds on each instruction set in turn.
 ROUNDS ?= 6
 fuzz: $(VENV)/.built
 	for round in $$(seq $(ROUNDS)); do for isa in portable avx2 avx512; do \
@@ -89,7 +89,7 @@ sanitize: $(VENV)/.built
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 MGRPO_SANITIZED=1 \
 		PYTHONPATH=$(SANITIZED)/package $(BIN)/python -P -m pytest tests/kernels -m "not slow" -k "not instruction_set" $(ARGS)
 
-# The kernels' tests on the CUDA sources, their threads run one by one on the CPU: what they compute, without a GPU.
+# The kernels' tests on the CUDA sources, emulated on the CPU with one thread at a time.
 EMULATED := build/emulated
 emulate: $(VENV)/.built
 	mkdir -p $(EMULATED)/package
@@ -104,7 +104,7 @@ emulate: $(VENV)/.built
 EMULATED_TESTS := $(addprefix tests/kernels/test_, group_advantage.py trajectory_entropy.py iqr_filter.py \
 	majority_vote.py ema_update.py token_logprob.py grpo_loss.py grpo_loss_cpu.py logits_grpo_loss.py on_device.py)
 
-# Everything that only a GPU can tell, in under nine minutes and offline, with the machine's own Python; see bench/gpu/.
+# All checks that need a GPU, in under nine minutes and offline, with the machine's own Python; see bench/gpu/.
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 

@@ -19,13 +19,13 @@ class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt; MGRPO_CMAKE_ARGS adds to its configuration."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build every native module of the project into the package, with the first of them."""
+        """Build all native modules of the project into the package, at the call for the first."""
         import pybind11
 
         if ext is not self.extensions[0]:
             return
 
-        # Beside the interpreter first: an environment that is not activated is not on the PATH.
+        # First beside the interpreter, because an environment that is not activated is not on the PATH.
         cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
         if cmake is None:
             raise SystemExit("setup.py: cmake must be on the PATH, got none. pip install cmake.")
@@ -47,7 +47,7 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(work), "--parallel", str(os.cpu_count() or 1)], check=True)
 
 
-# Without a compiler, MGRPO_SKIP_NATIVE=1 installs the Python alone: the reference backend then runs everything.
+# Without a compiler, MGRPO_SKIP_NATIVE=1 installs only Python: the reference backend then runs everything.
 skip = os.environ.get("MGRPO_SKIP_NATIVE") == "1"
 names = [] if skip else ["_C", "_C_cuda"] if HAS_NVCC else ["_C"]
 setup(
