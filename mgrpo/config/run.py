@@ -140,7 +140,7 @@ def engine_problems(engine: EngineConfig) -> list[str]:
         problems.append("config: --engine.placement needs --engine.name vllm.")
     if len(c.servers) not in ((1, 2) if c.placement == "server" else (0,)):
         problems.append(
-            f"config: --engine.servers must be 1 or 2 URLs with --engine.placement server, otherwise none, "
+            f"config: --engine.servers must name 1 or 2 servers with --engine.placement server, otherwise none, "
             f"got {len(c.servers)}."
         )
     if len(c.devices) not in ((0, 2) if c.placement == "two-engines" else (0,)):
