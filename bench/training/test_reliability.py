@@ -14,7 +14,7 @@ WARM_UP = 25
 
 
 def test_overhead(benchmark, tmp_path, monkeypatch):
-    """Two runs of the same steps in turn, one bare; the other asks for retention, judges every row, logs, and saves
+    """Two runs of the same steps in turn, one bare; the other measures retention, monitors every row, logs, and saves
     a checkpoint in the background in the middle of every second block."""
     config = make_preset("arithmetic")
     config = replace(
@@ -60,15 +60,15 @@ def test_overhead(benchmark, tmp_path, monkeypatch):
     total = sum(row["step_s"] for row in rows)
     monitor = sum(row["time_monitor_s"] for row in rows) / total
     held_up = sum(row["time_checkpoint_s"] or 0.0 for row in rows) / total
-    around = (sum(seconds["watched"]) - total) / total - held_up  # judgement and log
+    around = (sum(seconds["watched"]) - total) / total - held_up  # the monitor and the log
     in_thread = sum(written) / total
     overhead = sum(seconds["watched"]) / sum(seconds["bare"]) - 1
     print(
         f"\n{STEPS} steps: {sum(seconds['bare']):.1f} s bare, {sum(seconds['watched']):.1f} s watched with "
         f"{STEPS // BLOCK // 2} checkpoints, {overhead:+.1%}; of the steps, the monitor {monitor:.2%}, "
-        f"checkpoints {held_up:.2%}, judgement and log {around:.2%}; the thread that writes takes {in_thread:.2%}"
+        f"checkpoints {held_up:.2%}, monitor and log {around:.2%}; the thread that writes takes {in_thread:.2%}"
     )
-    parts = {"monitor": monitor, "checkpoints": held_up, "judgement and log": around, "thread": in_thread}
+    parts = {"monitor": monitor, "checkpoints": held_up, "monitor and log": around, "thread": in_thread}
     benchmark.extra_info |= {"overhead": overhead, **parts}
     for trainer in (bare, watched.trainer):
         trainer.close()

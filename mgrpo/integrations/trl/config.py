@@ -47,18 +47,14 @@ class MGRPOConfig(GRPOConfig):
     vote_min_share: float = _option(0.0, "A winner with a smaller share of the votes gives no signal.")
     vote_min_margin: float = _option(0.0, "A winner that leads by a smaller share gives no signal.")
     objective_reward: str = _option("majority", "1 for the majority's answer (majority), or its share (soft).")
-    answer_extract: str = _option(
-        "boxed", "Form of an answer: boxed, hash, last-number or regex:PATTERN."
-    )
+    answer_extract: str = _option("boxed", "Form of an answer: boxed, hash, last-number or regex:PATTERN.")
     answer_label_extract: str = _option(
         "auto", "Form of the true answer in a label: auto, plain, boxed, hash, last-number or regex:PATTERN."
     )
     answer_equivalence: str = _option("math", "Comparison of answers: math (math-verify) or exact.")
     answer_timeout_s: float = _option(5.0, "Limit of one comparison in seconds of CPU time.")
     answer_workers: int | None = _option(None, "Processes that compare answers; None is one for each core, at most 8.")
-    data_answer_key: str = _option(
-        "answer", "Column of true answers, for metrics only; a.b is key b in column a."
-    )
+    data_answer_key: str = _option("answer", "Column of true answers, for metrics only; a.b is key b in column a.")
     monitor_on_collapse: str = _option("warn", "Action at an alarm of the collapse monitor: warn or stop.")
 
     def __post_init__(self) -> None:
