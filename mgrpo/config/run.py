@@ -145,7 +145,7 @@ def engine_problems(engine: EngineConfig) -> list[str]:
         )
     if len(c.devices) not in ((0, 2) if c.placement == "two-engines" else (0,)):
         problems.append(
-            f"config: --engine.devices must be none or, with --engine.placement two-engines, 2 devices, "
+            f"config: --engine.devices must name 2 devices, and only with --engine.placement two-engines, "
             f"got {len(c.devices)}."
         )
     if any({"@", "?"} & set(url) for url in c.servers):
