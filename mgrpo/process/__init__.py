@@ -1,1 +1,1 @@
-"""This process: its threads, signals, output and files."""
+"""Threads, signals, output and file writes of this process."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the errors of a disk."""
+"""Atomic file writes, checkpoint folders, and errors of the disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mgrpo.errors import StorageError
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Replaces a text file at once or not at all, power cut or not."""
+    """Replaces a text file atomically, even through a power failure."""
     aside = path.with_name(path.name + ".tmp")
     with aside.open("w") as file:
         file.write(text)
@@ -41,20 +41,16 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-STORAGE_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EROFS, errno.EACCES, errno.EPERM),
-}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+STORAGE_ERRORS = FULL | {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Turns a full disk, or one that may not be written, into StorageError."""
+    """Turns the OSError of a full or write-protected disk into StorageError."""
     try:
         yield
     except OSError as error:
         if isinstance(error, StorageError) or error.errno not in STORAGE_ERRORS:
             raise
-        raise StorageError(
-            f"run: the disk must take what is written, got: {error}. Checkpoints are untouched."
-        ) from error
+        raise StorageError(f"run: the disk must accept writes, got: {error}. Checkpoints are unchanged.") from error

@@ -1,4 +1,4 @@
-"""What is printed may be lost; nothing else may be lost with it."""
+"""Output streams whose failures never stop the process."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# Errors that may pass: a full disk, and a pipe whose reader is slow. All others end what the stream shows.
+# Temporary errors: a full disk, and a pipe whose reader is slow. After any other the stream writes to /dev/null.
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.EINTR}
 
 
 class Display:
-    """A text stream that never fails: a reader that is gone, a full disk or a missing letter costs the output alone."""
+    """A text stream that never fails; a closed pipe, a full disk or an unknown character loses only the output."""
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes what can be written."""
+        """Writes the text if possible; returns its length."""
         self._attempt(lambda: self._write(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Writes each."""
+        """Writes each line."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Hands on what is buffered."""
+        """Flushes the buffer if possible."""
         self._attempt(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def _write(self, text: str) -> None:
-        """Letters that the encoding has not are spelled out."""
+        """Writes the text, with escapes for characters that the encoding lacks."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError as error:
@@ -48,32 +48,32 @@ class Display:
         except OSError as error:
             if error.errno not in PASSING:
                 self._give_up()
-        except ValueError:  # closed, or an encoding that takes nothing
+        except ValueError:  # a closed stream, or an encoding without any characters
             pass
 
     def _give_up(self) -> None:
-        """Lets the descriptor lead nowhere, also for libraries and processes that write to it on their own."""
+        """Points the descriptor to /dev/null, also for libraries and child processes that write to it."""
         try:
             number = self._stream.fileno()
             if number in (1, 2):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, number)
-                if nowhere != number:
-                    os.close(nowhere)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, number)
+                if null != number:
+                    os.close(null)
         except (OSError, ValueError, AttributeError):
             pass
 
 
 def protect_output() -> None:
-    """Puts a Display in place of standard output and error, for the rest of the process; twice is once."""
+    """Replaces standard output and error by a Display for the rest of the process; idempotent."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The next file that is opened would take its place, and what libraries print would end up in there.
+            # Else the next opened file would get this number, and libraries would print into it.
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, Display):
-            # Python has none where the descriptor was closed when it started.
+            # Python has no stream if the descriptor was closed at its start.
             setattr(sys, name, Display(open(os.devnull, "w", encoding="utf-8") if stream is None else stream))

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: a terminal that dies, or a job whose time is over, loses no step."""
+"""Handles signals that ask a run to end, so that a closed terminal or the end of a job loses no step."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from types import FrameType
 
 from mgrpo.errors import Exit, Interrupted
 
-# What a person sends who wants the process to end; sent again, it has to end at once.
-WISHES = (signal.SIGINT, signal.SIGTERM)
-# A terminal that goes away, and schedulers that warn; they may come in any number.
+# A user or scheduler asks the process to end; a second one ends it at once.
+REQUESTS = (signal.SIGINT, signal.SIGTERM)
+# A closed terminal and warnings of schedulers; they may arrive several times.
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-# A SIGTERM so soon after another is the same: timeout(1) sends one to the process and one to its group.
-SAME_WISH_S = 1.0
+# A second SIGTERM within this time counts as the first: timeout(1) signals the process and its group.
+REPEAT_S = 1.0
 
 
 class Interrupt:
-    """SIGINT, SIGTERM and warnings ask for an end after the step; a second SIGINT or SIGTERM ends at once.
+    """Ends the run after its step on SIGINT, SIGTERM or a warning, and at once on a second SIGINT or SIGTERM.
 
-    Until `defer` they raise Interrupted: before the first step there is nothing to save.
+    Before `defer` a signal raises Interrupted, because there is nothing to save before the first step.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self._deferred = False
-        self._wish: tuple[int, float] | None = None  # the first, and when it came
+        self._first: tuple[int, float] | None = None  # the first, and its time
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Installs the handlers for a while, where Python allows it (the main thread)."""
+        """Installs the handlers for the block if this is the main thread, as Python requires."""
         before = {}
         try:
-            for number in (*WISHES, *_heeded()):
+            for number in (*REQUESTS, *_active_warnings()):
                 before[number] = signal.signal(number, self._ask)
         except ValueError:
             pass
@@ -46,38 +46,38 @@ class Interrupt:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def defer(self) -> None:
-        """From now on signals wait for the end of a step."""
+        """Makes later signals wait for the end of a step."""
         self._deferred = True
-        if self.asked:  # and what it raised was lost in a destructor
+        if self.asked:  # its Interrupted was swallowed by a destructor
             raise Interrupted
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if number in WISHES:
+        if number in REQUESTS:
             now = time.monotonic()
-            if self._wish and not (number == self._wish[0] == signal.SIGTERM and now - self._wish[1] < SAME_WISH_S):
+            if self._first and not (number == self._first[0] == signal.SIGTERM and now - self._first[1] < REPEAT_S):
                 os._exit(Exit.KILLED)
-            self._wish = self._wish or (number, now)
+            self._first = self._first or (number, now)
         is_first, self.asked = not self.asked, True
         if is_first and not self._deferred:
             raise Interrupted
 
 
-def _heeded() -> list[int]:
-    """Warnings that are not ignored: nohup starts its command with hang-ups ignored, so that it goes on."""
+def _active_warnings() -> list[int]:
+    """Warnings that are not ignored; nohup makes its command ignore hang-ups."""
     return [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def end_early() -> None:
-    """Lets each of these signals end the process at once while nothing has begun, with an exit code that says so."""
+    """Makes signals end the process at once, with exit code 75, before training is set up."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         os._exit(Exit.INTERRUPTED)
 
-    for number in (*WISHES, *_heeded()):
+    for number in (*REQUESTS, *_active_warnings()):
         signal.signal(number, leave)
 
 
 def ignore_warnings() -> None:
-    """Lets a process that has its exit code end with it, whatever a dying terminal or a scheduler still sends."""
+    """Ignores SIGTERM and warnings, so that a process that is done ends with its own exit code."""
     for number in (signal.SIGTERM, *WARNINGS):
         signal.signal(number, signal.SIG_IGN)

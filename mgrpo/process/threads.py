@@ -1,6 +1,6 @@
-"""Threads that fit the machine: how many CPUs this process may use, and threads that wait without using one.
+"""Number of CPUs and threads of this process, and OpenMP's wait policy.
 
-Only the standard library is imported at the top, so that a command can set what torch reads as it loads.
+Only the standard library is imported at the top, so that a command can set variables that torch reads on import.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ import os
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path, PurePosixPath
 
-# What users set by themselves, and what is then left alone.
+# Variables that are left alone if the user has set them.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Lets OpenMP's threads sleep soon at barriers, unless the environment says how they wait; ahead of torch's import.
+    """Makes OpenMP threads sleep soon at barriers, unless the environment sets it; call it before torch is imported.
 
-    By default they spin: beside other work each spins away the time slice in which the one that it waits for could run.
-    Sleep without a spin doubles the step of an idle machine (docs/LOG.md).
+    By default they spin, which on a busy machine uses the time slices of the threads that they wait for. Sleep without
+    any spin doubles the time of a step on an idle machine (docs/LOG.md).
     """
     if not any(name in environment for name in WAITING):
         environment["GOMP_SPINCOUNT"] = "50000"
 
 
 def limit_threads(threads: int | None = None) -> None:
-    """Sets torch's number of threads; for None to the CPUs at hand where torch would take more, and OMP_NUM_THREADS
-    or MKL_NUM_THREADS do not name a number.
+    """Sets torch's number of threads.
+
+    None limits it to the available CPUs, unless OMP_NUM_THREADS or MKL_NUM_THREADS is set.
     """
     import torch
 
@@ -37,10 +38,10 @@ def limit_threads(threads: int | None = None) -> None:
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may keep busy: of its affinity, and within the quotas of its cgroups, rounded down.
+    """CPUs that this process may use, by its affinity and the quotas of its cgroups, rounded down.
 
     Args:
-        root: folder of /proc and of what is mounted.
+        root: folder that contains /proc and the mounts.
 
     Returns:
         At least 1.
@@ -50,7 +51,7 @@ def available_cpus(root: Path = Path("/")) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """CPUs that each cgroup of this process, and each one around it, leaves it."""
+    """The CPU quota of each cgroup of this process and of each parent."""
     memberships = dict(_memberships(root))
     for kind, controllers, inner, mount in _mounts(root):
         if kind == "cgroup2":
@@ -60,7 +61,7 @@ def _quotas(root: Path) -> Iterator[float]:
         if path is None:
             continue
         folder = root / mount.lstrip("/")
-        # A container sees part of the tree, `inner`, at the mount; what it can not see counts at the mount itself.
+        # A container sees only the part `inner` of the tree; the quota of the rest is at the mount itself.
         below = PurePosixPath(path)
         parts = below.relative_to(inner).parts if below.is_relative_to(inner) else ()
         for depth in range(len(parts) + 1 if ".." not in parts else 1):
@@ -70,7 +71,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _memberships(root: Path) -> Iterator[tuple[str, str]]:
-    """Controller and path of each cgroup of this process; the controller of version 2 is ""."""
+    """Controller and path of each cgroup of this process; the controller is "" in version 2."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         for controller in controllers.split(","):
@@ -78,7 +79,7 @@ def _memberships(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _mounts(root: Path) -> Iterator[tuple[str, list[str], str, str]]:
-    """Version, options, path inside of the tree and mount point of each mounted tree of cgroups."""
+    """Version, options, path inside the tree and mount point of each mounted cgroup tree."""
     for line in _read(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields, (kind, *rest) = before.split(), after.split() or [""]
@@ -88,7 +89,7 @@ def _mounts(root: Path) -> Iterator[tuple[str, list[str], str, str]]:
 
 
 def _quota(folder: Path) -> float | None:
-    """CPUs' worth of time that one cgroup has, None without a limit."""
+    """The quota of one cgroup in CPUs, None without a limit."""
     limit, _, period = _read(folder / "cpu.max").strip().partition(" ")
     if not limit:
         limit, period = (_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
@@ -97,12 +98,12 @@ def _quota(folder: Path) -> float | None:
 
 
 def _unescaped(field: str) -> str:
-    """A field of mountinfo, whose blanks are octal."""
+    """A field of mountinfo with its octal escapes replaced."""
     return field.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 
 
 def _read(path: Path) -> str:
-    """A file's text, empty where there is none."""
+    """A file's text, empty if it cannot be read."""
     try:
         return path.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""A run on a disk: steps, checkpoints, resume, and the checks before the first step."""
+"""Runs training in a run directory: checks before the first step, steps, checkpoints, resume."""
 
 from mgrpo.errors import Exit
 from mgrpo.run.loop import run

@@ -1,7 +1,7 @@
-"""Checkpoints: safetensors and JSON only, written aside, sealed by a SHA-256 manifest, then renamed.
+"""Checkpoints: safetensors and JSON only, written to a temporary folder, sealed by a SHA-256 manifest, then renamed.
 
-step_N/ holds policy/ and momentum/ in the transformers layout, the optimiser, and state.json. No pickle is ever read.
-`Writer` writes them in a thread while training goes on.
+step_N/ has policy/ and momentum/ in the transformers layout, the optimiser state, and state.json. No pickle is read.
+`Writer` writes them in a thread during training.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ MANIFEST = "manifest.json"
 
 
 def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Lets `write` fill a folder, seals it with a manifest, and renames it to checkpoints/step_N.
+    """Calls `write` to fill a folder, seals it with a manifest, and renames it to checkpoints/step_N.
 
-    A crash at any moment leaves the earlier checkpoints as they were.
+    A crash at any moment leaves the earlier checkpoints unchanged.
     """
     final = run_dir / "checkpoints" / f"step_{step}"
     aside = final.with_name(f".step_{step}.tmp")
@@ -34,12 +34,10 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None]) -> 
         _write_aside(aside, step, write)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        # Of a full disk the tokenizers' library says so in the text of an error of no class of its own.
+        # The tokenizers library reports a full disk only in the text of a plain exception.
         if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
             raise
-        raise StorageError(
-            f"checkpoint: {final} could not be written: {error}. Earlier ones are as they were."
-        ) from error
+        raise StorageError(f"checkpoint: {final} could not be written: {error}. Earlier ones are unchanged.") from error
     replaced = final.with_name(f".step_{step}.old")
     if final.exists():
         final.rename(replaced)
@@ -60,7 +58,7 @@ def _write_aside(aside: Path, step: int, write: Callable[[Path], None]) -> None:
 
 
 def verify_checkpoint(folder: Path) -> int:
-    """Returns the step of a complete checkpoint; raises CheckpointError naming the file that is not as written."""
+    """Returns the step of a complete checkpoint; raises CheckpointError that names a damaged file."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         step, digests = int(manifest["step"]), dict(manifest["sha256"])
@@ -76,7 +74,7 @@ def verify_checkpoint(folder: Path) -> int:
 
 
 def newest_valid(run_dir: Path, *, up_to: int | None = None) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint (of step `up_to` at most) that verifies, and what is wrong with newer ones."""
+    """The newest valid checkpoint (of step `up_to` at most), and the errors of newer ones."""
     complaints: dict[Path, str] = {}
     for folder in reversed(list_checkpoints(run_dir)):
         if up_to is not None and step_of(folder) > up_to:
@@ -91,7 +89,7 @@ def newest_valid(run_dir: Path, *, up_to: int | None = None) -> tuple[Path | Non
 
 
 def sweep(run_dir: Path) -> None:
-    """Puts away what a crash left: a checkpoint half written is deleted, one half replaced comes back."""
+    """Cleans up after a crash: deletes a partial checkpoint, restores one that was being replaced."""
     folder = run_dir / "checkpoints"
     for aside in folder.glob(".step_*.tmp"):
         shutil.rmtree(aside)
@@ -101,9 +99,9 @@ def sweep(run_dir: Path) -> None:
 
 
 class Writer:
-    """Saves checkpoints in a thread, one at a time and in order. What went wrong there is raised by the next call.
+    """Saves checkpoints in a thread, one at a time and in order; the next call raises its errors.
 
-    A context manager: leaving it waits for the checkpoint in progress.
+    As a context manager, it waits at its end for the checkpoint in progress.
 
     Args:
         run_dir: directory of the run.
@@ -117,15 +115,15 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, write: Callable[[Path], None], *, keep_last: int, best: list[int]) -> None:
-        """Starts to save a step, then to delete checkpoints beyond the last and the best; waits for an earlier one.
+        """Waits for an earlier checkpoint, then starts to save this one and to delete all but the last and the best.
 
         Args:
             step: number of the checkpoint.
-            write: fills a folder. It runs in the thread, so it may not read what training changes.
-            keep_last, best: as for `prune_checkpoints`.
+            write: fills a folder. It runs in the thread and must not read state that training changes.
+            keep_last, best: as in `prune_checkpoints`.
 
         Raises:
-            StorageError: this checkpoint, or in the background the one before, could not be written.
+            StorageError: this checkpoint, or in the background the previous one, could not be written.
         """
 
         def work() -> None:
@@ -139,12 +137,12 @@ class Writer:
             self.wait()
 
     def check(self) -> None:
-        """Raises what went wrong with the checkpoint in progress, if it has already; does not wait."""
+        """Raises the error of the checkpoint in progress if it has failed; does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the checkpoint in progress and raises what went wrong with it."""
+        """Waits for the checkpoint in progress and raises its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -172,6 +170,6 @@ def prune_checkpoints(run_dir: Path, *, keep_last: int, best: list[int]) -> None
 
 
 def _sha256(path: Path) -> str:
-    """Digest of a file."""
+    """The SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

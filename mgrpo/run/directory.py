@@ -1,8 +1,7 @@
-"""The directory of a run: whether it can be made, written and filled."""
+"""The run directory: checks, lock and free space."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -14,25 +13,25 @@ from pathlib import Path
 
 from mgrpo.config import Config
 from mgrpo.errors import ConfigError, StorageError
+from mgrpo.process.disk import FULL
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 LOCK, TRIAL = ".lock", ".trial-"
 
 
 def directory_of(config: Config) -> Path:
-    """The run directory that a configuration asks for."""
+    """The run directory of a configuration."""
     return Path(config.run_dir or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def content_of(run_dir: Path) -> list[str]:
-    """Names of what a run has left in its directory; the lock and what a trial left count as nothing."""
+    """Names in a run directory, without the lock and the folders of trials."""
     if not run_dir.is_dir():
         return []
     return [path.name for path in run_dir.iterdir() if path.name != LOCK and not path.name.startswith(TRIAL)]
 
 
 def refuse_directory(run_dir: Path, config: Config) -> None:
-    """Raises ConfigError for a run directory with content, unless the run is resumed, and one that can not be made."""
+    """Raises ConfigError for a run directory that cannot be created, or is not empty in a run that is not resumed."""
     if (config.run_dir or "").startswith("~"):
         raise ConfigError(
             [f"run: --run-dir must begin with the home of a known user, got {run_dir}. Or write ./{run_dir}."]
@@ -40,19 +39,19 @@ def refuse_directory(run_dir: Path, config: Config) -> None:
     with making(run_dir):
         nearest = _nearest(run_dir)
         if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-            raise ConfigError([f"run: --run-dir must be where files may be written, {nearest} may not be written."])
+            raise ConfigError([f"run: --run-dir must be writable, {nearest} is not."])
         content = content_of(run_dir)
     if content and not config.resume:
         raise ConfigError([f"run: --run-dir must be empty, {run_dir} holds {content[0]}. Continue it with --resume."])
 
 
 def _nearest(run_dir: Path) -> Path:
-    """The run directory, or the last folder of its path that is there; ConfigError where something is in the way."""
+    """The deepest existing folder of the run directory's path; ConfigError where a part of the path is no folder."""
     nearest = Path(run_dir.anchor or ".")
     for folder in (*reversed(run_dir.parents), run_dir):
         if folder.is_symlink() and not folder.exists():
             raise ConfigError(
-                [f"run: --run-dir must be a directory, the link {folder} leads nowhere: {os.readlink(folder)}."]
+                [f"run: --run-dir must be a directory, the link {folder} has no target: {os.readlink(folder)}."]
             )
         if not folder.exists():
             break
@@ -64,19 +63,21 @@ def _nearest(run_dir: Path) -> Path:
 
 @contextmanager
 def making(run_dir: Path) -> Iterator[None]:
-    """Turns what the system says against a directory into ConfigError; of a full disk StorageError."""
+    """Turns an OSError about a directory into ConfigError, or into StorageError for a full disk."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise StorageError(f"run: the disk must take what is written, got: {error}.") from error
+            raise StorageError(f"run: the disk must accept writes, got: {error}.") from error
         reason = error.strerror or error
-        raise ConfigError([f"run: --run-dir must be a directory that can be made, got {run_dir}: {reason}."]) from error
+        raise ConfigError(
+            [f"run: --run-dir must be a directory that can be created, got {run_dir}: {reason}."]
+        ) from error
 
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Makes the run directory and holds it against other processes; a run that wrote nothing leaves none behind."""
+    """Creates the run directory and locks it; removes it at the end if it is new and the run wrote nothing."""
     is_new = not run_dir.exists()
     with making(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def held(run_dir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError([f"run: --run-dir must be free, another process trains in {run_dir}."]) from error
-        for left in run_dir.glob(f"{TRIAL}*"):  # by a process that was killed
+        for left in run_dir.glob(f"{TRIAL}*"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         try:
             yield
@@ -97,7 +98,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def trial_folder(run_dir: Path) -> Iterator[Path]:
-    """A folder in the run directory, or where that would be made, for as long as the block lasts."""
+    """A temporary folder in the run directory, or in its parent as long as that does not exist."""
     with making(run_dir):
         folder = Path(tempfile.mkdtemp(prefix=TRIAL, dir=_nearest(run_dir)))
     try:
@@ -107,12 +108,12 @@ def trial_folder(run_dir: Path) -> Iterator[Path]:
 
 
 def require_room(run_dir: Path, config: Config, checkpoint_bytes: int) -> None:
-    """Raises ConfigError where the checkpoints that lie beside one another, two as a rule, find no room on the disk.
+    """Raises ConfigError if the disk has no room for the new checkpoints that exist at once, usually two.
 
     Args:
-        run_dir: whose disk it is.
-        config: whether the run makes a second one; a resumed run has one already.
-        checkpoint_bytes: of one.
+        run_dir: a path on the disk.
+        config: tells whether the run writes a second checkpoint; a resumed run already has one.
+        checkpoint_bytes: size of one checkpoint.
     """
     every, last = config.checkpoint.every, config.stop_after or config.steps
     is_single = config.resume or ((every == 0 or every >= last) and config.monitor.on_collapse != "rollback")

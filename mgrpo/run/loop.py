@@ -1,4 +1,4 @@
-"""A run: its directory, and everything around the training loop: log, monitor, checkpoints, signals, report."""
+"""Runs training steps and what surrounds them: log, collapse monitor, checkpoints, signals, report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAX_FAULTS = 20
 
 
 def run(config: Config) -> Exit:
-    """Trains from start, or from the newest checkpoint, to the last step; returns why it ended."""
+    """Trains from step 0, or from the newest checkpoint, to the last step; returns the exit code."""
     run_dir = directory_of(config)
     refuse_machine(config, run_dir)
     limit_threads(config.threads)
@@ -50,12 +50,12 @@ def run(config: Config) -> Exit:
             finally:
                 trainer.close()
     except Interrupted:
-        print(f"interrupted before a step was taken; start with --resume --run-dir {run_dir}")
+        print(f"interrupted before the first step; start with --resume --run-dir {run_dir}")
         return Exit.INTERRUPTED
 
 
 def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
-    """The loop and what surrounds it."""
+    """Takes the steps, shows and saves them; returns the exit code."""
     config = trainer.config
     rows = resume(trainer, run_dir) if config.resume else []
     write_aside(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
@@ -73,7 +73,7 @@ def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
             try:
                 result = session.take_step()
             except EngineError as error:
-                # Who ends a job ends its vLLM servers too, some of them first. What there was to save is saved.
+                # The end of a job may stop its vLLM servers first; the last step is already saved.
                 if not interrupt.asked or isinstance(error, StaleWeightsError):
                     raise
                 outcome = Exit.INTERRUPTED
@@ -96,7 +96,7 @@ def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
 
 
 def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:
-    """Whether the run has to end after this step."""
+    """The exit code with which the run ends after this step, DONE if it goes on."""
     if trainer.learner.nonfinite_in_row >= trainer.config.optim.max_nonfinite:
         return Exit.NON_FINITE
     if row["alarm"] and trainer.config.monitor.on_collapse != "warn":
@@ -105,9 +105,9 @@ def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:
 
 
 class Session:
-    """What the steps of a run leave behind: rows of metrics, checkpoints, and the way back to a good one.
+    """Takes the steps of a run, logs their metrics, saves checkpoints and rolls back.
 
-    A context manager: leaving it waits for the checkpoint in progress and closes the trackers.
+    As a context manager, it waits at its end for the checkpoint in progress and closes the trackers.
     """
 
     def __init__(self, trainer: Trainer, run_dir: Path, rows: list[Metrics]):
@@ -117,7 +117,7 @@ class Session:
         self.monitor = make_monitor(self.config, rows)
         self.trackers = make_trackers(self.config, run_dir, trainer.step)
         self.writer = checkpoint.Writer(run_dir, background=self.config.checkpoint.background)
-        self.checkpoint_s: float | None = None  # what the last step's checkpoint held training up
+        self.checkpoint_s: float | None = None  # seconds that the last step's checkpoint delayed training
         if self.config.monitor.on_collapse == "rollback" and trainer.step == 0:
             self.save()
 
@@ -131,7 +131,7 @@ class Session:
             self.writer.__exit__(*error)
 
     def take_step(self) -> StepResult:
-        """One step; its metrics are logged, and the monitor has seen them."""
+        """Takes one step, passes its metrics to the monitor and logs them."""
         self.writer.check()
         before = self.trainer.step
         try:
@@ -156,7 +156,7 @@ class Session:
         return result
 
     def _saved(self, error: EngineError) -> EngineError:
-        """Saves the state, which is that after a whole step, and says so beside what the engine died of."""
+        """Saves the state after the last whole step and returns the engine's error with a note of it."""
         self.save()
         self.writer.wait()
         return EngineError(f"{error} Step {self.trainer.step} is saved: go on with --resume.")
@@ -165,23 +165,23 @@ class Session:
         """Starts a checkpoint of this step."""
         start, c, step = time.perf_counter(), self.config.checkpoint, self.trainer.step
         write = self.trainer.snapshot() if c.background else self.trainer.save
-        # One that is still being written is in no list of the disk, and would be none of the best.
+        # A checkpoint in progress is not listed yet, and would not count among the best.
         self.writer.wait()
         steps = [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(self.run_dir)]
         steps = sorted({*steps, step})
         best = best_steps(self.rows, steps, self.monitor, c.keep_best)
         if self.config.monitor.on_collapse == "rollback":
-            # The newest sound one, and those that will be, once the steps after them have raised no alarm.
-            sound = self.monitor.good_before()
-            best += [s for s in steps if s <= sound][-1:] + [s for s in steps if s > sound]
+            # The newest good checkpoint, and those that turn out good if later steps raise no alarm.
+            good = self.monitor.good_before()
+            best += [s for s in steps if s <= good][-1:] + [s for s in steps if s > good]
         self.writer.save(step, write, keep_last=c.keep_last, best=best)
         self.checkpoint_s = time.perf_counter() - start
 
     def roll_back(self) -> str | None:
-        """Goes back to the last good checkpoint, on which other prompts follow, and says so; None where it can not.
+        """Restores the last good checkpoint and returns a message; None if there is none or no rollback is left.
 
-        Weights, momentum, optimiser and metrics are those of the checkpoint; the sampler stays where it is, so that
-        the prompts that led here are not met again before the next epoch.
+        Weights, momentum, optimiser and metrics are those of the checkpoint. The sampler keeps its position, so that
+        the prompts since then are not drawn again before the next epoch.
         """
         trainer, monitor = self.trainer, self.config.monitor
         self.writer.wait()
@@ -202,12 +202,12 @@ class Session:
         for tracker in self.trackers:
             tracker.rewind(self.rows)
         self.monitor = make_monitor(self.config, self.rows)
-        self.save()  # so that a run that is killed now does not go the same way again
+        self.save()  # so that a run that is killed now does not repeat the steps
         return f"rollback {rollbacks} of {monitor.max_rollbacks}, from step {alarm_step} to {trainer.step}"
 
 
 def make_monitor(config: Config, rows: list[Metrics]) -> Monitor:
-    """A monitor that has seen the rows."""
+    """A monitor that has observed the rows."""
     monitor = Monitor(config.monitor, num_prompts=config.rollout.num_prompts)
     for row in rows:
         monitor.observe(row)
@@ -215,7 +215,7 @@ def make_monitor(config: Config, rows: list[Metrics]) -> Monitor:
 
 
 def write_fault(run_dir: Path, fault: dict[str, Any]) -> None:
-    """Writes what is known of a step that was not finite to faults/step_N.json, of the first few such steps."""
+    """Writes the details of a non-finite step to faults/step_N.json, for the first 20 such steps."""
     folder = run_dir / "faults"
     folder.mkdir(exist_ok=True)
     if len(list(folder.iterdir())) < MAX_FAULTS:
@@ -223,7 +223,7 @@ def write_fault(run_dir: Path, fault: dict[str, Any]) -> None:
 
 
 def _spelled(value: Any) -> Any:
-    """The same with NaN and infinity as text, which JSON has no numbers for."""
+    """The value with NaN and infinity as text, because JSON has no numbers for them."""
     if isinstance(value, dict):
         return {key: _spelled(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -232,13 +232,15 @@ def _spelled(value: Any) -> Any:
 
 
 def best_steps(rows: list[Metrics], steps: list[int], monitor: Monitor, keep: int) -> list[int]:
-    """Steps of the best checkpoints: by probe accuracy, or without a probe the newest that is surely sound."""
-    probe = {row["step"]: row["probe_accuracy_policy"] for row in rows if row.get("probe_accuracy_policy") is not None}
-    if probe:
-        judged = [step for step in steps if step in probe]
-        return sorted(judged, key=lambda step: (probe[step], step))[-keep:] if keep else []
-    sound = monitor.good_before()
-    return [step for step in steps if step <= sound][-keep:] if keep else []
+    """Steps of the best checkpoints: by accuracy on the eval set, or without one the newest good ones."""
+    accuracy = {
+        row["step"]: row["probe_accuracy_policy"] for row in rows if row.get("probe_accuracy_policy") is not None
+    }
+    if accuracy:
+        evaluated = [step for step in steps if step in accuracy]
+        return sorted(evaluated, key=lambda step: (accuracy[step], step))[-keep:] if keep else []
+    good = monitor.good_before()
+    return [step for step in steps if step <= good][-keep:] if keep else []
 
 
 def write_samples(samples: list[dict[str, Any]], run_dir: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""The plan of `--dry-run`: what a run would take."""
+"""The plan of `--dry-run`: data, batch sizes, memory and kernels of a run."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ MOMENTUM_BYTES = {"fp32": 4, "bf16-stochastic": 2, "bf16-kahan": 4}
 
 
 def print_plan(config: Config) -> int | None:
-    """Prints data, batch arithmetic, memory by part and the kernel backend of every op; returns the model's size."""
+    """Prints data, batch sizes, memory by part and the kernel backend of every op; returns the number of parameters."""
     console = Console()
     tokenizer = load_tokenizer(config.model)
     data = load_prompts(config, tokenizer, config.data.train)
-    probe = load_prompts(config, tokenizer, config.data.probe) if config.data.probe else None
+    eval_set = load_prompts(config, tokenizer, config.data.probe) if config.data.probe else None
     device = pick_device(config.model.device)
     num_parameters = count_parameters(tokenizer.model_config, trust_remote_code=config.model.trust_remote_code)
     for title, rows in (
-        ("data", data_plan(data, probe)),
+        ("data", data_plan(data, eval_set)),
         ("batch", [*batch_plan(config, data), *stop_plan(config, tokenizer)]),
         ("memory", memory_plan(config, tokenizer, data, num_parameters)),
         (
@@ -61,7 +61,7 @@ def print_plan(config: Config) -> int | None:
 
 
 def fits_memory(num_parameters: int | None) -> bool:
-    """Whether the free memory holds a model in fp32, the engine's copy of it, its gradient and its momentum."""
+    """Whether the model in fp32, the engine's copy, its gradient and its momentum fit into the free memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         (free,) = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -70,11 +70,12 @@ def fits_memory(num_parameters: int | None) -> bool:
     return 16 * (num_parameters or 0) <= free
 
 
-def data_plan(data: Dataset, probe: Dataset | None) -> list[tuple[str, str]]:
-    """Labels of the data as they will be compared, and what a person should know of them."""
-    rows = [("labels", describe_labels(data)), *(("", said) for said in describe_data(data))]
-    if probe:
-        rows += [("labels of the probe", describe_labels(probe)), *(("", said) for said in describe_data(probe))]
+def data_plan(data: Dataset, eval_set: Dataset | None) -> list[tuple[str, str]]:
+    """Labels of the data in their compared form, and warnings about them."""
+    rows = [("labels", describe_labels(data)), *(("", note) for note in describe_data(data))]
+    if eval_set:
+        rows += [("labels of the eval set", describe_labels(eval_set))]
+        rows += [("", note) for note in describe_data(eval_set)]
     return [(name, escape(value)) for name, value in rows]
 
 
@@ -102,7 +103,7 @@ def batch_plan(config: Config, data: Dataset) -> list[tuple[str, str]]:
 
 
 def stop_plan(config: Config, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Texts at which a response ends, and where they are from."""
+    """Texts at which a response ends, and their origin."""
     stop = make_stop(config.rollout.stop, config.data.template, tokenizer.tokenizer)
     if stop is None:
         return []
@@ -114,7 +115,7 @@ def stop_plan(config: Config, tokenizer: Tokenizer) -> list[tuple[str, str]]:
 def memory_plan(
     config: Config, tokenizer: Tokenizer, data: Dataset, num_parameters: int | None
 ) -> list[tuple[str, str]]:
-    """Bytes of each part that grows with the model or the batch; activations are not in it."""
+    """Memory of each part that grows with the model or the batch, without activations."""
     if num_parameters is None:
         return [("parameters", "not known before the model is loaded")]
     text = tokenizer.model_config.get_text_config()

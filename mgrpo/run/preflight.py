@@ -1,4 +1,4 @@
-"""What stands in the way of a run, found before its first step by reading what it reads and trying what it does."""
+"""Finds problems of a run before its first step: reads its inputs and tries its operations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mgrpo.types import Rollouts, Sampling, WeightTag, join
 
 
 def find_problems(config: Config) -> list[str]:
-    """Reads everything that a run reads at its start, short of the weights, and lists all that fails."""
+    """Reads all inputs of a run except the weights, and lists every problem."""
     problems: list[str] = []
 
     def attempt(step: Callable[[], Any]) -> Any:
@@ -54,14 +54,14 @@ def find_problems(config: Config) -> list[str]:
         if data:
             attempt(lambda: require_prompts(data, config))
         if config.data.probe:
-            probe = attempt(lambda: load_prompts(config, tokenizer, str(config.data.probe)))
-            if probe:
-                attempt(lambda: require_answers(probe, "--data.probe"))
+            eval_set = attempt(lambda: load_prompts(config, tokenizer, str(config.data.probe)))
+            if eval_set:
+                attempt(lambda: require_answers(eval_set, "--data.probe"))
     return list(dict.fromkeys(problems))
 
 
 def refuse_machine(config: Config, run_dir: Path) -> None:
-    """Raises ConfigError with all that this machine lacks: one process, the directory, device, kernels, engine."""
+    """Raises ConfigError with all problems of this machine: processes, run directory, device, kernels, engine."""
     problems: list[str] = []
     for step in (
         find_world().require_one,
@@ -78,13 +78,13 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
 
 
 def _refuse_engine(config: Config) -> None:
-    """Raises ConfigError where vLLM is to run here and is not installed."""
+    """Raises ConfigError if vLLM has to run here and is not installed."""
     if config.engine.name == "vllm" and config.engine.placement != "server" and find_spec("vllm") is None:
         raise ConfigError(["config: --engine.name vllm needs the package vllm, it is not installed. pip install vllm."])
 
 
 def try_start(config: Config) -> None:
-    """Loads all that a run loads and rehearses it, then lets go of it; vLLM is not started."""
+    """Loads everything that a run loads, rehearses it and releases it; vLLM is not started."""
     vllm = config.engine.name == "vllm"
     trainer = Trainer(config, make_engine=NoEngine if vllm else None)
     try:
@@ -94,12 +94,12 @@ def try_start(config: Config) -> None:
 
 
 def rehearse(trainer: Trainer, run_dir: Path) -> None:
-    """Tries what the run will do later: room for checkpoints, a save, a token, a gradient. Nothing of it stays.
+    """Tries later operations of the run: room for checkpoints, a save, a token, a gradient. Leaves no trace.
 
     Raises:
         ConfigError: the disk has no room.
-        InputError: the model can not be saved, run or trained; the message has the whole cause.
-        StorageError: the disk refuses what is written.
+        InputError: the model cannot be saved, run or trained; the message has the whole cause.
+        StorageError: a write to the disk failed.
     """
     config, model = trainer.config, trainer.model
     require_room(run_dir, config, checkpoint_bytes(trainer))
@@ -116,7 +116,7 @@ def rehearse(trainer: Trainer, run_dir: Path) -> None:
 
 
 def _try_token(trainer: Trainer) -> Rollouts:
-    """One token after the first prompt, of the embedded engine; vLLM is asked later."""
+    """Generates one token after the first prompt with an engine in this process; vLLM is tried later."""
     if trainer.engine.weights_are_shared:
         engine, tag = trainer.engine, trainer.generator.update_weights("policy")
     else:
@@ -125,7 +125,7 @@ def _try_token(trainer: Trainer) -> Rollouts:
 
 
 class NoEngine(Engine):
-    """In place of an engine that is not started: its only response is an end of text."""
+    """A stand-in for an engine that is not started; every response is an end of text."""
 
     has_model_logprobs = False
 
@@ -133,7 +133,7 @@ class NoEngine(Engine):
         self.eos_id = loaded.eos_ids[0]
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
-        """Needs none."""
+        """Ignores the weights."""
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
         """See Engine."""
@@ -149,14 +149,14 @@ class NoEngine(Engine):
 
 
 def _try_gradient(trainer: Trainer, rollouts: Rollouts) -> None:
-    """A backward pass through the log-prob of one token."""
+    """Runs a backward pass through the log-prob of one token."""
     trajectories = join([trainer.data.prompts[0].ids], rollouts, None)
     batch = pack(trajectories, torch.tensor([0]), pad_id=trainer.loaded.pad_id)
     trainer.forward(trainer.model, batch).logprob.sum().backward()
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:
-    """Bytes of a checkpoint: policy and AdamW's two moments in fp32, the momentum model as it is stored."""
+    """Bytes of a checkpoint: policy and AdamW's two moments in fp32, and the momentum state in its own dtype."""
     trained = sum(p.numel() for p in trainer.model.parameters())
     momentum = [*trainer.momentum.weights.values(), *(trainer.momentum.compensation or {}).values()]
     return 12 * trained + sum(tensor.nbytes for tensor in momentum)

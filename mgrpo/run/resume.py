@@ -1,4 +1,4 @@
-"""Takes a run up again: which options may differ, and the state to go on from."""
+"""Resumes a run: checks its options and restores its state."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from mgrpo.run.directory import content_of
 from mgrpo.training.trainer import Trainer
 from mgrpo.types import Metrics
 
-# They change what is watched and kept, not what is computed.
+# Options that change monitoring and storage, not the computation.
 RESUMABLE = set(resumable_names(Config))
 
 
 def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
-    """Restores the newest valid checkpoint and cuts metrics.jsonl back to it; returns the rows before."""
+    """Restores the newest valid checkpoint and truncates metrics.jsonl to it; returns the rows up to it."""
     checkpoint.sweep(run_dir)
     folder, complaints = checkpoint.newest_valid(run_dir)
     for complaint in complaints.values():
         print(f"resume: skipped {complaint}")
     if folder is None:
-        # A run that died before its first checkpoint has its configuration and perhaps some rows.
+        # A run that ended before its first checkpoint has its configuration and maybe some rows.
         was_started = (run_dir / "config.json").is_file() and not any((run_dir / "checkpoints").glob("*step_*"))
         if not was_started and content_of(run_dir):
             raise checkpoint.CheckpointError(
@@ -46,9 +46,9 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
             f"resume: {run_dir} must hold the config.json that it was started with, got none. Put it back."
         )
     trainer.restore(folder)
-    for damaged in complaints:  # out of the way, so that it never takes the place of a sound one
+    for damaged in complaints:  # renamed, so that it never counts as a valid one
         aside = damaged.with_name("damaged_" + damaged.name)
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        shutil.rmtree(aside, ignore_errors=True)  # from an earlier resume
         damaged.rename(aside)
     rows = read_metrics(run_dir / "metrics.jsonl", up_to=trainer.step)
     write_aside(run_dir / "metrics.jsonl", "".join(to_json(row) + "\n" for row in rows))
@@ -63,7 +63,7 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
 
 
 def resumed_config(run_dir: Path) -> Config | None:
-    """The configuration that a run was started with; None where there is none."""
+    """The configuration that a run was started with, None if the directory has none."""
     path = run_dir / "config.json"
     if not path.is_file():
         return None
@@ -75,7 +75,7 @@ def resumed_config(run_dir: Path) -> Config | None:
 
 
 def check_resumable(config: Config, before: Config) -> None:
-    """Raises ConfigError naming every option that would make the resumed run another run."""
+    """Raises ConfigError that names every changed option that a resumed run may not change."""
     problems = []
     for name, old, new in differences(to_dict(before), to_dict(config)):
         if {name, name.split(".")[0]} & RESUMABLE or (name == "steps" and config.resume_extend):

@@ -28,7 +28,7 @@ from mgrpo.training.grader import Grader
 from mgrpo.training.observers import Evaluator
 from mgrpo.training.trainer import Trainer
 
-ALL = [*interrupt.WISHES, *interrupt.WARNINGS]
+ALL = [*interrupt.REQUESTS, *interrupt.WARNINGS]
 INT, TERM, HUP, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mgrpo.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
@@ -79,7 +79,7 @@ def test_a_run_that_was_hung_up_goes_on_to_the_same_rows(launch, resume, sending
 
 @pytest.mark.fault("signals again and again")
 @pytest.mark.parametrize("numbers", [[HUP] * 3, [HUP, TERM], [USR1, TERM, HUP, USR1], [TERM, TERM], [INT, USR1]])
-def test_warnings_and_one_wish_save(launch, sending, tmp_path, numbers):
+def test_warnings_and_one_request_save(launch, sending, tmp_path, numbers):
     """A dying terminal hangs up more than once, a scheduler warns and then ends, timeout(1) sends SIGTERM twice."""
     sending(Grader, "assign_credit", *numbers)
     assert launch({"steps": 5}) == Exit.INTERRUPTED and steps_saved(tmp_path / "run") == [1]
@@ -87,7 +87,7 @@ def test_warnings_and_one_wish_save(launch, sending, tmp_path, numbers):
 
 @pytest.mark.fault("a second SIGINT or SIGTERM")
 @pytest.mark.parametrize("numbers", [[INT, INT], [TERM, INT], [INT, TERM], [HUP, TERM, INT], [TERM, TERM]])
-def test_a_second_wish_ends_at_once(launch, sending, tmp_path, numbers, monkeypatch):
+def test_a_second_request_ends_at_once(launch, sending, tmp_path, numbers, monkeypatch):
     class Ended(BaseException):
         pass
 
@@ -95,7 +95,7 @@ def test_a_second_wish_ends_at_once(launch, sending, tmp_path, numbers, monkeypa
         raise Ended(code)
 
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(interrupt, "SAME_WISH_S", 0.0)
+    monkeypatch.setattr(interrupt, "REPEAT_S", 0.0)
     sending(Grader, "assign_credit", *numbers)
     with pytest.raises(Ended, match=r"^130$"):
         launch({"steps": 5})
@@ -122,7 +122,7 @@ def test_a_signal_while_a_run_loads_ends_it_there(launch, resume, sending, tmp_p
     """Nothing is lost, no directory is left, and the same command or --resume starts it."""
     sending(Trainer, "_longest", number)
     assert launch() == Exit.INTERRUPTED and not (tmp_path / "run").exists()
-    assert "interrupted before a step was taken; start with --resume" in " ".join(capsys.readouterr().out.split())
+    assert "interrupted before the first step; start with --resume" in " ".join(capsys.readouterr().out.split())
     assert launch({}, "--stop-after", "1") == Exit.DONE
     sending(Trainer, "restore", number)
     assert resume() == Exit.INTERRUPTED and steps_saved(tmp_path / "run") == [1]

@@ -436,13 +436,13 @@ def test_a_run_directory_must_be_one_that_can_be_made(refused, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for name in ("gone", "gone/below"):
         assert refused({}, "--run-dir", str(tmp_path / name)) == (
-            f"run: --run-dir must be a directory, the link {tmp_path / 'gone'} leads nowhere: nowhere/at/all."
+            f"run: --run-dir must be a directory, the link {tmp_path / 'gone'} has no target: nowhere/at/all."
         )
     for name in ("file", "file/below", "file/a/b"):
         message = f"run: --run-dir must be a directory, {tmp_path / 'file'} is a file."
         assert refused({}, "--run-dir", str(tmp_path / name)) == message
-    assert "leads nowhere" in refused({}, "--run-dir", str(tmp_path / "loop"))
-    assert "must be a directory that can be made" in refused({}, "--run-dir", str(tmp_path / ("n" * 300)))
+    assert "has no target" in refused({}, "--run-dir", str(tmp_path / "loop"))
+    assert "must be a directory that can be created" in refused({}, "--run-dir", str(tmp_path / ("n" * 300)))
     assert "home of a known user, got ~nobodyhere/run" in refused({}, "--run-dir", "~nobodyhere/run")
 
 
@@ -462,7 +462,7 @@ def test_a_parent_that_may_not_be_written_is_named(tmp_path):
     tmp_path.chmod(0o755)
     os.seteuid(65534)
     try:
-        with pytest.raises(ConfigError, match=f"must be where files may be written, {parent} may not be written"):
+        with pytest.raises(ConfigError, match=f"must be writable, {parent} is not"):
             refuse_directory(parent / "run", Config())
     finally:
         os.seteuid(0)
