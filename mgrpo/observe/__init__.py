@@ -1,1 +1,1 @@
-"""Metrics of a step, the collapse monitor, and where numbers are written and shown."""
+"""Metrics of a step, the collapse monitor, trackers, console, plots and report."""

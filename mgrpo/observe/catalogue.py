@@ -1,6 +1,6 @@
-"""Every metric of a step: its name for people, whether more of it is better, and where it is drawn.
+"""Every metric of a step: its label, its better end and its plots.
 
-A metric is added by a row of METRICS; a key that is in no row fails where it is logged.
+A metric is added as a row of METRICS; logging a key without a row fails.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Literal, NamedTuple
 
 
 class Metric(NamedTuple):
-    """One metric."""
+    """The label and the presentation of one metric."""
 
     label: str  # with its unit
     better: Literal["more", "less"] | None = None
-    panels: Mapping[str, str] = MappingProxyType({})  # keys of PANELS where it is drawn, each with its label there
-    always: bool = False  # in every row, null where it does not apply
+    panels: Mapping[str, str] = MappingProxyType({})  # keys of PANELS that draw it, each with its label there
+    always: bool = False  # in every row, null if not applicable
     summary: bool = False  # in the report's table
 
 
 class Panel(NamedTuple):
-    """One pair of axes, which metrics share."""
+    """One pair of axes, shared by its metrics."""
 
     figure: str
     title: str
@@ -34,7 +34,7 @@ FIGURES = {
     "entropy": "Entropy",
     "answers": "Concentration of answers",
     "lengths": "Lengths of responses",
-    "signal": "What gives no signal",
+    "signal": "Prompts and rollouts without signal",
     "momentum": "Policy against momentum",
     "time": "Time of a step",
     "optimisation": "Optimisation",
@@ -49,7 +49,7 @@ PANELS = {
     "signal": Panel("signal", "share", share=True),
     "agreement": Panel("momentum", "share of prompts", share=True),
     "entropies": Panel("momentum", "entropy, nats"),
-    "top_answers": Panel("momentum", "share of the commonest answer", share=True),
+    "top_answers": Panel("momentum", "share of the most common answer", share=True),
     "unparseable": Panel("momentum", "share without answer", share=True),
     "both_lengths": Panel("momentum", "length, tokens"),
     "step": Panel("time", "seconds a step"),
@@ -66,13 +66,13 @@ _SUMMARY = {"always": True, "summary": True}
 
 
 def _pair(key: str, label: str, panel: str) -> dict[str, Metric]:
-    """The same metric of the policy's and of the momentum model's rollouts."""
+    """A metric of the policy's rollouts and of the momentum model's."""
     return {f"{key}_{source}": Metric(f"{label}, {source}", None, {panel: source}) for source in SOURCES}
 
 
-def _probe(source: str) -> dict[str, Metric]:
-    """Metrics of one model on the probe."""
-    name = f"probe accuracy, {source}"
+def _eval(source: str) -> dict[str, Metric]:
+    """Metrics of one model on the eval set."""
+    name = f"eval accuracy, {source}"
     return {
         f"probe_accuracy_{source}": Metric(
             name, "more", {"reward": name, "agreement": name}, always=True, summary=True
@@ -94,27 +94,27 @@ METRICS: dict[str, Metric] = {
     "reward_mean_momentum": Metric("reward, momentum", "more"),
     "majority_share": Metric("vote share of the pseudo-label", None, {"reward": "vote share of the label"}, **_SUMMARY),
     "vote_accuracy": Metric("vote accuracy", "more", {"reward": "vote accuracy"}, **_SUMMARY),
-    "vote_agreement": Metric("policy-momentum vote agreement", "more", {"agreement": "votes agree"}, **_SUMMARY),
-    **_probe("policy"),
-    **_probe("momentum"),
-    "retention": Metric("share of the answers of the start that are left", "more", always=True),
-    "top_answer": Metric("commonest answer"),
+    "vote_agreement": Metric("policy-momentum vote agreement", "more", {"agreement": "majorities agree"}, **_SUMMARY),
+    **_eval("policy"),
+    **_eval("momentum"),
+    "retention": Metric("share of the remembered answers that are unchanged", "more", always=True),
+    "top_answer": Metric("most common answer"),
     "top_answer_share": Metric(
-        "commonest answer, share of rollouts", "less", {"answers": "commonest answer of all prompts"}, **_SUMMARY
+        "most common answer, share of rollouts", "less", {"answers": "most common answer of all prompts"}, **_SUMMARY
     ),
-    **_pair("top_answer_share", "commonest answer, share of rollouts", "top_answers"),
+    **_pair("top_answer_share", "most common answer, share of rollouts", "top_answers"),
     "distinct_answers": Metric("distinct answers a prompt", None, {"distinct": "distinct answers"}, **_SUMMARY),
     "token_entropy": Metric("token entropy, nats", None, {"entropy": "token entropy"}, **_SUMMARY),
     **_pair("token_entropy", "token entropy, nats", "entropies"),
     "response_length": Metric("response length, tokens", None, {"lengths": "all"}, **_SUMMARY),
     **_pair("response_length", "response length, tokens", "both_lengths"),
-    "kept_length": Metric("length of the rollouts that were kept, tokens", None, {"lengths": "kept"}, always=True),
+    "kept_length": Metric("length of kept rollouts, tokens", None, {"lengths": "kept"}, always=True),
     "pruned_length": Metric(
-        "length of the rollouts that were pruned, tokens", None, {"lengths": "pruned by the filter"}, always=True
+        "length of pruned rollouts, tokens", None, {"lengths": "pruned by the filter"}, always=True
     ),
     "pruned_share": Metric("pruned by the filter", None, {"signal": "rollouts pruned by the filter"}, **_SUMMARY),
     "zero_signal_share": Metric("prompts without signal", "less", {"signal": "prompts without signal"}, **_SUMMARY),
-    "no_signal_share": Metric("prompts whose vote gives no signal", "less"),
+    "no_signal_share": Metric("prompts whose vote has no signal", "less"),
     "tie_share": Metric("prompts with a tie", "less", {"signal": "prompts with a tie"}, always=True),
     "unparseable_share": Metric("without answer", "less", {"signal": "rollouts without answer"}, **_SUMMARY),
     **_pair("unparseable_share", "without answer", "unparseable"),
@@ -128,15 +128,15 @@ METRICS: dict[str, Metric] = {
     "clip_low_share": Metric("share of tokens at the lower clip"),
     "clip_high_share": Metric("share of tokens at the upper clip"),
     "tis_mean": Metric("mean truncated importance weight", always=True),
-    "tis_clipped_share": Metric("share of tokens at the cap of that weight", "less", always=True),
+    "tis_clipped_share": Metric("share of tokens at the cap of the importance weight", "less", always=True),
     "logprob_gap": Metric("log-probs of engine and trainer, mean difference, nats", "less", always=True),
     "parity_policy": Metric("log-probs of the engine, policy, mean difference, nats", "less"),
     "parity_momentum": Metric("log-probs of the engine, momentum, mean difference, nats", "less"),
-    "nonfinite_steps": Metric("optimiser steps that were not finite", "less", always=True),
+    "nonfinite_steps": Metric("non-finite optimiser steps", "less", always=True),
     "rollbacks": Metric("rollbacks", "less", always=True),
     "alarm": Metric("alarms of the collapse monitor", always=True),
-    "kv_cache_usage": Metric("most of the KV cache in use, share"),
-    "redrawn": Metric("rollouts that vLLM drew again", "less"),
+    "kv_cache_usage": Metric("largest share of the KV cache in use"),
+    "redrawn": Metric("rollouts that vLLM generated again", "less"),
     "tokens_per_s": Metric("tokens a second", "more", {"throughput": "throughput"}, **_SUMMARY),
     "step_s": Metric("seconds a step", "less", {"step": "whole step"}, **_SUMMARY),
     **_phase("rollout"),
@@ -154,11 +154,11 @@ METRICS: dict[str, Metric] = {
 
 
 def require_known(keys: Iterable[str]) -> None:
-    """Raises KeyError naming each metric that is in no row of METRICS."""
+    """Raises KeyError that names each metric without a row in METRICS."""
     if unknown := sorted(set(keys) - METRICS.keys()):
         raise KeyError(f"metrics must be rows of METRICS in observe/catalogue.py, got {', '.join(unknown)}.")
 
 
 def keys_of(panel: str) -> dict[str, str]:
-    """Keys of the metrics of a panel, and their labels there."""
+    """The keys of a panel's metrics, with their labels there."""
     return {key: metric.panels[panel] for key, metric in METRICS.items() if panel in metric.panels}

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line in a terminal, a plain line now and then elsewhere."""
+"""Progress of a run on the console: one live line in a terminal, else a plain line every 10 seconds."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ PLAIN_LINE_EVERY_S = 10.0
 
 
 def _describe_grouping(done: int, total: int) -> str:
-    """How far a long vote is."""
+    """The progress of a long vote."""
     return f"comparing answers: {done} of {total} prompts"
 
 
 class GroupingLine:
-    """Shows how far a long vote is where no live line does: one line that changes in a terminal, else one now and then.
+    """Shows the progress of a long vote without a live line: a changing line in a terminal, else one every 10 seconds.
 
-    It is called with the prompts that are done and all of them, from any thread.
+    It is called with the numbers of finished and all prompts, from any thread.
     """
 
     def __init__(self, console: Console):
         self.console, self.last_s = console, -PLAIN_LINE_EVERY_S
 
     def __call__(self, done: int, total: int) -> None:
-        """Shows it."""
+        """Shows the progress if it is due."""
         now, is_last = time.monotonic(), done == total
         if self.console.is_terminal:
             self.console.print(_describe_grouping(done, total), end="\n" if is_last else "\r", highlight=False)
@@ -46,7 +46,7 @@ class GroupingLine:
 
 
 class Progress:
-    """A context manager; `show` takes the metrics of each step."""
+    """Shows a run on the console, as a context manager; `show` takes the metrics of each step."""
 
     def __init__(self, config: Config, run_dir: Path, step: int, last_step: int, stop: Sequence[str] = ()):
         self.console = Console()
@@ -73,7 +73,7 @@ class Progress:
         self.console.print(f"kernels: {backend}, {backends()[backend].reason}", highlight=False)
         if stop and config.rollout.stop is None:
             texts = escape(", ".join(map(repr, stop)))
-            self.console.print(f"responses end at {texts}, by --data.template; --rollout.stop '' lets them go on")
+            self.console.print(f"responses end at {texts}, by --data.template; --rollout.stop '' turns it off")
 
     def __enter__(self) -> Self:
         self.live.start()
@@ -83,7 +83,7 @@ class Progress:
         self.live.stop()
 
     def show(self, row: Metrics) -> None:
-        """Shows one step, its probe accuracy, and an alarm when it starts."""
+        """Shows one step, its accuracy on the eval set, and an alarm when it starts."""
         text = (
             f"reward {row['reward_mean']:.3f}  vote share {row['majority_share']:.2f}  "
             f"entropy {row['token_entropy']:.3f}  top answer {row['top_answer_share']:.1%}  "
@@ -100,24 +100,24 @@ class Progress:
         if row.get("probe_accuracy_policy") is not None:
             momentum = row.get("probe_accuracy_momentum")
             beside = "" if momentum is None else f", momentum {momentum:.3f}"
-            self.console.print(f"  probe at step {row['step']}: policy {row['probe_accuracy_policy']:.3f}{beside}")
+            self.console.print(f"  eval set at step {row['step']}: policy {row['probe_accuracy_policy']:.3f}{beside}")
         if row["alarm"] and not self.alarmed:
             self.console.print(f"[bold red]collapse alarm at step {row['step']}:[/] {escape('; '.join(row['alarm']))}")
         self.alarmed = bool(row["alarm"])
 
     def note(self, message: str) -> None:
-        """Says what a person should know before the first step."""
+        """Shows a message before the first step."""
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def show_grouping(self, done: int, total: int) -> None:
-        """Shows how many prompts of a long vote are grouped; from any thread."""
+        """Shows the number of grouped prompts of a long vote; from any thread."""
         if self.console.is_terminal:
             self.live.update(self.task, description=_describe_grouping(done, total))
         else:
             self.grouping_line(done, total)
 
     def rewind(self, step: int, message: str) -> None:
-        """Says why the run goes on from an earlier step."""
+        """Shows why the run continues from an earlier step."""
         self.console.print(f"[bold]{escape(message)}[/]", soft_wrap=True)
         self.start, self.first_step = time.monotonic(), step
         self.live.update(self.task, completed=step)
@@ -137,7 +137,7 @@ class Progress:
         self.console.print(table)
 
     def end(self, outcome: int, saved: int, report: Path | None) -> None:
-        """Says how the run ended and where its results are."""
+        """Shows how the run ended and the paths of its results."""
         self.live.stop()
         reasons = {
             0: "done",

@@ -1,4 +1,4 @@
-"""Plots of one or several runs: which metrics share axes, and how they are drawn."""
+"""Draws the plots of one or several runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from mgrpo.observe.catalogue import FIGURES, PANELS, Panel, keys_of
 
-MAX_BARE_POINTS = 30  # up to here points are joined as they are; past it a running mean is drawn over them
+MAX_BARE_POINTS = 30  # more points get a running mean drawn over them
 DPI = 100
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito
-LINES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")  # one a round through the colours
+LINES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")  # one for each pass through the colours
 # Phases timed inside another one.
 NESTED = {"rollout": ("publish", "rollout_policy", "rollout_momentum"), "update": ("ema",)}
 
@@ -37,7 +37,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """A panel with the metrics that it shows: keys and labels."""
+    """A panel with the keys and labels of its metrics."""
 
     panel: Panel
     title: str
@@ -45,7 +45,7 @@ class Axis:
 
 
 def points(run: Run, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric where it is a finite number."""
+    """Steps and values of a metric at the steps where it is a finite number."""
     values = [row.get(key) for row in run.rows]
     known = [isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values]
     steps = [row["step"] for row in run.rows]
@@ -63,7 +63,7 @@ def find_alarms(run: Run) -> Iterator[tuple[int, str]]:
 
 
 def draw_figures(runs: Sequence[Run]) -> dict[str, Figure]:
-    """Draws every plot that has data; metrics of one run share axes, of several runs each metric has its own."""
+    """Draws every plot that has data; metrics of one run share axes, those of several runs have separate ones."""
     axes = [Axis(panel=panel, title=panel.title, keys=keys_of(name)) for name, panel in PANELS.items()]
     if len(runs) > 1:
         axes = [
@@ -81,7 +81,7 @@ def draw_figures(runs: Sequence[Run]) -> dict[str, Figure]:
 
 
 def _draw_figure(title: str, panels: Sequence[Axis], runs: Sequence[Run]) -> Figure:
-    """Stacks the panels of one run, or lays those of several out in two columns under one legend."""
+    """Stacks the panels of one run, or puts those of several in two columns with one legend."""
     columns = 1 if len(runs) == 1 else 2
     num_rows = math.ceil(len(panels) / columns)
     height = 3.6 if num_rows == 1 else 2.5 * num_rows + 0.5
@@ -134,7 +134,7 @@ def _colour(i: int) -> str:
 
 
 def _line(i: int) -> Literal["-", "--", ":", "-."]:
-    """Style of the i-th line: another one each time the colours are used up."""
+    """Style of the i-th line, which changes with each pass through the colours."""
     return LINES[i // len(COLOURS) % len(LINES)]
 
 
@@ -156,7 +156,7 @@ def running_mean(values: Sequence[float]) -> np.ndarray:
 
 
 def _phases(run: Run) -> dict[str, np.ndarray]:
-    """Seconds of each phase at every step less those of the phases inside it, longest first, the last few summed."""
+    """Seconds of each phase at every step without those of nested phases, longest first, the shortest summed."""
     matches = {key: re.fullmatch(r"time_(\w+)_s", key) for row in run.rows for key in row}
     seconds = {match[1]: np.array([row.get(key) or 0.0 for row in run.rows]) for key, match in matches.items() if match}
     own = {

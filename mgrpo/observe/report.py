@@ -6,17 +6,17 @@ import base64
 import html
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mgrpo.errors import InputError
 from mgrpo.observe.catalogue import METRICS
 from mgrpo.observe.plots import Run, draw_figures, find_alarms, points, render_png
+from mgrpo.observe.trackers import read_rows
 
 MAX_ALARMS = 20
 
-# key: (name in the table, which end is best)
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
@@ -33,13 +33,13 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     """Writes report.html and plots/*.png, and returns the path of the report.
 
     Args:
-        run_dirs: run directories with metrics.jsonl and, as a rule, config.json; several are drawn together.
-        out: folder to write, made where it is missing. None is the run directory of a single run, and the folder
-            `report` beside several.
+        run_dirs: run directories with metrics.jsonl and usually config.json; several are drawn together.
+        out: folder to write, created if missing. None is the run directory of a single run, or the folder `report`
+            beside several.
 
     Raises:
-        InputError: no run, a directory or its metrics missing, or a file that is damaged.
-        OSError: the report can not be written.
+        InputError: no run, a missing directory or metrics, or a damaged file.
+        OSError: the report cannot be written.
     """
     folders = list(dict.fromkeys(Path(run_dir).resolve() for run_dir in run_dirs))
     if not folders:
@@ -60,10 +60,10 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def read_run(folder: Path, *, name: str) -> Run:
-    """Reads metrics.jsonl and config.json of a run directory; of a step written twice the later row counts."""
+    """Reads metrics.jsonl and config.json of a run directory; the later of two rows of a step counts."""
     if not folder.is_dir():
         raise InputError(f"report: run directory must exist, got {folder}. Check the path.")
-    rows = {row["step"]: row for row in _read_rows(folder / "metrics.jsonl")}
+    rows = {row["step"]: row for row in read_rows(folder / "metrics.jsonl")}
     if not rows:
         raise InputError(f"{folder / 'metrics.jsonl'}: must hold at least one step, got none. Train for a step first.")
     config: dict[str, Any] = {}
@@ -78,34 +78,11 @@ def read_run(folder: Path, *, name: str) -> Run:
     return Run(name=name, rows=[rows[step] for step in sorted(rows)], config=config)
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a metrics.jsonl; a last line cut off by a crash is left out."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path}: metrics must be readable, got: {reason}. Name the directory of a run.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise InputError(f"{path}:{number}: not valid JSON: {error}. Correct or remove the line.") from error
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise InputError(
-                f"{path}:{number}: must be an object with a whole number `step`, got {row!r:.60}. Remove the line."
-            )
-        yield row
-
-
 def make_html(runs: Sequence[Run], images: Sequence[tuple[str, bytes]]) -> str:
-    """Writes the page; everything that comes from a run is escaped.
+    """Makes the page; all text of a run is escaped.
 
     Args:
-        runs: what the tables tell of.
+        runs: the runs to describe.
         images: title and PNG of each plot.
     """
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
@@ -129,7 +106,7 @@ def make_html(runs: Sequence[Run], images: Sequence[tuple[str, bytes]]) -> str:
 
 
 def _describe(run: Run, *, heading: bool) -> list[str]:
-    """What a run was, its alarms and its key numbers."""
+    """The settings, alarms and key numbers of a run."""
     parts = [f"<h2>{html.escape(run.name)}</h2>"] if heading else []
     last = run.rows[-1]["step"]
     facts = {
@@ -150,7 +127,7 @@ def _describe(run: Run, *, heading: bool) -> list[str]:
 
 
 def _setting(run: Run, *path: str) -> str:
-    """One value of the configuration as text, `unknown` where it is missing."""
+    """One value of the configuration as text, `unknown` if missing."""
     value: Any = run.config
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
@@ -174,6 +151,6 @@ def _number_table(run: Run) -> str:
 
 
 def _configuration(run: Run) -> str:
-    """The resolved configuration, folded."""
+    """The resolved configuration as a collapsed section."""
     text = html.escape(json.dumps(run.config, indent=2))
     return f"<details><summary>{html.escape(run.name)}</summary><pre>{text}</pre></details>"

@@ -18,16 +18,16 @@ from mgrpo.types import Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome(Credit):
-    """What one rollout batch came to, before the update; policy rollouts first in G."""
+    """Credit and lengths of one rollout batch, before the update; policy rollouts are first in G."""
 
     lengths: torch.Tensor  # [B, G] int64
     truncated: torch.Tensor  # [B, G] bool
     entropy: torch.Tensor  # [B, G] fp32, mean token entropy under the policy
-    label_correct: list[bool]  # pseudo-label equals the true answer, for prompts that have one
+    label_correct: list[bool]  # pseudo-label equals the true answer, for prompts with both
 
 
 def step_metrics(step: int, outcome: Outcome) -> Metrics:
-    """A row with every key of the catalogue, of which those of the rollout batch are known."""
+    """A row with every key of the catalogue, filled with the metrics of the rollout batch."""
     return {key: None for key, metric in METRICS.items() if metric.always} | {"step": step} | outcome_metrics(outcome)
 
 
@@ -68,7 +68,7 @@ def outcome_metrics(outcome: Outcome) -> Metrics:
 
 
 def top_answer(answers: Sequence[Sequence[str | None]], columns: slice = slice(None)) -> tuple[str | None, float]:
-    """The commonest answer across different prompts, and the share of all rollouts that give it."""
+    """The most common answer across different prompts, and its share of all rollouts."""
     given = [answer for row in answers for answer in row[columns]]
     counts = Counter(answer for answer in given if answer is not None)
     if not counts:
@@ -78,11 +78,11 @@ def top_answer(answers: Sequence[Sequence[str | None]], columns: slice = slice(N
 
 
 def mean(values: torch.Tensor | Sequence[float]) -> float:
-    """Mean as a float; 0 of nothing."""
+    """Mean as a float, 0 for no values."""
     values = torch.as_tensor(values, dtype=torch.float64)
     return float(values.mean()) if values.numel() else 0.0
 
 
 def weighted(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean, 0-d; 0 where all weights are."""
+    """Weighted mean, 0-d; 0 if all weights are 0."""
     return (values * weights).sum() / weights.sum().clamp_min(1)

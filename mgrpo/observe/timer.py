@@ -1,4 +1,4 @@
-"""Wall-clock seconds of a step, by phase."""
+"""Measures wall-clock seconds of a step by phase."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mgrpo.types import Metrics
 
 
 class Timer:
-    """Adds up wall-clock seconds by phase; `metrics()` gives `step_s` and `time_<phase>_s`."""
+    """Sums wall-clock seconds by phase; `metrics()` returns `step_s` and `time_<phase>_s`."""
 
     def __init__(self) -> None:
         self.restart()

@@ -1,37 +1,37 @@
-"""Where the numbers of a step are written: metrics.jsonl, TensorBoard and other trackers."""
+"""Writes the metrics of a step to metrics.jsonl, TensorBoard and other trackers."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from mgrpo.config import Config, to_dict
-from mgrpo.errors import ConfigError
+from mgrpo.errors import ConfigError, InputError
 from mgrpo.process.disk import write_aside
 from mgrpo.types import Metrics
 
 
 def to_json(metrics: Metrics) -> str:
-    """One line of JSON; NaN and infinity become null."""
+    """Metrics as one line of JSON; NaN and infinity become null."""
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
 
 
 class Tracker(Protocol):
-    """A place that takes one row of numbers a step."""
+    """A destination of the metrics of each step."""
 
     def log(self, metrics: Metrics) -> None:
-        """Writes the numbers of one step."""
+        """Writes the metrics of one step."""
         ...
 
     def rewind(self, rows: Sequence[Metrics]) -> None:
-        """Takes back all but these rows."""
+        """Removes all but these rows."""
         ...
 
     def close(self) -> None:
-        """Writes what is buffered."""
+        """Writes buffered data and closes the tracker."""
         ...
 
 
@@ -47,7 +47,7 @@ class JsonlTracker:
         self.file.flush()
 
     def rewind(self, rows: Sequence[Metrics]) -> None:
-        """Leaves these rows alone in the file."""
+        """Rewrites the file with these rows alone."""
         self.file.close()
         write_aside(self.path, "".join(to_json(row) + "\n" for row in rows))
         self.file = self.path.open("a")
@@ -65,13 +65,13 @@ class TensorBoardTracker:
         self._open(step)
 
     def _open(self, step: int) -> None:
-        """Starts a file that hides what others hold of later steps."""
+        """Starts an event file that hides later steps of earlier files."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
 
     def rewind(self, rows: Sequence[Metrics]) -> None:
-        """Goes on after the last of these rows."""
+        """Continues after the last of these rows."""
         self.writer.close()
         self._open(rows[-1]["step"] if rows else 0)
 
@@ -82,7 +82,7 @@ class TensorBoardTracker:
                 self.writer.add_scalar(key, value, metrics["step"])
 
     def close(self) -> None:
-        """Writes what is buffered."""
+        """Writes buffered data and closes the file."""
         self.writer.close()
 
 
@@ -99,15 +99,15 @@ class ModuleTracker:
         self.module.log(numbers, step=metrics["step"])
 
     def rewind(self, rows: Sequence[Metrics]) -> None:
-        """Nothing: what was sent stays, and steps that were seen before are dropped there."""
+        """Does nothing: the service keeps rows that were sent, and drops steps that it already has."""
 
     def close(self) -> None:
-        """Ends the run there."""
+        """Ends the run in the service."""
         self.module.finish()
 
 
 def make_trackers(config: Config, run_dir: Path, step: int) -> list[Tracker]:
-    """Opens metrics.jsonl and the trackers of --log.backends; `step` is the last one already written."""
+    """Opens metrics.jsonl and the trackers of --log.backends; `step` is the last step already written."""
     trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl")]
     for name in config.log.backends:
         try:
@@ -123,16 +123,28 @@ def make_trackers(config: Config, run_dir: Path, step: int) -> list[Tracker]:
 
 
 def read_metrics(path: Path, *, up_to: int | None = None) -> list[Metrics]:
-    """Reads metrics.jsonl up to a step; a last line cut off by a crash is left out."""
-    rows: list[Metrics] = []
-    lines = path.read_text().splitlines() if path.exists() else []
+    """Reads metrics.jsonl up to a step; empty if there is no file."""
+    return [row for row in (read_rows(path) if path.exists() else ()) if up_to is None or row["step"] <= up_to]
+
+
+def read_rows(path: Path) -> Iterator[Metrics]:
+    """Yields the rows of metrics.jsonl; a last line that a crash cut off is left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: metrics must be readable, got: {reason}. Name the directory of a run.") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError as error:
             if number == len(lines):
-                break
-            raise
-        if up_to is None or row["step"] <= up_to:
-            rows.append(row)
-    return rows
+                return
+            raise InputError(f"{path}:{number}: not valid JSON: {error}. Correct or remove the line.") from error
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise InputError(
+                f"{path}:{number}: must be an object with an integer `step`, got {row!r:.60}. Remove the line."
+            )
+        yield row

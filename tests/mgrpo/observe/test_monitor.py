@@ -44,12 +44,12 @@ def test_silent_in_a_calm_run():
             {"top_answer_share": 0.53, "top_answer": "99"},
             "53% of the answers to different prompts are '99'",
         ),
-        ({"unparseable_share": 0.75}, "75% of the responses hold no answer"),
+        ({"unparseable_share": 0.75}, "75% of the responses have no answer"),
         ({"response_length": 61.0}, "responses went from 30 to 61 tokens"),
         ({"response_length": 14.0}, "responses went from 30 to 14 tokens"),
         (
             {"vote_agreement": 0.5},
-            "policy and momentum elect the same answer for 50% of the prompts, at their best 90%",
+            "the majorities of policy and momentum agree on 50% of the prompts, at their best on 90%",
         ),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_falling_probe_alarms_against_its_best():
     rows += [CALM | {"probe_accuracy_policy": 0.49}]
     reasons, monitor = feed(rows)
     assert reasons[:-1] == [[]] * 10
-    assert reasons[-1] == ["probe accuracy fell to 0.49 from 0.60"]
+    assert reasons[-1] == ["eval accuracy fell to 0.49 from 0.60"]
     assert monitor.good_before() == 11 - 8
 
 
@@ -117,7 +117,7 @@ def test_answers_that_change_alarm_at_once(agreement, kept, changed):
     calm = CALM | {"vote_agreement": agreement}
     rows = [calm] * 6 + [calm | {"retention": kept}, calm, calm | {"retention": changed}, calm]
     reasons, monitor = feed(rows, retention_every=20)
-    alarm = f"{1 - changed:.0%} of the answers that the model was sure of at the start have changed"
+    alarm = f"{1 - changed:.0%} of the model's confident answers at the start have changed"
     assert reasons == [[]] * 8 + [[alarm], []]
     assert monitor.good_before() == 0
 

@@ -36,7 +36,7 @@ def test_lines_hold_the_values_and_skip_gaps():
     figures = draw_figures([run])
     assert "optimisation" not in figures
     assert line_values(figures["entropy"], "token entropy") == ([1, 3, 4, 5, 6], [1, 1 / 3, 1 / 4, 1 / 5, 1 / 6])
-    assert line_values(figures["reward"], "probe accuracy, policy") == ([1, 4, 6], [0.25, 0.75, 0.5])
+    assert line_values(figures["reward"], "eval accuracy, policy") == ([1, 4, 6], [0.25, 0.75, 0.5])
     assert points(run, "absent") == ([], [])
 
 
@@ -76,6 +76,6 @@ def test_several_runs_share_panels_and_a_legend():
     figure = draw_figures([make_run(name="high"), make_run(name="low")])["reward"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["high", "low"]
     titles = {axes.get_title(loc="left"): len(axes.get_lines()) for axes in figure.axes if axes.axison}
-    assert titles == {"share: reward": 2, "share: vote accuracy": 2, "share: probe accuracy, policy": 2}
+    assert titles == {"share: reward": 2, "share: vote accuracy": 2, "share: eval accuracy, policy": 2}
     colours = [line.get_color() for line in figure.axes[0].get_lines()]
     assert colours == [handle.get_color() for handle in figure.legends[0].legend_handles]

@@ -41,7 +41,7 @@ def table_row(page: str, name: str) -> list[str]:
 
 def test_table_has_first_best_and_last_values(tmp_path):
     page = write_report([make_run(tmp_path / "run")]).read_text()
-    assert table_row(page, "probe accuracy, policy") == ["0.25", "0.75 step 4", "0.5"]
+    assert table_row(page, "eval accuracy, policy") == ["0.25", "0.75 step 4", "0.5"]
     assert table_row(page, "reward") == ["0.51", "0.56 step 6", "0.56"]
     assert table_row(page, "token entropy, nats") == ["1", "", "0.1667"]
     assert table_row(page, "seconds a step") == ["1", "1 step 1", "1"]
@@ -117,9 +117,9 @@ def test_cut_last_line_and_rewritten_steps(tmp_path):
     [
         (b'{"step": 1}\n{"step":\n{"step": 3}\n', r"metrics\.jsonl:2: not valid JSON"),
         (b'{"step": 1}\n\xff\xfe\n{"step": 3}\n', r"metrics\.jsonl:2: not valid JSON"),
-        (b'{"step": 1}\n[1]\n', r"metrics\.jsonl:2: must be an object with a whole number `step`, got \[1\]"),
-        (b'{"loss": 1}\n', r"metrics\.jsonl:1: must be an object with a whole number `step`"),
-        (b'{"step": true}\n', r"metrics\.jsonl:1: must be an object with a whole number `step`"),
+        (b'{"step": 1}\n[1]\n', r"metrics\.jsonl:2: must be an object with an integer `step`, got \[1\]"),
+        (b'{"loss": 1}\n', r"metrics\.jsonl:1: must be an object with an integer `step`"),
+        (b'{"step": true}\n', r"metrics\.jsonl:1: must be an object with an integer `step`"),
         (b"", r"metrics\.jsonl: must hold at least one step, got none"),
         (b'{"st', r"metrics\.jsonl: must hold at least one step, got none"),
     ],
