@@ -32,9 +32,8 @@ from mgrpo.config import (
 from mgrpo.config.option import fields_of, option, range_problems
 from mgrpo.config.renamed import refuse_renamed
 from mgrpo.config.run import engine_problems
-from mgrpo.data.load import answers_of, describe_data, read_answers, require_embedded
-from mgrpo.data.prompts import Dataset, make_dataset
-from mgrpo.data.records import load_records
+from mgrpo.data.load import describe_data, load_dataset
+from mgrpo.data.prompts import Dataset
 from mgrpo.errors import ConfigError, EngineError, InputError
 from mgrpo.evaluation.evaluate import Evaluation, evaluate
 from mgrpo.grading.checker import AnswerChecker
@@ -50,9 +49,9 @@ from mgrpo.rollout.parity import check_samples
 from mgrpo.rollout.stop import StopTexts, make_stop
 from mgrpo.types import Sampling, WeightTag
 
-# Half of the context of a model that has less room.
+# At most half of the model's context.
 MAX_NEW_TOKENS = 2048
-# Flags of the first release, whose options are in the groups of mgrpo.train now.
+# Flags of the first release, whose options are now in the groups of mgrpo.train.
 RENAMED = {
     "data": "data.probe",
     **{name: f"data.{name}" for name in ("prompt_key", "answer_key", "split", "template", "template_args", "overlong")},
@@ -60,7 +59,7 @@ RENAMED = {
     **{name: f"rollout.{name}" for name in ("temperature", "top_p", "max_new_tokens", "stop")},
     "batch_size": "engine.batch_size",
 }
-# Options of training in these groups; another value than the default is an error.
+# Options of these groups that belong to training; a value other than the default is an error.
 TRAINING = ("data.train", *(f"rollout.{name}" for name in ("num_prompts", "num_policy", "num_momentum")))
 TRAINING += ("rollout.truncated", "rollout.parity_every")
 
@@ -70,21 +69,21 @@ class EvaluateArgs:
     """Prints greedy accuracy, avg@K, maj@K and pass@K of a model with standard errors over prompts.
 
     The prompts are those of --data.probe. The groups of flags are those of mgrpo.train; --data.train, the numbers of
-    rollouts and what else belongs to training alone must be left out.
+    rollouts and other options of training must be left out.
     """
 
     samples: int = option(8, least=1)
-    """K, sampled responses a prompt."""
+    """K, the number of sampled responses a prompt."""
     seed: int = option(0, least=0, below=2**31)
     """Seed of the samples."""
     limit: int | None = option(None, least=1)
-    """Take only the first LIMIT records."""
+    """Evaluate only the first LIMIT records."""
     out: HomePath | None = None
-    """JSON file for the result and these settings; nothing is written when None."""
+    """JSON file for the result and these settings; None writes nothing."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     answer: AnswerConfig = field(default_factory=AnswerConfig)
-    # Below the usual training temperature of 1, yet with the variety that maj@K and pass@K need.
+    # Below the usual training temperature of 1, but with the variety that maj@K and pass@K need.
     rollout: RolloutConfig = field(
         default_factory=lambda: RolloutConfig(temperature=0.8, max_new_tokens=MAX_NEW_TOKENS)
     )
@@ -111,7 +110,7 @@ def _check(args: EvaluateArgs) -> None:
 
 
 def run(args: EvaluateArgs) -> Evaluation:
-    """Loads everything that `args` names and evaluates; raises InputError or ConfigError for bad input."""
+    """Loads model and data and evaluates; raises InputError or ConfigError for bad input."""
     _check(args)
     extract = make_extractor(args.answer.extract)
     loaded = load_model(args.model)
@@ -121,8 +120,8 @@ def run(args: EvaluateArgs) -> Evaluation:
         max_new_tokens = min(max_new_tokens, loaded.context_length // 2)
     dataset = _load_data(args, loaded, max_new_tokens)
     if stop and args.rollout.stop is None:
-        said = f"responses end at {stop.texts[0]!r}, by --data.template; --rollout.stop '' lets them go on."
-        print(f"evaluate: {said}", file=sys.stderr)
+        note = f"responses end at {stop.texts[0]!r}, by --data.template; --rollout.stop '' turns it off."
+        print(f"evaluate: {note}", file=sys.stderr)
     longest = max(len(prompt.ids) for prompt in dataset.prompts) + max_new_tokens
     engine = start_engine(loaded, args.engine, stop=stop, max_length=longest)
     sampling = Sampling(
@@ -135,24 +134,13 @@ def run(args: EvaluateArgs) -> Evaluation:
 
 
 def _load_data(args: EvaluateArgs, loaded: LoadedModel, max_new_tokens: int) -> Dataset:
-    """The labelled prompts, and what a person should know of them on stderr."""
-    data, source = args.data, str(args.data.probe)
-    answer_key = data.answer_key or "answer"
-    records = load_records(
-        source, prompt_key=data.prompt_key, answer_key=answer_key, split=data.split, need_answer=True
-    )
-    dataset = make_dataset(
-        read_answers(records[: args.limit], answers_of(source, args.answer)),
-        loaded.tokenizer,
-        template=data.template,
-        max_prompt_tokens=loaded.context_length - max_new_tokens,
-        overlong=data.overlong,
-        source=source,
-        template_args=data.template_args,
+    """Loads the labelled prompts and prints warnings about them to stderr."""
+    room, source = loaded.context_length - max_new_tokens, str(args.data.probe)
+    dataset = load_dataset(
+        source, args.data, args.answer, loaded, max_prompt_tokens=room, need_answer=True, limit=args.limit
     )
     for message in describe_data(dataset):
         print(f"evaluate: {message}", file=sys.stderr)
-    require_embedded(dataset, loaded, source)
     if dataset.num_overlong:
         print(f"evaluate: {dataset.num_overlong} overlong prompts were left out.", file=sys.stderr)
     return dataset
@@ -167,7 +155,7 @@ def _evaluate(
     sampling: Sampling,
     stop: StopTexts | None,
 ) -> Evaluation:
-    """Generates and grades; one token first, whose failure is the model's."""
+    """Generates one token, to report a model that cannot, then evaluates."""
     tag, answer = WeightTag("policy", 0), args.answer
     engine.update_weights(loaded.model.state_dict(), tag)
     with running(args.model.path, "generate a token"):
@@ -180,13 +168,13 @@ def _evaluate(
 
 
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:
-    """Turns a result into JSON-able data; NaN becomes None."""
+    """A result as data for JSON; NaN becomes None."""
     data = dataclasses.asdict(evaluation)
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in data.items()}
 
 
 def make_table(evaluation: Evaluation, title: str) -> Table:
-    """Lays a result out for the terminal."""
+    """A result as a table for the terminal."""
     e, k = evaluation, evaluation.samples
     table = Table(
         title=escape(title), caption=f"{e.num_prompts} prompts, {k} samples each, ± standard error over prompts"
@@ -211,8 +199,9 @@ def make_table(evaluation: Evaluation, title: str) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 for bad input, 5 for a model that the engine can not decode rightly, and 6
-    where --out can not be written.
+    """Runs the command line and returns its exit code.
+
+    It is 0, 2 for bad input, 5 for an engine whose log-probs differ from the model's, or 6 if --out cannot be written.
     """
     protect_output()
     quiet_transformers()
@@ -228,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console().print(make_table(evaluation, f"{args.model.path} on {args.data.probe}"))
     if evaluation.unparseable_share > 0.5:
         print(
-            "Most responses hold no answer: check --answer.extract, --data.template and --rollout.max-new-tokens.",
+            "Most responses have no answer: check --answer.extract, --data.template and --rollout.max-new-tokens.",
             file=sys.stderr,
         )
     if args.out is not None:

@@ -41,29 +41,49 @@ def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -
             f"data: --rollout.max-new-tokens must be below the model's context of {loaded.context_length} tokens, "
             f"got {config.rollout.max_new_tokens}."
         )
-    data = config.data
+    need_answer = _needs_answers(config, source)
+    return load_dataset(source, config.data, config.answer, loaded, max_prompt_tokens=room, need_answer=need_answer)
+
+
+def load_dataset(
+    source: str,
+    data: DataConfig,
+    answer: AnswerConfig,
+    loaded: LoadedModel | Tokenizer,
+    *,
+    max_prompt_tokens: int,
+    need_answer: bool,
+    limit: int | None = None,
+) -> Dataset:
+    """Loads the first `limit` records of `source` as prompts; raises InputError for data that does not fit the model.
+
+    Args:
+        source: as in `read_records`.
+        data, answer: options of the data and of its labels.
+        loaded: the tokenizer, and the model if its embedding is to be checked.
+        max_prompt_tokens: longest prompt that fits.
+        need_answer: whether an answer key that no record has is an error.
+        limit: None takes all records. The whole source is read in any case.
+    """
+    key = data.answer_key or "answer"
     records = read_records(
-        source,
-        prompt_key=data.prompt_key,
-        answer_key=data.answer_key or "answer",
-        split=data.split,
-        need_answer=_needs_answers(config, source),
+        source, prompt_key=data.prompt_key, answer_key=key, split=data.split, need_answer=need_answer
     )
     dataset = make_dataset(
-        read_answers(records, answers_of(source, config.answer)),
+        read_answers(records if limit is None else list(records)[:limit], answers_of(source, answer)),
         loaded.tokenizer,
         template=data.template,
-        max_prompt_tokens=room,
+        max_prompt_tokens=max_prompt_tokens,
         overlong=data.overlong,
         source=source,
         template_args=data.template_args,
     )
     if isinstance(loaded, LoadedModel):
-        require_embedded(dataset, loaded, source)
+        _require_embedded(dataset, loaded, source)
     return dataset
 
 
-def require_embedded(data: Dataset, loaded: LoadedModel, source: str) -> None:
+def _require_embedded(data: Dataset, loaded: LoadedModel, source: str) -> None:
     """Raises InputError for the first prompt with a token beyond the rows of the model's embedding."""
     rows = num_embeddings(loaded.model)
     if rows is None:

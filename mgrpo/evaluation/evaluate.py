@@ -35,16 +35,16 @@ class Evaluation:
 
     num_prompts: int
     samples: int  # k
-    greedy: float | None  # accuracy of greedy decoding; None where it was not asked for
+    greedy: float | None  # accuracy of greedy decoding, None if not requested
     greedy_se: float | None
     avg_at_k: float  # accuracy of single samples
     avg_at_k_se: float
-    maj_at_k: float  # accuracy of the commonest answer
+    maj_at_k: float  # accuracy of the most common answer
     maj_at_k_se: float
-    pass_at_k: float  # prompts with at least one right sample
+    pass_at_k: float  # share of prompts with at least one correct sample
     pass_at_k_se: float
     pass_at: dict[int, float]  # unbiased estimate for 1, 2, 4, ... <= k samples
-    unparseable_share: float  # of the samples, as are the next two
+    unparseable_share: float  # of the samples, as for the next two
     truncated_share: float
     mean_length: float  # tokens, EOS included
 
@@ -58,11 +58,11 @@ def summarize(
     lengths: torch.Tensor,
     greedy_correct: torch.Tensor | None = None,
 ) -> Evaluation:
-    """Means over prompts and their standard errors; pass@j = 1 - C(k - c, j) / C(k, j) for c right among k.
+    """Means over prompts and their standard errors; pass@j = 1 - C(k - c, j) / C(k, j) for c correct of k.
 
     Args:
-        correct: [B, k] bool, whether each sample is right; B and k at least 1.
-        majority_correct: [B] bool, whether the commonest answer is right.
+        correct: [B, k] bool, True for a correct sample; B and k at least 1.
+        majority_correct: [B] bool, True if the most common answer is correct.
         unparseable: [B, k] bool, samples without an answer.
         truncated: [B, k] bool, samples cut at the length limit.
         lengths: [B, k] response tokens.
@@ -122,17 +122,17 @@ def evaluate(
     """Samples `samples` responses a prompt, decodes one greedily, and compares their answers with the true ones.
 
     Args:
-        engine: generates.
-        loaded: whose tokenizer decodes.
+        engine: generates the responses.
+        loaded: has the tokenizer that decodes them.
         dataset: prompts, each with its true answer.
-        extract: reads an answer from a response, None where there is none.
+        extract: returns the answer of a response, None without one.
         checker: groups answers into classes and compares them with the truth.
-        sampling: how samples are drawn; greedy decoding shares its length limit.
+        sampling: options of the samples; greedy decoding shares their length limit.
         samples: k, at least 1.
         tag: of the weights that the engine holds.
         greedy: also decode greedily.
-        stop: texts at which the engine ends a response, which are no part of an answer.
-        check: looks at the samples before anything is read from them.
+        stop: texts at which the engine ends a response; they are removed before extraction.
+        check: called with the samples before their answers are read.
 
     Raises:
         InputError: a prompt has no answer, or `samples` is below 1.
@@ -147,8 +147,8 @@ def evaluate(
     if check:
         check(rollouts)
     sampled = answers(rollouts)
-    # Grouped first: what that finds out of an answer also tells it from the truth.
-    majority = [[answer] for answer in _commonest(sampled, checker)]
+    # Grouped first, because the fingerprints of grouping also speed up the comparison with the truth.
+    majority = [[answer] for answer in _most_common(sampled, checker)]
     greedy_correct = None
     if greedy:
         coldest = dataclasses.replace(sampling, temperature=0.0, top_p=1.0)
@@ -172,7 +172,7 @@ def _read_answers(
     stop: StopTexts | None,
     extract: Callable[[str], str | None],
 ) -> list[list[str | None]]:
-    """Answers of every rollout, [B][n]; None where there is none."""
+    """The answer of every rollout, [B][n]; None without one."""
     n = rollouts.num_per_prompt
     rows = [rollouts.response(row) for row in range(len(prompts) * n)]
     texts = read_texts(tokenizer, rows, stop, prompts=[prompts[row // n] for row in range(len(rows))])
@@ -192,7 +192,7 @@ def _truths(dataset: Dataset) -> list[Label]:
 
 
 def _grade(groups: Sequence[Sequence[str | None]], truths: Sequence[Label], checker: AnswerChecker) -> list[list[bool]]:
-    """Whether each answer equals its prompt's truth; every distinct text of a prompt is compared once."""
+    """Whether each answer equals its prompt's true answer; each distinct text of a prompt is compared once."""
     graded = []
     for group, truth in zip(groups, truths, strict=True):
         right = {answer: checker.is_correct(answer, truth) for answer in dict.fromkeys(group) if answer is not None}
@@ -200,10 +200,10 @@ def _grade(groups: Sequence[Sequence[str | None]], truths: Sequence[Label], chec
     return graded
 
 
-def _commonest(groups: Sequence[Sequence[str | None]], checker: AnswerChecker) -> list[str | None]:
-    """First answer of each prompt's largest class, the earliest class on a tie; None where nobody answers."""
-    commonest = []
+def _most_common(groups: Sequence[Sequence[str | None]], checker: AnswerChecker) -> list[str | None]:
+    """The first answer of each prompt's largest class, the earliest class on a tie; None without answers."""
+    winners = []
     for group, classes in zip(groups, checker.group_classes(groups), strict=True):
         counts = Counter(i for i in classes if i >= 0)  # in order of first appearance, so max takes the earliest
-        commonest.append(group[classes.index(max(counts, key=counts.__getitem__))] if counts else None)
-    return commonest
+        winners.append(group[classes.index(max(counts, key=counts.__getitem__))] if counts else None)
+    return winners

@@ -242,7 +242,7 @@ def test_command_line_shows_a_long_vote(folder, monkeypatch, capsys):
 
 def test_command_line_warns_where_nothing_is_read(folder, capsys):
     assert main(flags(folder, "--answer.extract", "hash")) == 0
-    assert "Most responses hold no answer" in capsys.readouterr().err
+    assert "Most responses have no answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
