@@ -1,4 +1,4 @@
-"""What works on this machine: versions, kernels, engine, answer checker, extras. `python -m mgrpo.doctor`.
+"""Checks this machine: versions, kernels, engine, answer checker, extras. `python -m mgrpo.doctor`.
 
 Letters: T tokens, D hidden, V vocabulary, B prompts, G rollouts a prompt.
 """
@@ -50,19 +50,19 @@ EXTRAS = {
     "trackio": "pip install 'mgrpo[trackio]'",
     "flash_attn": "pip install flash-attn --no-build-isolation (needs a GPU)",
 }
-# The large inputs exceed the caches, as those of a training run do.
+# The large inputs exceed the caches, as in a training run.
 T, D, V, B, G = 256, 64, 65536, 128, 16
 HEAD_V = 16384
 EMA_SIZE = 2**24
 ROOF_BYTES = 64 * 2**20
-# A GPU moves the same in no time, and much of it from its cache.
+# On a GPU the same inputs are too fast to time and partly in its cache.
 GPU_FACTOR = 8
 # fp32 results must keep half of fp32's digits against fp64.
 MAX_ERROR = torch.finfo(torch.float32).eps ** 0.5
 
 
 class Check(NamedTuple):
-    """One thing that a training run needs."""
+    """The result of a check that training needs."""
 
     name: str
     works: bool
@@ -70,7 +70,7 @@ class Check(NamedTuple):
 
 
 class Op(NamedTuple):
-    """A call of a public op on `inputs`; it returns what it writes."""
+    """A call of a public op on `inputs`, which returns its outputs."""
 
     inputs: Inputs
     call: Callable[[Inputs, str], Sequence[torch.Tensor]]
@@ -78,18 +78,18 @@ class Op(NamedTuple):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Those of the inputs that hold fractions."""
+        """The floating-point dtypes of the inputs."""
         return tuple({tensor.dtype for tensor in self.inputs.values() if tensor.is_floating_point()})
 
 
 class KernelResult(NamedTuple):
-    """One op on one backend."""
+    """Error and time of one op on one backend."""
 
     op: str
     backend: str
     error: float | None  # largest |difference from fp64| / max(1, largest |fp64 result|)
     time_ms: float | None
-    roof_share: float | None  # of the memory bandwidth; None for ops that compute more than they move
+    roof_share: float | None  # share of the memory bandwidth; None for compute-bound ops
     problem: str | None
 
 
@@ -101,11 +101,11 @@ def make_ops(device: torch.device) -> dict[str, Op]:
 
 
 def check_kernel(name: str, op: Op, backend: str, gb_per_s: float) -> KernelResult:
-    """Compares an op with its reference in fp64 and times its forward, medians of 5.
+    """Compares an op with its reference in fp64 and times its forward pass, median of 5.
 
     Args:
-        name: of the op.
-        op: inputs and call.
+        name: name of the op.
+        op: its inputs and call.
         backend: an available backend.
         gb_per_s: memory bandwidth of the device.
     """
@@ -115,7 +115,7 @@ def check_kernel(name: str, op: Op, backend: str, gb_per_s: float) -> KernelResu
     try:
         exact, found = op.call(wide, "reference"), op.call(inputs, backend)
         pairs = [(a.double(), b.double()) for a, b in zip(exact, found, strict=True)]
-        # Of a tensor, because Python's max may pass a NaN over.
+        # The maximum of a tensor, because Python's max may ignore NaN.
         error = torch.stack([(a - b).abs().max() / a.abs().max().clamp_min(1) for a, b in pairs]).max().item()
         time_s = statistics.median(measure_times(lambda: op.call(inputs, backend), device))
     except (ValueError, RuntimeError) as error:
@@ -128,7 +128,7 @@ def check_kernel(name: str, op: Op, backend: str, gb_per_s: float) -> KernelResu
 
 @torch.no_grad()
 def measure_times(call: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds of 5 calls after a first one."""
+    """Seconds of each of 5 calls, after one warm-up call."""
     times = []
     for _ in range(6):
         start = time.perf_counter()
@@ -140,18 +140,18 @@ def measure_times(call: Callable[[], object], device: torch.device) -> list[floa
 
 
 def measure_roof(device: torch.device) -> float:
-    """Memory bandwidth in GB/s: the fastest copy or sum in place, bytes read plus bytes written."""
+    """Memory bandwidth in GB/s of the fastest copy or in-place sum, bytes read plus bytes written."""
     num_bytes = ROOF_BYTES * (GPU_FACTOR if device.type == "cuda" else 1)
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.zeros_like(source)
-    # A copy makes some CPUs read the target too, which a sum in place does not pay on top.
+    # For a copy some CPUs also read the target; an in-place sum reads it anyway.
     copy_s = min(measure_times(lambda: target.copy_(source), device))
     sum_s = min(measure_times(lambda: target.add_(source), device))
     return max(2 * num_bytes / copy_s, 3 * num_bytes / sum_s) / 1e9
 
 
 def runs_on(name: str, op: Op, backend: str, device: torch.device) -> bool:
-    """Whether a backend takes an op on a device."""
+    """Whether a backend supports an op on a device."""
     try:
         resolve(name, device, backend, op.dtypes)
     except ValueError:
@@ -186,7 +186,7 @@ def check_needed() -> list[Check]:
 
 
 def _try(name: str, action: Callable[[], str]) -> Check:
-    """Runs a check; whatever it raises is its finding."""
+    """Runs a check; any exception is its result."""
     try:
         return Check(name, True, action())
     except Exception as error:
@@ -194,7 +194,7 @@ def _try(name: str, action: Callable[[], str]) -> Check:
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """Versions, device, threads, free memory and disk."""
+    """Versions, device, threads, free memory and free disk space."""
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
@@ -211,7 +211,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
-    """Lays rows of plain text out."""
+    """A table of rows of plain text."""
     table = Table(*columns, title=title, title_justify="left", caption=caption, caption_justify="left")
     table.columns[0].no_wrap = True
     for row in rows:
@@ -220,7 +220,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], ca
 
 
 def _kernel_row(result: KernelResult, taken: str) -> list[str]:
-    """One line of the table of kernels; `taken` is the backend of auto."""
+    """One row of the table of kernels; `taken` is the backend that auto picks."""
     numbers = ((result.error, ".1e"), (result.time_ms, ".3f"), (result.roof_share, ".0%"))
     cells = ["" if number is None else format(number, spec) for number, spec in numbers]
     return [result.op, result.backend, "yes" if result.backend == taken else "", *cells, result.problem or "ok"]
@@ -228,19 +228,19 @@ def _kernel_row(result: KernelResult, taken: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorArgs:
-    """Tells what works on this machine; exits with 1 where something that training needs does not."""
+    """Checks this machine; exits with 1 if something that training needs does not work."""
 
     device: str = "auto"
-    """Device of the kernels: `auto` takes a GPU where there is one; or `cpu`, `cuda`, `cuda:1`."""
+    """Device of the kernels: `auto` takes a GPU if there is one; or `cpu`, `cuda`, `cuda:1`."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """A model to try as a run would try it."""
+    """A model to check as at the start of a run."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Prompts to read as a run would read them."""
+    """Prompts to check as at the start of a run."""
 
 
 def check_given(model: ModelConfig, data: DataConfig) -> list[str]:
-    """What stands in the way of a run with this model and these prompts, in the words of the run."""
-    if model == ModelConfig():  # the shipped model knows digits alone
+    """The problems of a run with this model and these prompts, in the words of the run."""
+    if model == ModelConfig():  # the shipped model has tokens for digits only
         try:
             for source in filter(None, (data.train, data.probe)):
                 for _ in read_records(
@@ -269,7 +269,7 @@ def check_given(model: ModelConfig, data: DataConfig) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the findings; returns 0, 1 where something needed does not work, or 2 for bad input."""
+    """Prints the results; returns 0, 1 if something needed does not work, or 2 for bad input."""
     protect_output()
     quiet_transformers()
     limit_threads()
@@ -302,8 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     caption = (
         "error: against the reference in fp64, relative to the largest value (at least 1). time: forward, median of 5."
-        "\nroof: bytes of inputs and outputs, each moved once, a second, as a share of the fastest copy or sum in "
-        f"place now: {gb_per_s:.1f} GB/s. Empty where arithmetic is the limit. auto: the backend that it takes here."
+        "\nroof: bytes of inputs and outputs, each moved once, per second, as a share of the fastest copy or in-place "
+        f"sum now: {gb_per_s:.1f} GB/s. Empty for compute-bound ops. auto: the backend that auto picks here."
     )
     columns = ("op", "backend", "auto", "error", "time, ms", "of the roof", "state")
     rows = [_kernel_row(result, taken[result.op]) for result in results]
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     healthy = all(check.works for check in needed) and not any(result.problem for result in results)
     console.print("Everything that training needs works." if healthy else "Something that training needs fails.")
     if given and not problems:
-        console.print("Nothing stands in the way of a run with this model and these prompts.")
+        console.print("A run with this model and these prompts can start.")
     for problem in problems:
         print(problem, file=sys.stderr)
     return 2 if problems else 0 if healthy else 1

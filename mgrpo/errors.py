@@ -1,4 +1,4 @@
-"""Every error that ends a run, each with the exit code that it ends it with."""
+"""The errors that end a run, each with its exit code."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Exit(IntEnum):
 
 
 class InputError(ValueError):
-    """Bad input of the user: the message names the file, the line and the remedy."""
+    """Bad input: the message names the file, the line and the remedy."""
 
     exit_code = Exit.BAD_INPUT
 
 
 class ConfigError(ValueError):
-    """A configuration that makes no sense; `problems` lists every reason."""
+    """An invalid configuration; `problems` lists every reason."""
 
     exit_code = Exit.BAD_INPUT
 
@@ -44,17 +44,17 @@ class CheckpointError(ValueError):
 
 
 class EngineError(RuntimeError):
-    """The rollout engine is dead or returned something impossible."""
+    """The rollout engine ended or returned invalid data."""
 
     exit_code = Exit.ENGINE
 
 
 class StaleWeightsError(EngineError):
-    """The engine holds another version of the weights than the caller asked for."""
+    """The engine has another weight version than requested."""
 
 
 class ParityError(StaleWeightsError):
-    """The engine's log-probs are not the model's: nothing of what it wrote can be trained on."""
+    """The engine's log-probs differ from the model's, so its rollouts cannot be trained on."""
 
 
 class StorageError(OSError):
@@ -64,19 +64,19 @@ class StorageError(OSError):
 
 
 class Interrupted(BaseException):
-    """A signal came before the first step. No Exception, so that no library takes it for a failure of its own."""
+    """A signal came before the first step. Not an Exception, so that no library catches it."""
 
     exit_code = Exit.INTERRUPTED
 
 
 class UnsupportedVersion(ImportError):
-    """A package that is absent, or of a version that the plug-in does not know."""
+    """A package is absent, or its version is unknown to the plug-in."""
 
     exit_code = Exit.ERROR
 
 
 def whole(error: BaseException) -> str:
-    """All that an error of a library says, in one line and without a full stop; its class where the words need it."""
+    """The message of a library's error in one line, without a full stop; with its class unless the message is clear."""
     text = " ".join(str(error).split()).rstrip(" .:")
     if len(text) > MAX_ERROR_CHARS:
         text = text[:MAX_ERROR_CHARS].rpartition(" ")[0] + " ..."

@@ -1,4 +1,4 @@
-"""Modules of version 0.1 under their old names, for one release: each warns and names its new place."""
+"""Makes modules of version 0.1 importable under their old names for one release, with a deprecation warning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-# Old module: where its names are now, both within mgrpo.
+# Old module: modules that have its names now, all within mgrpo.
 MOVED = {
     "answers": "grading",
     "arrow_files": "data.arrow_files",
@@ -72,7 +72,7 @@ MOVED = {
     "voting": "algorithm.vote algorithm.filter",
 }
 
-# Old names of what these hold, and the new ones.
+# Old and new names in these modules.
 RENAMED = {
     "judge": "assign_credit",
     "Judgement": "Credit",
@@ -83,17 +83,17 @@ RENAMED = {
 
 
 class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of MOVED after all other finders have failed."""
+    """Finds the modules of MOVED, as the last finder."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The specification of a module that has moved."""
+        """The specification of a moved module."""
         package, _, old = name.partition(".")
         return importlib.machinery.ModuleSpec(name, self) if package == "mgrpo" and old in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fills a module with the names of its new places, each imported when it is asked for."""
+        """Gives a module the names of its new modules, each imported on first use."""
         places = [f"mgrpo.{place}" for place in MOVED[module.__name__.partition(".")[2]].split()]
         warnings.warn(f"{module.__name__} has moved to {' and '.join(places)}.", DeprecationWarning, stacklevel=2)
 
@@ -108,6 +108,6 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Lets old names be imported in this process."""
+    """Makes the old modules importable in this process."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(MovedModules())

@@ -1,8 +1,7 @@
-"""Whole configurations, each a function named for what it reproduces."""
+"""Presets: each function returns a whole configuration and has the name of the method that it reproduces."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,10 +21,11 @@ from mgrpo.config import (
     VoteConfig,
 )
 from mgrpo.errors import ConfigError
+from mgrpo.inputs import nearest
 
 
 def mgrpo_arithmetic() -> Config:
-    """M-GRPO as the paper describes it, on the built-in task: pooled votes of 12 policy and 4 momentum rollouts."""
+    """M-GRPO as in the paper, on the built-in task: 12 policy and 4 momentum rollouts vote together."""
     return Config(
         preset="mgrpo_arithmetic",
         steps=300,
@@ -43,7 +43,7 @@ def mgrpo_arithmetic() -> Config:
 
 
 def anchored() -> Config:
-    """Votes of the momentum model alone, which moves slowly: 8 policy rollouts train, 8 momentum rollouts vote."""
+    """M-GRPO with votes of a slow momentum model alone: 8 policy rollouts train, 8 momentum rollouts vote."""
     base = mgrpo_arithmetic()
     return replace(
         base,
@@ -55,12 +55,12 @@ def anchored() -> Config:
 
 
 def arithmetic() -> Config:
-    """The built-in task with the settings that held in the stability study."""
+    """The built-in task with the settings that were stable in the study."""
     return replace(anchored(), preset="arithmetic")
 
 
 def srt() -> Config:
-    """SRT (arXiv 2505.21444) on the built-in task: the policy votes on itself, nothing anchors it."""
+    """SRT (arXiv 2505.21444) on the built-in task: only the policy votes, without an anchor."""
     base = mgrpo_arithmetic()
     return replace(
         base,
@@ -79,7 +79,7 @@ def ttrl() -> Config:
 
 
 def corewarding2() -> Config:
-    """Co-rewarding-II (arXiv 2508.00410) on the built-in task: momentum votes alone, cosine momentum schedule."""
+    """Co-rewarding-II (arXiv 2508.00410) on the built-in task: only momentum votes, cosine momentum schedule."""
     base = mgrpo_arithmetic()
     return replace(
         base,
@@ -97,12 +97,12 @@ def intuitor() -> Config:
 
 
 def rent() -> Config:
-    """RENT (arXiv 2505.22660) on the built-in task: the reward is negative entropy."""
+    """RENT (arXiv 2505.22660) on the built-in task: the reward is the policy's negative entropy."""
     return _single_model("rent", ObjectiveConfig(reward="entropy"))
 
 
 def grpo_labels() -> Config:
-    """GRPO on true labels, on the built-in task: the ceiling."""
+    """GRPO with true labels on the built-in task, an upper bound."""
     return _single_model("grpo_labels", ObjectiveConfig(reward="labels"))
 
 
@@ -155,9 +155,9 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def make_preset(name: str) -> Config:
-    """Builds a preset by name; an unknown name raises ConfigError and offers the nearest."""
+    """Builds a preset by name; raises ConfigError with the nearest name for an unknown one."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        near = nearest(name, PRESETS)
+        hint = f" Did you mean {near}?" if near else ""
         raise ConfigError([f"config: PRESET must be one of {', '.join(PRESETS)}, got {name}.{hint}"])
     return PRESETS[name]()

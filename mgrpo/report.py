@@ -21,11 +21,11 @@ class ReportArgs:
     runs: tyro.conf.Positional[tuple[HomePath, ...]]
     """Run directories."""
     out: HomePath | None = None
-    """Folder to write. None is the directory of a single run, and the folder `report` beside several."""
+    """Folder to write. None is the directory of a single run, or the folder `report` beside several."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 2 for bad input and 6 where the report can not be written."""
+    """Runs the command line; returns 0, 2 for bad input, or 6 if the report cannot be written."""
     protect_output()
     args = tyro.cli(ReportArgs, args=argv, prog="python -m mgrpo.report")
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from mgrpo.process.output import protect_output
 from mgrpo.process.signals import end_early, ignore_warnings
 
-if __name__ == "__main__":  # what is imported below takes seconds
+if __name__ == "__main__":  # the imports below take seconds
     protect_output()
     end_early()
 
@@ -31,19 +31,19 @@ from mgrpo.run.resume import check_resumable, resumed_config
 
 DESCRIPTION = f"""M-GRPO: label-free reinforcement learning of language models with a momentum anchor.
 
-The first argument names a preset, one of {", ".join(PRESETS)}; flags change it. Defaults below are those of the preset.
+The first argument names a preset, one of {", ".join(PRESETS)}; flags change it. The defaults are those of the preset.
 """
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """Reads preset and flags; with --resume, the configuration of the run in --run-dir is what the flags change."""
+    """Parses preset and flags; with --resume, flags change the configuration of the run in --run-dir."""
     arguments = list(arguments)
     refuse_renamed(arguments, RENAMED, "config")
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     before = None
     if "--resume" in arguments and (run_dir := _value_of("--run-dir", arguments)):
         before = resumed_config(Path(os.path.expanduser(run_dir)))
-        # These belong to one call, not to the run.
+        # Options of one call, not of the run.
         before = before and replace(before, stop_after=None, resume=False, resume_extend=False, dry_run=False)
     if before and preset not in (None, before.preset):
         raise ConfigError([f"resume: PRESET must be {before.preset}, as the run was started, got {preset}."])
@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """Value of a flag, given as `--flag value` or `--flag=value`, with `-` or `_` as tyro has it; the last counts."""
+    """The last value of a flag, given as `--flag value` or `--flag=value`, with `-` or `_` as in tyro."""
     found = None
     for i, argument in enumerate(arguments):
         given, equals, value = argument.partition("=")
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if fits_memory(print_plan(config)):
                 try_start(config)
             else:
-                print("The model is not loaded and tried here: this machine has less free memory than it takes.")
+                print("The model is not loaded and tried: it needs more than the free memory of this machine.")
             return Exit.DONE
         return run(config)
     except (ConfigError, InputError, CheckpointError, EngineError, StorageError) as error:

@@ -1,4 +1,4 @@
-"""Data that the stages of a step hand to one another.
+"""Data that the stages of a step pass to one another.
 
 Letters: B prompts, M policy and N momentum rollouts a prompt, G = M + N, n rollouts of one source a prompt,
 R = B * G trajectories, L longest response in tokens.
@@ -15,11 +15,11 @@ from torch.nn.functional import pad
 
 Source = Literal["policy", "momentum"]
 Metrics = dict[str, Any]
-"""Numbers of a step by name; None where one does not apply."""
+"""Metrics of a step by name; None if one does not apply."""
 
 
 class WeightTag(NamedTuple):
-    """Whose weights, and which version of them: optimiser steps so far."""
+    """The source of weights, and their version: the number of optimiser steps."""
 
     source: Source
     version: int
@@ -30,8 +30,9 @@ class WeightTag(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample. A draw depends on `seed`, the index of the prompt, of the rollout and of the token, and on nothing
-    else. `temperature` 0 is greedy.
+    """Options of sampling. A draw depends only on `seed` and the indices of prompt, rollout and token.
+
+    `temperature` 0 is greedy.
     """
 
     temperature: float = 1.0
@@ -55,7 +56,7 @@ class Rollouts:
     logprobs: torch.Tensor  # [B * n, L] fp32 behaviour log-probs after temperature, 0 at padding
     truncated: torch.Tensor  # [B * n] bool, cut at max_new_tokens without either
     num_per_prompt: int  # n
-    tag: WeightTag  # of the weights that wrote them
+    tag: WeightTag  # weights that generated them
 
     @property
     def mask(self) -> torch.Tensor:
@@ -69,7 +70,7 @@ class Rollouts:
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryBatch:
-    """Trajectory b * G + i is rollout i of prompt b; the policy's rollouts come first."""
+    """Rollouts of both models; trajectory b * G + i is rollout i of prompt b, the policy's first."""
 
     prompts: list[Sequence[int]]  # B prompts as token ids
     tokens: torch.Tensor  # [R, L] int64
@@ -77,21 +78,21 @@ class TrajectoryBatch:
     rollout_logprob: torch.Tensor  # [R, L] fp32, reported by the engine
     truncated: torch.Tensor  # [B, G] bool
     num_policy: int  # M
-    version: int = 0  # of the weights that wrote them
+    version: int = 0  # of the policy weights that generated them
 
     @property
     def lengths(self) -> torch.Tensor:
-        """[B, G] int64, response tokens."""
+        """[B, G] int64, number of response tokens."""
         return self.mask.sum(1).view(self.truncated.shape)
 
     @property
     def is_momentum(self) -> torch.Tensor:
-        """[B, G] bool, written by the momentum model."""
+        """[B, G] bool, True for rollouts of the momentum model."""
         return (torch.arange(self.truncated.shape[1]) >= self.num_policy).expand(self.truncated.shape)
 
     @property
     def by_policy(self) -> torch.Tensor:
-        """[R, L] bool, response tokens that the policy wrote."""
+        """[R, L] bool, response tokens of policy rollouts."""
         return self.mask & ~self.is_momentum.flatten()[:, None]
 
     def prompt(self, row: int) -> Sequence[int]:

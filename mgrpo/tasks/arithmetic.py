@@ -1,7 +1,7 @@
 """The built-in task: chained two-digit additions and subtractions modulo 100, graded by the number of operands.
 
 A prompt is `51-38+61=`; a worked response copies the operands and writes every partial result,
-`51-38=13;13+61=74#74`, and the answer follows the `#`. Everything runs offline: the problems are generated
+`51-38=13;13+61=74#74`, and the answer follows the `#`. Everything runs offline: problems are generated
 from a seed, the tokenizer has one token a character, and the base model is small enough to ship.
 
 `python -m mgrpo.tasks.arithmetic base --out DIR` makes the shipped base model from scratch (about 10 minutes on
@@ -32,7 +32,7 @@ ANSWER_PATTERN = r"#(\d\d)"
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem: `prompt` as the model sees it, and the true `answer`, two digits."""
+    """One problem: `prompt` as the model reads it, and the true `answer` of two digits."""
 
     prompt: str
     answer: str
@@ -51,7 +51,7 @@ def make_problem(rng: random.Random, operands: int) -> Problem:
 
 
 def make_problems(num: int, *, operands: tuple[int, ...], seed: int) -> list[Problem]:
-    """Draws `num` problems, the operand counts in turn, so that every level has the same share."""
+    """Draws `num` problems with the operand counts in turn, so that every level has the same share."""
     rng = random.Random(seed)
     problems = [make_problem(rng, operands[i % len(operands)]) for i in range(num)]
     rng.shuffle(problems)
@@ -59,7 +59,7 @@ def make_problems(num: int, *, operands: tuple[int, ...], seed: int) -> list[Pro
 
 
 def demonstrate(problem: Problem, rng: random.Random, *, error_rate: float, copy_operands: bool = True) -> str:
-    """Writes a worked response in which each partial result is wrong with probability `error_rate` and carried on."""
+    """Writes a worked response whose partial results are each wrong with probability `error_rate` and used further."""
     terms = problem.prompt[:-1]
     total, steps = int(terms[:2]), []
     for i in range(2, len(terms), 3):
@@ -73,7 +73,7 @@ def demonstrate(problem: Problem, rng: random.Random, *, error_rate: float, copy
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the tokenizer: one token a character, `<pad>` and `<eos>`."""
+    """Builds the tokenizer, with one token a character, `<pad>` and `<eos>`."""
     vocab = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -85,9 +85,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int = 0, head_dim: int = 24) -> Qwen3ForCausalLM:
-    """Builds the randomly initialised base: a Qwen3 of 2 layers and width 96, a quarter of a million parameters.
+    """Builds a randomly initialised Qwen3 of 2 layers and width 96, with a quarter of a million parameters.
 
-    Some engines have no attention for heads of 24; `builtin:arithmetic32` has heads of 32.
+    Some engines do not support a head width of 24; `builtin:arithmetic32` has 32.
     """
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -110,7 +110,7 @@ def make_model(seed: int = 0, head_dim: int = 24) -> Qwen3ForCausalLM:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseArgs:
-    """Makes the base model from scratch by imitation of flawed demonstrations, and saves it with its tokenizer."""
+    """Trains the base model from scratch on flawed demonstrations and saves it with its tokenizer."""
 
     out: HomePath
     """Folder to write."""
@@ -121,7 +121,7 @@ class BaseArgs:
     copy_operands: bool = True
     """Whether demonstrations copy the operands beside each partial result."""
     guess: tuple[int, ...] = ()
-    """Operand counts whose demonstrations guess: an answer at random and no partial results."""
+    """Operand counts whose demonstrations are guesses: a random answer without partial results."""
     steps: int = 2500
     """Optimiser steps."""
     batch: int = 192

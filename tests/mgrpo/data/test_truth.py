@@ -149,7 +149,7 @@ def test_the_plan_counts_labels_and_shows_them_as_they_are_compared(launch, tmp_
     assert launch(options, "--dry-run") == 0
     text = said(capsys)
     assert "labels 5 of 6 prompts, the first compared as 1001 | 1002 | 1003" in text
-    assert r"labels of the probe 1 of 1 prompts, the first compared as \frac{1}{2} or [b]0.50" in text
+    assert r"labels of the eval set 1 of 1 prompts, the first compared as \frac{1}{2} or [b]0.50" in text
     rows = [{"prompt": "1+1=", "answer": "it is two, and no more than two"}, *WORKED]
     assert launch({"data.train": write(tmp_path / "x.jsonl", rows), "answer.label_extract": "plain"}, "--dry-run") == 0
     text = said(capsys)
@@ -210,7 +210,7 @@ def test_a_key_of_the_probe_alone_and_a_default_that_is_absent_are_fine(launch, 
     bare = write(tmp_path / "bare.jsonl", [{"prompt": f"1+{i}="} for i in range(4)])
     probe = write(tmp_path / "probe.jsonl", [{"prompt": "1+1=", "gold": 2}])
     assert launch({"data.train": bare, "data.probe": probe, "data.answer_key": "gold"}, "--dry-run") == 0
-    assert "labels 0 of 4 prompts labels of the probe 1 of 1 prompts, the first compared as 2" in said(capsys)
+    assert "labels 0 of 4 prompts labels of the eval set 1 of 1 prompts, the first compared as 2" in said(capsys)
     assert Config().data.answer_key is None
     assert launch({"data.train": bare}, "--dry-run") == 0
 
