@@ -48,18 +48,9 @@ class Record:
         return (self.answer, *self.others) if self.others and isinstance(self.answer, str) else self.answer
 
 
-def load_records(
-    source: str,
-    *,
-    prompt_key: str = "prompt",
-    answer_key: str | None = "answer",
-    split: str = "train",
-    need_answer: bool = False,
-) -> list[Record]:
+def load_records(source: str, **options: Any) -> list[Record]:
     """`read_records` as a list."""
-    return list(
-        read_records(source, prompt_key=prompt_key, answer_key=answer_key, split=split, need_answer=need_answer)
-    )
+    return list(read_records(source, **options))
 
 
 def read_records(

@@ -13,7 +13,7 @@ from mgrpo.errors import InputError
 from mgrpo.inputs import check_unicode, list_names, nearest
 
 PLACEHOLDER = "{prompt}"
-# Variables of a template beside the arguments of apply_chat_template and the special tokens.
+# Variables of a template besides the arguments of apply_chat_template and the special tokens.
 _OWN = ("messages", "bos_token", "eos_token", "raise_exception", "strftime_now")
 
 

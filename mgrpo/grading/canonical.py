@@ -309,8 +309,8 @@ def _mark_unit(match: re.Match[str]) -> str:
     known = is_unit(content, after_digit=after_digit)
     if not _VALUE_BEFORE_UNIT.search(before):
         # Behind letters only a known unit is one: n even stays.
-        surely = known and re.search(r"(?<![A-Za-z])[A-Za-z]{1,2}\Z", before)
-        return rf"\unit{{{content}}}" if surely else _mark_inside(match)
+        certain = known and re.search(r"(?<![A-Za-z])[A-Za-z]{1,2}\Z", before)
+        return rf"\unit{{{content}}}" if certain else _mark_inside(match)
     if known:
         return f" {content} "
     letter = re.fullmatch(r"[A-Za-z]", content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-_BOLD = r"(?:\*\*|__)|\\(?:textbf|text|mathbf|mathrm|textrm|textsf|boldsymbol|bm)\s*\{"
 _GAP = r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))"
 # Text that makes the letter a part of a formula or of a list.
 _NO_TEXT = (

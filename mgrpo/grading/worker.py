@@ -278,8 +278,8 @@ def _read_request(requests: BinaryIO) -> list[str] | None:
     return json.loads(requests.read(struct.unpack(">I", header)[0]))
 
 
-def _load_beside(name: str) -> Any:
-    """Imports a file of this folder, whatever package of the same name is installed."""
+def _import_sibling(name: str) -> Any:
+    """Imports a module of this folder, never an installed one of the same name."""
     here = os.path.dirname(os.path.abspath(__file__))
     for package, folder in (("mgrpo", os.path.dirname(here)), ("mgrpo.grading", here)):
         # The packages themselves would import more than a worker needs.
@@ -304,7 +304,7 @@ def _load_comparison() -> Callable[..., Any]:
     from sympy.core.random import seed
 
     logging.disable(logging.CRITICAL)
-    precision, fingerprint = _load_beside("precision"), _load_beside("fingerprint").fingerprint
+    precision, fingerprint = _import_sibling("precision"), _import_sibling("fingerprint").fingerprint
     precision.tell_apart_tiny_numbers()
 
     def attempt(step: Callable[[], Any], failed: Any) -> Any:

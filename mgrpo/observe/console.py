@@ -99,8 +99,8 @@ class Progress:
             self.last_line_s = now
         if row.get("probe_accuracy_policy") is not None:
             momentum = row.get("probe_accuracy_momentum")
-            beside = "" if momentum is None else f", momentum {momentum:.3f}"
-            self.console.print(f"  eval set at step {row['step']}: policy {row['probe_accuracy_policy']:.3f}{beside}")
+            second = "" if momentum is None else f", momentum {momentum:.3f}"
+            self.console.print(f"  eval set at step {row['step']}: policy {row['probe_accuracy_policy']:.3f}{second}")
         if row["alarm"] and not self.alarmed:
             self.console.print(f"[bold red]collapse alarm at step {row['step']}:[/] {escape('; '.join(row['alarm']))}")
         self.alarmed = bool(row["alarm"])
@@ -142,7 +142,7 @@ class Progress:
         reasons = {
             0: "done",
             3: "stopped by the collapse monitor",
-            4: "stopped: too many non-finite steps in a row. Start anew with a lower --optim.lr",
+            4: "stopped: too many non-finite steps in a row. Start a new run with a lower --optim.lr",
             75: "interrupted; continue with --resume",
         }
         self.console.print(f"[bold]{reasons[outcome]}[/]: checkpoint of step {saved} in {escape(str(self.run_dir))}")

@@ -96,7 +96,7 @@ def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
 
 
 def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:
-    """The exit code with which the run ends after this step, DONE if it goes on."""
+    """The exit code with which the run ends after this step, DONE if it continues."""
     if trainer.learner.nonfinite_in_row >= trainer.config.optim.max_nonfinite:
         return Exit.NON_FINITE
     if row["alarm"] and trainer.config.monitor.on_collapse != "warn":
@@ -159,7 +159,7 @@ class Session:
         """Saves the state after the last whole step and returns the engine's error with a note of it."""
         self.save()
         self.writer.wait()
-        return EngineError(f"{error} Step {self.trainer.step} is saved: go on with --resume.")
+        return EngineError(f"{error} Step {self.trainer.step} is saved: continue with --resume.")
 
     def save(self) -> None:
         """Starts a checkpoint of this step."""

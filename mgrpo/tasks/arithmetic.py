@@ -27,7 +27,6 @@ from mgrpo.process.threads import limit_threads
 
 CHARACTERS = "0123456789+-=;#"
 PAD, EOS = "<pad>", "<eos>"
-ANSWER_PATTERN = r"#(\d\d)"
 
 
 @dataclass(frozen=True, kw_only=True)

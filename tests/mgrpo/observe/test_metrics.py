@@ -13,7 +13,7 @@ import torch
 from mgrpo.algorithm.evidence import Evidence
 from mgrpo.algorithm.vote import vote
 from mgrpo.config import Config, LogConfig, VoteConfig
-from mgrpo.errors import ConfigError
+from mgrpo.errors import ConfigError, InputError
 from mgrpo.observe.catalogue import FIGURES, METRICS, PANELS, keys_of, require_known
 from mgrpo.observe.step import Outcome, mean, outcome_metrics, top_answer, weighted
 from mgrpo.observe.timer import Timer
@@ -141,7 +141,7 @@ def test_a_cut_last_line_is_left_out_and_a_cut_middle_is_not(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
     path.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: not valid JSON"):
         read_metrics(path)
 
 
