@@ -247,7 +247,7 @@ def test_bf16_agrees_within_its_rounding(tmp_path):
         rows = list(trainer.train(3))
     finally:
         trainer.close()
-    assert trainer.momentum.published and trainer.momentum.weights.keys() == trainer.momentum.published.keys()
+    assert trainer.momentum.engine_weights and trainer.momentum.weights.keys() == trainer.momentum.engine_weights.keys()
     for row in rows:
         assert 1e-5 < row["parity_policy"] < BOUNDS[torch.bfloat16]
         assert 1e-5 < row["parity_momentum"] < BOUNDS[torch.bfloat16]
