@@ -79,7 +79,7 @@ def test_what_verl_knows_is_taken_from_verl():
         ({"vote": {"pool": "momentum"}, "rollout": {"num_momentum": 0}}, r"--vote.pool momentum needs"),
         (
             {"objective": {"reward": "self-certainty"}},
-            r"mgrpo.objective.reward self-certainty needs self_certainty, which verl does not compute",
+            r"mgrpo.objective.reward self-certainty cannot be used: verl does not",
         ),
         ({"vote": {"rule": "self-certainty"}}, r"mgrpo.vote.rule self-certainty cannot be used: verl does not"),
         ({"filter": {"score": "source"}}, r"mgrpo.filter.score must be policy, got source"),
