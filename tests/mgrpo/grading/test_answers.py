@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mgrpo.grading.canonical import canonicalize
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
+from mgrpo.grading.thoughts import MARKS
 from mgrpo.grading.worker import StartError
 
 SPECS = ("boxed", "hash", "last-number", r"regex:#(\d\d)", "regex:[a-z]+")
@@ -175,7 +176,11 @@ def test_extractors_accept_any_text(text, spec):
     assert answer is None or (answer == answer.strip() and 0 < len(answer) <= 1000 and answer in text)
 
 
-@given(before=TEXT, inside=st.text(alphabet="ab{} 1", max_size=20), after=st.text(alphabet="ab }", max_size=10))
+# Hypothesis also tries strings of the code under test: an answer in a thought that is left open is none.
+NO_THOUGHT = TEXT.filter(lambda text: not any(mark in text for mark in (*MARKS, *MARKS.values())))
+
+
+@given(before=NO_THOUGHT, inside=st.text(alphabet="ab{} 1", max_size=20), after=st.text(alphabet="ab }", max_size=10))
 def test_boxed_returns_balanced_content(before, inside, after):
     depths = list(itertools.accumulate((c == "{") - (c == "}") for c in inside))
     assume(min(depths, default=0) >= 0 and (not depths or depths[-1] == 0))
@@ -183,7 +188,7 @@ def test_boxed_returns_balanced_content(before, inside, after):
     assert make_extractor("boxed")(f"{before}\\boxed{{{inside}}}{after}") == (inside.strip() or None)
 
 
-@given(value=st.integers() | st.decimals(allow_nan=False, allow_infinity=False, places=3), before=TEXT)
+@given(value=st.integers() | st.decimals(allow_nan=False, allow_infinity=False, places=3), before=NO_THOUGHT)
 def test_last_number_returns_the_number(value, before):
     assert make_extractor("last-number")(f"{before} is {value:,}% done") == f"{value:,}"
 
