@@ -2,18 +2,15 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import assert_pass_on
 from torch import Tensor
 
 from mgrpo_kernels import backends, ema_update_
@@ -436,13 +433,7 @@ def test_a_decay_out_of_range_gives_nan_where_values_are_not_read(backend):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_agrees(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "(mutant or agrees_with or specification or survive or exact) and not reference-"]
-    env = os.environ | {"MGRPO_CPU_ISA": isa}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    if "on this processor" in done.stdout + done.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert_pass_on(isa, __file__, "(mutant or agrees_with or specification or survive or exact) and not reference-")
 
 
 def test_opcheck_and_meta():

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import assert_pass_on
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -374,13 +374,7 @@ def test_memory_stays_within_the_budget():
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_meets_the_budget(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "(match_fp64 or several_blocks or thread_count) and not reference and not 151936"]
-    env = os.environ | {"MGRPO_CPU_ISA": isa}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    if "on this processor" in done.stdout + done.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert_pass_on(isa, __file__, "(match_fp64 or several_blocks or thread_count) and not reference and not 151936")
 
 
 def test_opcheck_and_meta():

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import assert_pass_on
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -360,13 +357,7 @@ def test_unchecked_targets_and_temperatures_out_of_range_are_nan(backend):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_meets_the_budget(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "(every_term or any_stride) and not triton"]
-    env = os.environ | {"MGRPO_CPU_ISA": isa}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    if "on this processor" in done.stdout + done.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert_pass_on(isa, __file__, "(every_term or any_stride) and not triton")
 
 
 def test_opcheck_and_meta():

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import assert_pass_on
 
 import mgrpo_kernels
 from mgrpo_kernels.majority_vote import reference
@@ -204,13 +201,7 @@ def test_the_thread_count_changes_no_bit(size):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_agrees(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "any_shape or hash_table"]
-    env = os.environ | {"MGRPO_CPU_ISA": isa}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    if "on this processor" in done.stdout + done.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert_pass_on(isa, __file__, "any_shape or hash_table")
 
 
 def test_opcheck_and_meta():
