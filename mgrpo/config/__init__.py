@@ -4,6 +4,7 @@ from mgrpo.config.answer import AnswerConfig
 from mgrpo.config.checkpoint import CheckpointConfig
 from mgrpo.config.convert import from_dict, to_dict
 from mgrpo.config.data import DataConfig
+from mgrpo.config.distributed import DistributedConfig
 from mgrpo.config.engine import EngineConfig
 from mgrpo.config.eval import EvalConfig
 from mgrpo.config.filter import FilterConfig
@@ -26,6 +27,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistributedConfig",
     "EngineConfig",
     "EvalConfig",
     "FilterConfig",

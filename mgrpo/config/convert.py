@@ -53,7 +53,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
-        return _coerce(next(option for option in options if option is not type(None)), value, where)
+        kinds = [option for option in options if option is not type(None)]
+        literal = any(typing.get_origin(kind) is Literal and value in typing.get_args(kind) for kind in kinds)
+        return value if literal else _coerce(kinds[0], value, where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and type(value) is hint:

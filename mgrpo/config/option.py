@@ -87,7 +87,7 @@ def range_problems(config: Any) -> list[str]:
     problems = []
     for name, value, field in fields_of(config):
         bounds = field.metadata.get("bounds")
-        if bounds is None or value is None:
+        if bounds is None or value is None or isinstance(value, str):
             continue
         low, high, low_included, high_included = bounds
         above = value >= low if low_included else value > low

@@ -14,6 +14,7 @@ import tyro
 from mgrpo.config.answer import AnswerConfig
 from mgrpo.config.checkpoint import CheckpointConfig
 from mgrpo.config.data import DataConfig
+from mgrpo.config.distributed import DistributedConfig, world_problems
 from mgrpo.config.engine import EngineConfig
 from mgrpo.config.eval import EvalConfig
 from mgrpo.config.filter import FilterConfig
@@ -70,6 +71,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig, metadata=RESUMABLE)
     monitor: MonitorConfig = field(default_factory=MonitorConfig, metadata=RESUMABLE)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         """Raises ConfigError with all problems."""
@@ -107,6 +109,8 @@ def _combination_problems(config: Config) -> list[str]:
         "--rollout.num-momentum 0 needs one engine or one server.",
     )
     problems += engine_problems(c.engine)
+    if isinstance(processes := c.distributed.processes, int):
+        problems += world_problems(processes, replicate=c.distributed.replicate, reduce=c.distributed.reduce)
     problems += stop_problems(c.rollout.stop)
     require(
         c.vote.num_train is None or c.vote.num_train <= c.rollout.num_policy,

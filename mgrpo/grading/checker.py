@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from mgrpo.distributed.world import find_world
+from mgrpo.distributed.environment import local_size
 from mgrpo.grading.canonical import canonicalize
 from mgrpo.grading.label_text import Label
 from mgrpo.grading.matching import Fingerprint, may_be_equal, read_fingerprint
@@ -40,7 +40,7 @@ def _as_compared(first: str, second: str) -> tuple[str, str]:
 
 def default_workers() -> int:
     """One worker a core that this process may use, shared with the other ranks of the machine; at most 8."""
-    return max(1, min(available_cpus() // max(1, find_world().local_size), MAX_DEFAULT_WORKERS))
+    return max(1, min(available_cpus() // local_size(), MAX_DEFAULT_WORKERS))
 
 
 class AnswerChecker:

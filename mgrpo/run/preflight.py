@@ -65,6 +65,7 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
     problems: list[str] = []
     for step in (
         find_world().require_one,
+        lambda: _refuse_processes(config),
         lambda: refuse_directory(run_dir, config),
         lambda: pick_backend(config.kernels.backend, pick_device(config.model.device)),
         lambda: _refuse_engine(config),
@@ -75,6 +76,12 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+
+
+def _refuse_processes(config: Config) -> None:
+    """Raises ConfigError if the command is to start several processes."""
+    if config.distributed.processes not in (None, 1, "auto"):
+        raise ConfigError([f"config: --distributed.processes must be 1, got {config.distributed.processes}."])
 
 
 def _refuse_engine(config: Config) -> None:

@@ -16,6 +16,7 @@ from mgrpo.config import Config
 from mgrpo.data.load import load_prompts, require_answers, require_prompts
 from mgrpo.data.prompts import Dataset
 from mgrpo.data.sampler import Sampler
+from mgrpo.distributed.world import ALONE, World
 from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel, load_model
 from mgrpo.models.momentum import Momentum
@@ -39,8 +40,14 @@ from mgrpo.types import Metrics, Source, WeightTag
 class Trainer:
     """Holds the parts of a run and takes its steps."""
 
-    def __init__(self, config: Config, *, make_engine: Callable[[LoadedModel, Config], Engine] | None = None):
-        self.config, self.timer = config, Timer()
+    def __init__(
+        self,
+        config: Config,
+        *,
+        world: World = ALONE,
+        make_engine: Callable[[LoadedModel, Config], Engine] | None = None,
+    ):
+        self.config, self.world, self.timer = config, world, Timer()
         self.loaded = load_model(config.model)
         self.model = self.loaded.model
         stop = make_stop(config.rollout.stop, config.data.template, self.loaded.tokenizer)

@@ -114,6 +114,14 @@ COMBINATIONS = {
     "minibatches": ({"optim.num_minibatches": 17}, "--optim.num-minibatches must be at most 16"),
     "stop after": ({"steps": 5, "stop_after": 6}, "--stop-after must be at most --steps (5), got 6"),
     "kl": ({"objective.kl_reference": "none"}, "--objective.kl-coef above 0 needs --objective.kl-reference initial"),
+    "replicate": (
+        {"distributed.processes": 4, "distributed.replicate": 3},
+        "--distributed.replicate must divide the number of processes (4), got 3",
+    ),
+    "tree": (
+        {"distributed.processes": 5, "distributed.reduce": "tree"},
+        "--distributed.reduce tree needs 1, 2, 4 or 8 processes, got 5",
+    ),
     "resume": ({"resume": True}, "--resume needs --run-dir"),
     "resume extend": ({"resume_extend": True}, "--resume-extend needs --resume"),
 }
@@ -145,6 +153,7 @@ def test_all_problems_come_at_once(altered):
         "--vote.num-train",
     ]
     expected += ["--optim.num-minibatches", "--stop-after", "--objective.kl-coef", "--resume-extend"]
+    expected += ["--distributed.replicate", "--distributed.reduce"]
     found = [next((name for name in expected if name in problem), problem) for problem in problems]
     assert sorted(found) == sorted(expected)
 
@@ -167,6 +176,7 @@ def test_every_changed_field_survives_json(altered):
         "log.backends": ("wandb", "trackio"),
         "data.probe": "y.csv",
         "data.template": "Q: {prompt}",
+        "distributed.processes": "auto",
     }
     config = altered(Config(), changes)
     again = from_dict(json.loads(json.dumps(to_dict(config))))
@@ -203,6 +213,8 @@ def test_unknown_key_names_the_nearest(data, message):
         ("rollout.truncated", None),
         ("log.backends", "tensorboard"),
         ("log.backends", ["mlflow"]),
+        ("distributed.processes", "all"),
+        ("distributed.processes", 2.0),
         ("model", 3),
         ("model", None),
     ],
