@@ -33,7 +33,7 @@ from mgrpo.training.learner import Learner
 from mgrpo.training.observers import Describer, Evaluator, RetentionWatch, StepResult
 from mgrpo.training.passes import Passes
 from mgrpo.training.schedule import is_due
-from mgrpo.training.state import Checkpointer, TrainState, copy_tensors, digest, digest_tensors
+from mgrpo.training.state import Checkpointer, Stateful, TrainState, copy_tensors, digest, digest_tensors
 from mgrpo.types import Metrics, Source, WeightTag
 
 
@@ -93,12 +93,7 @@ class Trainer:
             self.loaded,
             self.momentum,
             self.learner,
-            parts={
-                "train": self.state,
-                "learner": self.learner,
-                "sampler": self.sampler,
-                "retention": self.retention,
-            },
+            parts=self._parts(),
             fingerprints=self._fingerprints(initial),
             trusted=config.model.trust_remote_code,
         )
@@ -172,6 +167,15 @@ class Trainer:
             require_answers(probe, "--data.probe")
         require_prompts(data, c)
         return data, probe
+
+    def _parts(self) -> dict[str, Stateful]:
+        """The parts whose JSON state a checkpoint holds."""
+        return {
+            "train": self.state,
+            "learner": self.learner,
+            "sampler": self.sampler,
+            "retention": self.retention,
+        }
 
     def _longest(self) -> int:
         """Tokens of the longest prompt and the longest response together."""
