@@ -15,8 +15,11 @@ from transformers import PreTrainedModel
 
 import mgrpo_kernels as K
 from mgrpo.config import KernelsConfig
+from mgrpo.config.distributed import LANES
+from mgrpo.distributed.sharding import run_whole
+from mgrpo.distributed.world import ALONE, World
 from mgrpo.models.load import LoadedModel
-from mgrpo.models.packing import PackedBatch, micro_batches, require_packing
+from mgrpo.models.packing import PackedBatch, groups, pack, require_packing
 from mgrpo.models.plain import plain_hidden, plain_logits
 from mgrpo.types import TrajectoryBatch
 
@@ -33,7 +36,10 @@ class TokenLogProbs(NamedTuple):
 
 
 class Forward:
-    """Computes log-probs and entropies of responses at the sampling temperature, for any weights of a model."""
+    """Computes log-probs and entropies of responses at the sampling temperature, for any weights of a model.
+
+    Every rank takes its share of the micro-batches; all ranks must call it with the same trajectories.
+    """
 
     def __init__(
         self,
@@ -43,7 +49,11 @@ class Forward:
         kernels: KernelsConfig,
         micro_batch_tokens: int,
         packed: bool = False,
+        world: World = ALONE,
+        tree: bool = False,
     ):
+        self.world = world
+        self.lanes = LANES if tree else self.world.size
         if packed:
             require_packing(loaded.model)
         self.pad_id, self.dtype, self.packed = loaded.pad_id, loaded.dtype, packed
@@ -51,10 +61,28 @@ class Forward:
         self.micro_batch_tokens = micro_batch_tokens
         self.has_plain_head = has_plain_head(loaded.model)
 
-    def micro_batches(self, trajectories: TrajectoryBatch, rows: torch.Tensor) -> Iterator[PackedBatch]:
-        """Splits trajectories `rows` [r] into inputs within the budget of tokens."""
-        budget = self.micro_batch_tokens
-        return micro_batches(trajectories, rows, budget=budget, pad_id=self.pad_id, packed=self.packed)
+    def plan(self, trajectories: TrajectoryBatch, rows: torch.Tensor) -> list[list[int]]:
+        """Splits trajectories `rows` [r] into micro-batches within the budget of tokens; the same on every rank.
+
+        Micro-batch j is computed by rank j mod W. In tree mode the split does not depend on W.
+        """
+        return groups(trajectories, rows, budget=self.micro_batch_tokens, packed=self.packed, lanes=self.lanes)
+
+    def own(self, trajectories: TrajectoryBatch, plan: list[list[int]]) -> Iterator[tuple[int, PackedBatch]]:
+        """Indices and inputs of this rank's micro-batches.
+
+        In place of an empty one it computes the shortest trajectory, because a sharded forward pass needs every rank.
+        """
+        rows_in_plan = [row for group in plan for row in group]
+        shortest = min(rows_in_plan, key=lambda row: self._length(trajectories, row), default=0)
+        for index in range(self.world.rank, len(plan), self.world.size):
+            rows = torch.tensor(plan[index] or [shortest])
+            yield index, pack(trajectories, rows, pad_id=self.pad_id, packed=self.packed)
+
+    @staticmethod
+    def _length(trajectories: TrajectoryBatch, row: int) -> int:
+        """Tokens of prompt and response."""
+        return len(trajectories.prompt(row)) + int(trajectories.mask[row].sum())
 
     @torch.no_grad()
     def run(
@@ -67,13 +95,14 @@ class Forward:
     ) -> TokenLogProbs:
         """Log-probs of trajectories `rows` [r], all by default, without gradient; [R, L], zeros elsewhere."""
         mask = trajectories.mask
-        chosen = torch.arange(len(mask)) if rows is None else rows
-        padded = [torch.zeros(mask.shape) for _ in range(3 if self_certainty else 2)]
-        for batch in self.micro_batches(trajectories, chosen):
+        plan = self.plan(trajectories, torch.arange(len(mask)) if rows is None else rows)
+        padded = torch.zeros(3 if self_certainty else 2, *mask.shape)
+        for index, batch in self.own(trajectories, plan):
             packed, part = self(model, batch, self_certainty=self_certainty), mask[batch.rows]
-            for target, values in zip(padded, packed, strict=False):
+            for target, values in zip(padded, packed, strict=False) if plan[index] else ():
                 assert values is not None
                 target[batch.rows] = torch.zeros(part.shape).masked_scatter_(part, values.cpu())
+        self.world.sum_(padded)
         return TokenLogProbs(padded[0], padded[1], padded[2] if self_certainty else None)
 
     def __call__(self, model: PreTrainedModel, batch: PackedBatch, *, self_certainty: bool = False) -> TokenLogProbs:
@@ -86,9 +115,13 @@ class Forward:
             with autocast:
                 logits = plain_logits(model, ids, **batch.options(model))[line, column]
             return self._from_logits(logits, targets, self_certainty)
-        with autocast:
-            hidden = plain_hidden(model.get_decoder(), ids, **batch.options(model))[line, column]
-        return self._from_hidden(hidden.to(self.dtype), model.get_output_embeddings(), targets, self_certainty)
+
+        def by_head() -> TokenLogProbs:
+            with autocast:
+                hidden = plain_hidden(model.get_decoder(), ids, **batch.options(model))[line, column]
+            return self._from_hidden(hidden.to(self.dtype), model.get_output_embeddings(), targets, self_certainty)
+
+        return run_whole(model, by_head)
 
     def _from_hidden(
         self, hidden: torch.Tensor, head: torch.nn.Module | None, targets: torch.Tensor, self_certainty: bool

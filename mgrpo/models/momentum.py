@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
-from torch.distributed.tensor import DTensor
 
 import mgrpo_kernels as K
 from mgrpo.config import KernelsConfig, MomentumConfig
+from mgrpo.distributed.sharding import fill, local
 
 
 def decay_at(config: MomentumConfig, step: int, num_steps: int) -> float:
@@ -97,26 +98,38 @@ class Momentum:
     def load(self, weights: Mapping[str, torch.Tensor], compensation: Mapping[str, torch.Tensor] | None = None) -> None:
         """Restores saved weights and Kahan terms, bit for bit."""
         for name, weight in self.weights.items():
-            weight.copy_(weights[name])
+            fill(weight, weights[name])
             if self.engine_weights:
                 self.engine_weights[name].copy_(weight)
         for name, term in (self.compensation or {}).items():
-            term.copy_((compensation or {})[name])
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The local shard of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            fill(term, (compensation or {})[name])
 
 
 @contextmanager
 def borrowed_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Lets `model` compute with other weights for a while; nothing is copied where dtype and device agree."""
-    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    """Lets `model` compute with other weights for a while; nothing is copied where dtype and device agree.
+
+    Of a sharded model the shards are exchanged in place, because FSDP gathers from memory of its own.
+    """
+    undo: list[Callable[[], object]] = []
     try:
-        for name, parameter in model.named_parameters():
-            parameter.data = weights[name].to(device=parameter.device, dtype=parameter.dtype)
+        for name, p in model.named_parameters():
+            if local(p) is not p:
+                undo.append(_exchange(local(p.detach()), local(weights[name])))
+            else:
+                undo.append(partial(setattr, p, "data", p.data))
+                p.data = weights[name].to(device=p.device, dtype=p.dtype)
         yield
     finally:
-        for name, parameter in model.named_parameters():
-            parameter.data = own[name]
+        for back in undo:
+            back()
+
+
+def _exchange(own: torch.Tensor, other: torch.Tensor) -> Callable[[], object]:
+    """Exchanges the values of two shards, or keeps a copy where their dtypes differ; returns what undoes it."""
+    kept = own.clone()
+    own.copy_(other)
+    if (own.dtype, own.device) != (other.dtype, other.device):
+        return partial(own.copy_, kept)
+    other.copy_(kept)
+    return partial(_exchange, own, other)

@@ -7,7 +7,6 @@ Letters: R trajectories, r of them in a micro-batch, S its longest sequence, N i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -80,21 +79,38 @@ def pack(trajectories: TrajectoryBatch, rows: torch.Tensor, *, pad_id: int, pack
     return PackedBatch(ids, torch.zeros_like(line), column, ids[0, column + 1], rows, lengths)
 
 
-def micro_batches(
-    trajectories: TrajectoryBatch, rows: torch.Tensor, *, budget: int, pad_id: int, packed: bool = False
-) -> Iterator[PackedBatch]:
-    """Splits trajectories `rows` into inputs of similar length, of `budget` tokens with padding, or of one row."""
+def groups(
+    trajectories: TrajectoryBatch, rows: torch.Tensor, *, budget: int, packed: bool = False, lanes: int = 1
+) -> list[list[int]]:
+    """Splits trajectories `rows` into forward passes of similar length, of `budget` tokens with padding, or of one row.
+
+    With `lanes`, the number of groups is a multiple of it: those with the most tokens are split, and where only single
+    rows are left the last groups are empty. Costly groups come first, so that those computed together are alike.
+    """
     lengths = {row: len(trajectories.prompt(row)) + int(trajectories.mask[row].sum()) for row in rows.tolist()}
-    group: list[int] = []
+    found: list[list[int]] = []
     tokens = 0
     for row in sorted(lengths, key=lambda row: (lengths[row], row)):
-        tokens = tokens + lengths[row] if packed else (len(group) + 1) * lengths[row]
-        if group and tokens > budget:
-            yield pack(trajectories, torch.tensor(group), pad_id=pad_id, packed=packed)
-            group, tokens = [], lengths[row]
-        group.append(row)
-    if group:
-        yield pack(trajectories, torch.tensor(group), pad_id=pad_id, packed=packed)
+        tokens = tokens + lengths[row] if packed else (len(found[-1]) + 1 if found else 1) * lengths[row]
+        if not found or tokens > budget:
+            found.append([])
+            tokens = lengths[row]
+        found[-1].append(row)
+    if lanes == 1 or not found:
+        return found
+
+    def cost(group: list[int]) -> tuple[int, int]:
+        return sum(lengths[row] for row in group) if packed else len(group) * lengths[group[-1]], len(group)
+
+    while len(found) % lanes:
+        splittable = [group for group in found if len(group) > 1]
+        if not splittable:
+            break
+        largest = max(splittable, key=cost)
+        found.remove(largest)
+        found += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    found.sort(key=lambda group: (cost(group), group), reverse=True)
+    return found + [[] for _ in range(-len(found) % lanes)]
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mgrpo.distributed.sharding import local
 from mgrpo.errors import InputError, StorageError, whole
 
 
@@ -33,19 +34,27 @@ def try_save(folder: Path, model: Any, weights: Mapping[str, Mapping[str, torch.
     """
     try:
         for name, tensors in weights.items():
-            thin = {key: tensor[..., :1] if tensor.ndim else tensor for key, tensor in tensors.items()}
+            thin = {key: _first_column(tensor) for key, tensor in tensors.items()}
             try:
                 model.save_pretrained(folder / name, state_dict=thin)
             except Exception as error:
                 if is_of_storage(error):
                     raise
                 # Some layouts need whole tensors; a model that cannot be saved fails with them too.
-                model.save_pretrained(folder / name, state_dict=dict(tensors))
+                full = {key: t if local(t) is t else torch.zeros(t.shape, dtype=t.dtype) for key, t in tensors.items()}
+                model.save_pretrained(folder / name, state_dict=full)
         tokenizer.save_pretrained(folder / next(iter(weights)))
     except Exception as error:
         if is_of_storage(error):
             raise StorageError(f"run: {folder.parent} must take what is written, got: {whole(error)}.") from error
         raise InputError(f"model: the model must be savable, saving failed with: {whole(error)}.") from error
+
+
+def _first_column(tensor: torch.Tensor) -> torch.Tensor:
+    """The first column of a weight; zeros in its shape for one that is sharded."""
+    if local(tensor) is not tensor:
+        return torch.zeros(*tensor.shape[:-1], 1, dtype=tensor.dtype)
+    return tensor[..., :1] if tensor.ndim else tensor
 
 
 def is_of_storage(error: Exception) -> bool:

@@ -16,6 +16,7 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedModel
 
+from mgrpo.distributed.sharding import whole
 from mgrpo.rollout.decoding_trial import choose_way, tolerates_cast, trial_logprobs
 from mgrpo.rollout.draws import uniform
 from mgrpo.rollout.engine import Engine, check_tag, check_weights
@@ -64,11 +65,11 @@ class TransformersEngine(Engine):
         return dtype
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
-        """Shares the given tensors where dtype and device agree, copies them elsewhere."""
+        """Shares the given tensors where dtype and device agree, copies them elsewhere, and gathers sharded ones."""
         own = self.model.state_dict(keep_vars=True)
         check_weights(weights, {name: tuple(target.shape) for name, target in own.items()})
-        for name, target in own.items():
-            target.data = weights[name].detach().to(device=target.device, dtype=target.dtype)
+        for target, name in {target: name for name, target in own.items()}.items():  # a tied weight once
+            target.data = whole(weights[name].detach()).to(device=target.device, dtype=target.dtype)
         self.held = tag
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ import torch
 from mgrpo.algorithm.reward import needs_labels
 from mgrpo.config import Config
 from mgrpo.data.load import load_prompts, require_answers, require_prompts
+from mgrpo.distributed.together import on_first
 from mgrpo.distributed.world import find_world
 from mgrpo.errors import ConfigError
 from mgrpo.grading.extract import make_extractor
@@ -109,10 +110,7 @@ def rehearse(trainer: Trainer, run_dir: Path) -> None:
         StorageError: a write to the disk failed.
     """
     config, model = trainer.config, trainer.model
-    require_room(run_dir, config, checkpoint_bytes(trainer))
-    with trial_folder(run_dir) as folder:
-        weights = {"policy": model.state_dict(), "momentum": trainer.momentum.state_dict()}
-        try_save(folder, model, weights, trainer.loaded.tokenizer)
+    on_first(trainer.world, lambda: _try_save(trainer, run_dir))
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -120,6 +118,14 @@ def rehearse(trainer: Trainer, run_dir: Path) -> None:
                 _try_gradient(trainer, _try_token(trainer))
         finally:
             model.zero_grad(set_to_none=True)
+
+
+def _try_save(trainer: Trainer, run_dir: Path) -> None:
+    """Tries to save policy and momentum model where there is room for checkpoints."""
+    require_room(run_dir, trainer.config, checkpoint_bytes(trainer))
+    with trial_folder(run_dir) as folder:
+        weights = {"policy": trainer.model.state_dict(), "momentum": trainer.momentum.state_dict()}
+        try_save(folder, trainer.model, weights, trainer.loaded.tokenizer)
 
 
 def _try_token(trainer: Trainer) -> Rollouts:

@@ -6,6 +6,7 @@ Letters: B prompts, M policy and N momentum rollouts a prompt, G = M + N.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from mgrpo.algorithm.credit import assign_credit
 from mgrpo.algorithm.reward import needs_labels
 from mgrpo.config import Config
+from mgrpo.distributed.world import ALONE, World
 from mgrpo.errors import EngineError
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
@@ -22,6 +24,7 @@ from mgrpo.observe.timer import Timer
 from mgrpo.rollout.source import RolloutBatch
 from mgrpo.rollout.stop import StopTexts, read_texts
 from mgrpo.training.passes import LogProbs
+from mgrpo.training.shared_checker import SharedChecker
 from mgrpo.types import TrajectoryBatch
 
 
@@ -35,11 +38,13 @@ class Grader:
         timer: times `vote`.
     """
 
-    def __init__(self, config: Config, tokenizer: Any, stop: StopTexts | None, timer: Timer):
+    def __init__(self, config: Config, tokenizer: Any, stop: StopTexts | None, timer: Timer, world: World = ALONE):
         self.config, self.tokenizer, self.stop, self.timer = config, tokenizer, stop, timer
         answer = config.answer
         self.extract = make_extractor(answer.extract)
-        self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers)
+        options: dict[str, Any] = {"timeout_s": answer.timeout_s, "num_workers": answer.workers}
+        make = AnswerChecker if world.size == 1 else partial(SharedChecker, world)
+        self.checker = make(mode=answer.equivalence, **options)
 
     def assign_credit(self, batch: RolloutBatch, logprobs: LogProbs) -> Outcome:
         """Filters, votes, rewards and compares within groups.

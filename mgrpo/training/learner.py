@@ -12,6 +12,9 @@ import torch
 
 from mgrpo.algorithm.loss import Batch, has_gradient, kl_cov_tokens, micro_batch_loss, normalizer
 from mgrpo.config import Config
+from mgrpo.config.distributed import LANES
+from mgrpo.distributed.sharding import Gradients, clip_by_rows
+from mgrpo.distributed.world import ALONE, World
 from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
@@ -44,8 +47,18 @@ class Update:
 class Learner:
     """Updates the policy and, after each optimiser step, the momentum model."""
 
-    def __init__(self, config: Config, loaded: LoadedModel, momentum: Momentum, forward: Forward, timer: Timer):
+    def __init__(
+        self,
+        config: Config,
+        loaded: LoadedModel,
+        momentum: Momentum,
+        forward: Forward,
+        timer: Timer,
+        world: World = ALONE,
+    ):
         self.config, self.model, self.momentum, self.forward = config, loaded.model, momentum, forward
+        self.world = world
+        self.tree = config.distributed.reduce == "tree"
         self.timer = timer  # times `update`, and `ema` within
         named = list(self.model.named_parameters())
         self.names = [name for name, _ in named]
@@ -114,15 +127,42 @@ class Learner:
         A non-finite step, or one with trajectories `not_finite` [s], changes no weight and is returned as a fault.
         """
         c = self.config
-        divisor = normalizer(batch.mask[rows], c.objective.reduce, c.rollout.max_new_tokens)
-        kl_cov = kl_cov_tokens(batch, rows, c.objective.kl_cov) if c.objective.kl_cov else None
         lr = learning_rate(c, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        results, weights = [], []
-        for packed in self.forward.micro_batches(trajectories, rows[has_gradient(batch.advantage[rows], c.objective)]):
+        loss, metrics = self.backward(trajectories, batch, rows)
+        norm = self.clip()
+        logprobs = (batch.old_logprob, batch.rollout_logprob)
+        lost = [] if not_finite is None else not_finite.tolist()
+        finite = not lost and all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
+        fault = None
+        if finite and math.isfinite(loss) and math.isfinite(norm):
+            # A step without any gradient does not show that the weights are finite.
+            self.nonfinite_in_row = self.nonfinite_in_row if metrics["ratio_mean"] is None else 0
+            self.optimizer.step()
+            with self.timer("ema"):
+                self.momentum.update(self.step, c.num_optimizer_steps)
+        else:
+            self.nonfinite_in_row += 1
+            self.nonfinite_steps += 1
+            suspects = sorted({*rows.tolist(), *lost})
+            fault = Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=suspects)
+        self.step += 1
+        return {"loss": loss, "grad_norm": norm, "lr": lr, **metrics}, fault
+
+    def backward(self, trajectories: TrajectoryBatch, batch: Batch, rows: torch.Tensor) -> tuple[float, Metrics]:
+        """Gradients of the objective on trajectories `rows` [r], of which each rank computes its micro-batches.
+
+        Returns the loss, and means over tokens, None if nothing has a gradient; the same on every rank.
+        """
+        c = self.config
+        divisor = normalizer(batch.mask[rows], c.objective.reduce, c.rollout.max_new_tokens)
+        kl_cov = kl_cov_tokens(batch, rows, c.objective.kl_cov) if c.objective.kl_cov else None
+        gradients = Gradients(self.model.parameters(), LANES // self.world.size if self.tree else None)
+        plan = self.forward.plan(trajectories, rows[has_gradient(batch.advantage[rows], c.objective)])
+        device = next(self.model.parameters()).device
+        results = torch.zeros(len(plan), 1 + len(_LOSS_METRICS), device=device)
+        for index, packed in self.forward.own(trajectories, plan):
             found = self.forward(self.model, packed)
             result = micro_batch_loss(
                 found.logprob,
@@ -135,28 +175,21 @@ class Learner:
                 max_length=c.rollout.max_new_tokens,
                 backend=c.kernels.backend,
             )
-            result.loss.backward()
-            results.append(torch.stack([result.loss.detach(), *(result.metrics[key] for key in _LOSS_METRICS)]))
-            weights.append(len(found.logprob))
-        loss, metrics = _combine(results, weights)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.optim.grad_clip))
-        logprobs = (batch.old_logprob, batch.rollout_logprob)
-        lost = [] if not_finite is None else not_finite.tolist()
-        finite = not lost and all(bool(values[rows][batch.mask[rows]].isfinite().all()) for values in logprobs)
-        fault = None
-        if finite and math.isfinite(loss) and math.isfinite(norm):
-            # A step without any gradient does not show that the weights are finite.
-            self.nonfinite_in_row = 0 if weights else self.nonfinite_in_row
-            self.optimizer.step()
-            with self.timer("ema"):
-                self.momentum.update(self.step, c.num_optimizer_steps)
-        else:
-            self.nonfinite_in_row += 1
-            self.nonfinite_steps += 1
-            suspects = sorted({*rows.tolist(), *lost})
-            fault = Fault(optimizer_step=self.step, loss=loss, grad_norm=norm, rows=suspects)
-        self.step += 1
-        return {"loss": loss, "grad_norm": norm, "lr": lr, **metrics}, fault
+            # What is computed in place of an empty micro-batch has no weight.
+            (result.loss if plan[index] else 0.0 * result.loss).backward()
+            gradients.add()
+            if plan[index]:
+                results[index] = torch.stack([result.loss.detach(), *(result.metrics[key] for key in _LOSS_METRICS)])
+        gradients.finish()
+        self.world.sum_(results)
+        return _combine(results, [int(batch.mask[group].sum()) for group in plan])
+
+    def clip(self) -> float:
+        """Scales the gradients down to `grad_clip`; returns their norm before."""
+        most = self.config.optim.grad_clip
+        if self.tree or self.world.size > 1:
+            return clip_by_rows(list(self.model.parameters()), most, self.world)
+        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), most))
 
     def state_dict(self) -> dict[str, int]:
         """The counters; Checkpointer writes weights and moments."""
@@ -175,12 +208,12 @@ class Learner:
 _LOSS_METRICS = ("ratio_mean", "clip_low_share", "clip_high_share", "kl", "tis_mean", "tis_clipped_share")
 
 
-def _combine(results: list[torch.Tensor], weights: list[int]) -> tuple[float, Metrics]:
+def _combine(results: torch.Tensor, weights: list[int]) -> tuple[float, Metrics]:
     """Sum of the losses of micro-batches, and token-weighted means of their metrics; one wait for the device.
 
     The means are None if nothing had a gradient.
     """
-    losses, *columns = torch.stack(results).T.tolist() if results else [[]] * (1 + len(_LOSS_METRICS))
+    losses, *columns = results.T.tolist()
     total = sum(weights)
     means = [sum(value * w for value, w in zip(values, weights, strict=True)) for values in columns]
     return sum(losses), {key: mean / total if total else None for key, mean in zip(_LOSS_METRICS, means, strict=True)}

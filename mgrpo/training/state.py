@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mgrpo.data.sampler import Sampler
+from mgrpo.distributed.sharding import fill, sharded_like, whole
 from mgrpo.errors import CheckpointError, EngineError
 from mgrpo.models.load import LoadedModel, load_weights
 from mgrpo.models.momentum import Momentum
@@ -101,7 +102,10 @@ class Checkpointer:
             take: returns the tensors to write for given ones: copies, or the same.
         """
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        weights = {"policy": take(model.state_dict()), "momentum": take(self.momentum.state_dict())}
+        weights = {
+            "policy": take(model.state_dict(keep_vars=True)),
+            "momentum": take(self.momentum.state_dict()),
+        }
         tensors = {"optimizer": take(optimizer_tensors(self.learner.optimizer, self.learner.names))}
         if self.momentum.compensation:
             tensors["momentum_compensation"] = take(self.momentum.compensation)
@@ -131,7 +135,7 @@ class Checkpointer:
         policy = load_weights(folder / "policy", trust_remote_code=self.trusted)
         with torch.no_grad():
             for name, parameter in self.loaded.model.named_parameters():
-                parameter.copy_(policy[name])
+                fill(parameter, policy[name])
         compensation = folder / "momentum_compensation.safetensors"
         self.momentum.load(
             load_weights(folder / "momentum", trust_remote_code=self.trusted),
@@ -156,16 +160,18 @@ def _as_parts(state: dict[str, Any]) -> dict[str, Any]:
     return state | counters
 
 
-def copy_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies tensors to the host; tied weights share their memory in the copy too."""
-    copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
-    found = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if key not in copies or not tensor.numel():
-            copies[key] = tensor.detach().to("cpu", copy=True)
-        found[name] = copies[key]
-    return found
+def copy_tensors(tensors: Mapping[str, torch.Tensor], *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Copies tensors to the host, whole where they are sharded; a tied weight is one tensor in the copy too.
+
+    Every rank must call it, because each has a part of a sharded tensor; one that does not keep them gets none.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in copies:
+            own = tensor.detach()
+            gathered = whole(own)
+            copies[id(tensor)] = gathered.to("cpu", copy=gathered is own) if keep else gathered.new_empty(0)
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()} if keep else {}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
@@ -187,7 +193,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: list[str
         name, entry = key.rsplit("/", 1)
         parameter = by_name[name]
         # AdamW counts its steps on the CPU.
-        optimizer.state[parameter][entry] = value if entry == "step" else value.to(parameter.device)
+        optimizer.state[parameter][entry] = value if entry == "step" else sharded_like(parameter, value)
 
 
 def rng_state() -> dict[str, Any]:
@@ -229,5 +235,5 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in tensors.items():
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

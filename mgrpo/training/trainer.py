@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from mgrpo.config import Config
 from mgrpo.data.load import load_prompts, require_answers, require_prompts
 from mgrpo.data.prompts import Dataset
 from mgrpo.data.sampler import Sampler
+from mgrpo.distributed.sharding import shard_model
 from mgrpo.distributed.world import ALONE, World
 from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel, load_model
@@ -26,8 +28,9 @@ from mgrpo.observe.timer import Timer
 from mgrpo.rollout.build import start_engine
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.generator import Generator
+from mgrpo.rollout.ranks import RankedEngine
 from mgrpo.rollout.source import RolloutsNow
-from mgrpo.rollout.stop import make_stop
+from mgrpo.rollout.stop import StopTexts, make_stop
 from mgrpo.training.grader import Grader
 from mgrpo.training.learner import Learner
 from mgrpo.training.observers import Describer, Evaluator, RetentionWatch, StepResult
@@ -38,7 +41,7 @@ from mgrpo.types import Metrics, Source, WeightTag
 
 
 class Trainer:
-    """Holds the parts of a run and takes its steps."""
+    """Holds the parts of a run and takes its steps; every rank of a run has one, and all take each step together."""
 
     def __init__(
         self,
@@ -48,23 +51,24 @@ class Trainer:
         make_engine: Callable[[LoadedModel, Config], Engine] | None = None,
     ):
         self.config, self.world, self.timer = config, world, Timer()
+        tree = config.distributed.reduce == "tree"
         self.loaded = load_model(config.model)
         self.model = self.loaded.model
         stop = make_stop(config.rollout.stop, config.data.template, self.loaded.tokenizer)
         self.data, self.probe = self._load_data()
         self.sampler = Sampler(len(self.data), config.rollout.num_prompts, config.seed)
-        self.grader = Grader(config, self.loaded.tokenizer, stop, self.timer)
+        self.grader = Grader(config, self.loaded.tokenizer, stop, self.timer, self.world)
         self.forward = Forward(
             self.loaded,
             temperature=config.rollout.temperature,
             kernels=config.kernels,
             micro_batch_tokens=config.optim.micro_batch_tokens,
             packed=config.optim.packing == "packed",
+            world=self.world,
+            tree=tree,
         )
-        if make_engine:
-            self.engine = make_engine(self.loaded, config)
-        else:
-            self.engine = start_engine(self.loaded, config.engine, stop=stop, max_length=self._longest())
+        self.engine = self._start_engine(make_engine, stop)
+        shard_model(self.model, self.world, dtype=self.loaded.dtype, tree=tree)  # after the engine has copied it
         self.momentum = Momentum(
             self.model,
             config.momentum,
@@ -72,7 +76,7 @@ class Trainer:
             kernels=config.kernels,
             engine_dtype=None if self.engine.weights_are_shared else self.loaded.dtype,
         )
-        self.learner = Learner(config, self.loaded, self.momentum, self.forward, self.timer)
+        self.learner = Learner(config, self.loaded, self.momentum, self.forward, self.timer, self.world)
         self.generator = Generator(
             self.engine, config.rollout, weights=self.weights, seed=config.seed, timer=self.timer
         )
@@ -141,11 +145,16 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Writes all state that the next step depends on into a checkpoint folder."""
-        self.checkpointer.snapshot(lambda tensors: tensors)(folder)
+        self.snapshot(copy=False)(folder)
 
-    def snapshot(self) -> Callable[[Path], None]:
-        """Copies that state to the host; the returned function writes it, from any thread."""
-        return self.checkpointer.snapshot(copy_tensors)
+    def snapshot(self, *, copy: bool = True) -> Callable[[Path], None]:
+        """Copies that state to the host; the returned function writes it, from any thread, on rank 0.
+
+        Every rank must call it. Without `copy`, the function must be called before the next step.
+        """
+        if copy or self.world.size > 1:
+            return self.checkpointer.snapshot(partial(copy_tensors, keep=self.world.is_first))
+        return self.checkpointer.snapshot(dict)
 
     def restore(self, folder: Path) -> None:
         """Restores what `save` wrote; raises CheckpointError if data or base model differ."""
@@ -155,6 +164,17 @@ class Trainer:
         """Ends the worker processes and closes the engine."""
         self.grader.checker.close()
         self.engine.close()
+
+    def _start_engine(
+        self, make_engine: Callable[[LoadedModel, Config], Engine] | None, stop: StopTexts | None
+    ) -> Engine:
+        """This rank's engine; with several ranks, or in tree mode, the engine of all."""
+        if make_engine:
+            engine = make_engine(self.loaded, self.config)
+        else:
+            engine = start_engine(self.loaded, self.config.engine, stop=stop, max_length=self._longest())
+        tree = self.config.distributed.reduce == "tree"
+        return RankedEngine(engine, self.world, tree=tree) if tree or self.world.size > 1 else engine
 
     def _load_data(self) -> tuple[Dataset, Dataset | None]:
         """Prompts to train on, and the eval set."""

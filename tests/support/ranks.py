@@ -1,67 +1,45 @@
-"""One process of a run of MGRPOTrainer whose rollouts are the same on any number of processes.
-
-RANK=0 WORLD_SIZE=2 ... python ranks.py FOLDER
-"""
+"""Ranks of a run for tests: a script that forks after its imports, so that only one process pays for them."""
 
 from __future__ import annotations
 
-import json
+import os
+import socket
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from small_run import BASE, problems, small_args
-from trl import GRPOTrainer
 
-from mgrpo.integrations.trl import MGRPOTrainer
+from mgrpo.distributed.world import World, join_world
 
-ROWS = 12  # 3 prompts of 4: two processes share the second one's rollouts
+SUPPORT = Path(__file__).parent
 
 
-def invent(self, prompt_ids, images, fields, num_generations):
-    """Responses that depend on the prompt, its number and the model's turn, and on no process."""
-    first = self.accelerator.process_index * len(prompt_ids)
-    responses = []
-    for row, prompt in enumerate(prompt_ids):
-        number = (first + row) % num_generations
-        answer = (sum(prompt) + (number * number + 3 * num_generations) % 5) % 7
-        text = f"1{number}#0{answer}"
-        responses.append([*self.processing_class.encode(text), self.processing_class.eos_token_id])
-    return responses, None
+def run_script(name: str, size: int, folder: Path, *, timeout_s: float = 300) -> None:
+    """Runs tests/support/NAME as `size` ranks that write to a folder; an AssertionError shows what they print."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, str(SUPPORT / name), str(size), port, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def main(folder: Path) -> None:
+def main(work: Callable[[World, Path], None], *, timeout_s: float = 60.0) -> None:
+    """Forks the ranks of the command line and runs `work` on each."""
+    size, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    rank, children = 0, []
+    for other in range(1, size):
+        child = os.fork()
+        if child == 0:
+            rank, children = other, []
+            break
+        children.append(child)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
     torch.set_num_threads(1)
-    GRPOTrainer._generate_single_turn = invent
-    rank, world = int(__import__("os").environ.get("RANK", 0)), int(__import__("os").environ.get("WORLD_SIZE", 1))
-    args = small_args(
-        folder,
-        per_device_train_batch_size=ROWS // world,
-        max_steps=2,
-        filter_scope="prompt",
-        seed=3,
-        optim="sgd",
-        learning_rate=0.1,
-    )
-    trainer = MGRPOTrainer(BASE, args=args, train_dataset=Dataset.from_list(problems()))
-    credits, take = [], MGRPOTrainer._take
-
-    def note(self, of_groups):
-        credit = of_groups.credit
-        credits.append({"answers": credit.answers, "labels": credit.labels, "keep": credit.keep.tolist()})
-        credits[-1] |= {"rewards": credit.rewards.tolist(), "accuracy": of_groups.metrics["accuracy"]}
-        take(self, of_groups)
-
-    MGRPOTrainer._take = note
-    trainer.train()
-    weights = {name: weight.double().sum().item() for name, weight in trainer.model.named_parameters()}
-    momentum = {name: weight.double().sum().item() for name, weight in trainer.momentum.started.weights.items()}
-    advantage = trainer._advantage.tolist()
-    loss = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    found = {"credits": credits, "weights": weights, "momentum": momentum, "advantage": advantage, "loss": loss}
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    world = join_world("cpu", timeout_s=timeout_s)
+    work(world, folder)
+    world.close()
+    sys.exit(max((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), default=0))

@@ -66,7 +66,7 @@ LAYERS = (
 )
 COMMANDS = {"train", "evaluate", "report", "doctor"}
 BASE = set(LAYERS[0].split())
-PLUG_INS_IMPORT = BASE | {"grading", "algorithm", "models", "data", "observe", "integrations"}
+PLUG_INS_IMPORT = BASE | {"distributed", "grading", "algorithm", "models", "data", "observe", "integrations"}
 # Who may import transformers, beside the plug-ins.
 KNOW_TRANSFORMERS = (
     "mgrpo.models.",
@@ -114,6 +114,13 @@ def test_plug_ins_need_neither_trainer_nor_engines():
     for name in (name for name in SOURCES if folder(name) == "integrations"):
         used = {folder(module) for module in own(imported(SOURCES[name])) if module.startswith("mgrpo.")}
         assert used <= PLUG_INS_IMPORT, name
+
+
+def test_one_folder_knows_process_groups():
+    """Beside the plug-ins, which are guests in a host's, and the sender of weights to vLLM, which opens vLLM's."""
+    guests = (*KERNELS, "mgrpo.rollout.weights.nccl")
+    for name in (n for n in SOURCES if folder(n) not in ("distributed", "integrations") and n not in guests):
+        assert not {module for module in imported(SOURCES[name]) if module.startswith("torch.distributed")}, name
 
 
 def test_every_module_is_imported_or_run():

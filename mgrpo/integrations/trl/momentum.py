@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mgrpo.config import KernelsConfig, MomentumConfig
-from mgrpo.models.momentum import Momentum, local
+from mgrpo.distributed.sharding import local
+from mgrpo.models.momentum import Momentum
 
 FILE = "momentum.safetensors"  # in a checkpoint
 

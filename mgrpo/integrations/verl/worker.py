@@ -17,9 +17,10 @@ from verl.single_controller.base.decorator import Dispatch, register  # pyright:
 from verl.workers.engine_workers import ActorRolloutRefWorker  # pyright: ignore[reportMissingImports]
 
 from mgrpo.config import KernelsConfig, MomentumConfig
+from mgrpo.distributed.sharding import local
 from mgrpo.integrations import patch_kernels
 from mgrpo.integrations.verl import plugin
-from mgrpo.models.momentum import Momentum, local
+from mgrpo.models.momentum import Momentum
 
 
 class EngineMomentum:

@@ -7,13 +7,15 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import ARCHITECTURES, loaded, one_by_one, random_trajectories, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AttentionInterface, AttentionMaskInterface, MambaConfig, MambaForCausalLM
 
 from mgrpo.config import KernelsConfig
 from mgrpo.errors import ConfigError
 from mgrpo.models import packing
 from mgrpo.models.forward import Forward
-from mgrpo.models.packing import micro_batches, pack, require_packing
+from mgrpo.models.packing import groups, pack, require_packing
 from mgrpo.models.plain import plain_logits
 from mgrpo_kernels.testing import assert_within_budget
 
@@ -88,7 +90,8 @@ def test_no_sequence_sees_another(architecture, attention):
 
 def test_each_row_lies_in_one_input_within_the_budget_and_none_is_padded():
     for budget in (1, 15, 24, 40, 10**6):
-        batches = list(micro_batches(TRAJECTORIES, torch.arange(6), budget=budget, pad_id=0, packed=True))
+        found = groups(TRAJECTORIES, torch.arange(6), budget=budget, packed=True)
+        batches = [pack(TRAJECTORIES, torch.tensor(group), pad_id=0, packed=True) for group in found]
         assert sorted(row for batch in batches for row in batch.rows.tolist()) == list(range(6))
         for batch in batches:
             mask = TRAJECTORIES.mask[batch.rows]
@@ -175,3 +178,32 @@ def test_packed_and_padded_runs_take_the_same_steps(small, trained, weights_of):
         for trainer in (trained(small(changes), 0)[0], *(trainer for trainer, _ in runs))
     )
     assert 0 < (padded - packed).norm() < 1e-2 * (padded - start).norm()
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=24),
+    lanes=st.sampled_from([1, 2, 3, 4, 8]),
+    budget=st.integers(1, 200),
+    packed=st.booleans(),
+)
+def test_a_plan_for_several_ranks(lengths, lanes, budget, packed):
+    """Every row once, within the budget, as many groups for each rank; empty ones only where no group can be split."""
+    trajectories = random_trajectories(lengths, num_prompts=1, num_policy=len(lengths))
+    total = [2 + length for length in lengths]
+    rows = torch.arange(len(lengths))
+    plan = groups(trajectories, rows, budget=budget, packed=packed, lanes=lanes)
+    assert sorted(row for group in plan for row in group) == rows.tolist()
+    assert len(plan) % lanes == 0
+    cost = [
+        sum(total[row] for row in g) if packed else len(g) * max((total[row] for row in g), default=0) for g in plan
+    ]
+    assert all(len(group) <= 1 or most <= budget for group, most in zip(plan, cost, strict=True))
+    if lanes > 1:
+        assert cost == sorted(cost, reverse=True)
+        assert all(plan) or max(map(len, plan)) == 1
+    one = groups(trajectories, rows, budget=budget, packed=packed)
+    assert len(plan) < len(one) + lanes
+
+
+def test_a_plan_of_no_rows_is_empty():
+    assert groups(TRAJECTORIES, torch.arange(0), budget=8, lanes=4) == []

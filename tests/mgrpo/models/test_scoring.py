@@ -163,7 +163,8 @@ def test_micro_batches_cover_each_row_once_within_the_budget():
     model = tiny_model("llama")
     total = [len(TRAJECTORIES.prompt(row)) + LENGTHS[row] for row in range(6)]
     for budget in (1, 15, 24, 40, 10**6):
-        batches = list(forward_of(model, micro_batch_tokens=budget).micro_batches(TRAJECTORIES, torch.arange(6)))
+        forward = forward_of(model, micro_batch_tokens=budget)
+        batches = [batch for _, batch in forward.own(TRAJECTORIES, forward.plan(TRAJECTORIES, torch.arange(6)))]
         groups = [batch.rows.tolist() for batch in batches]
         for batch in batches:
             mask = TRAJECTORIES.mask[batch.rows]

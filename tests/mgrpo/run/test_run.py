@@ -156,7 +156,7 @@ class Counted:
     """Counts the forward passes of a forward."""
 
     def __init__(self, forward, score):
-        self.micro_batches, self.score, self.calls = forward.micro_batches, score, 0
+        self.plan, self.own, self.score, self.calls = forward.plan, forward.own, score, 0
 
     def __call__(self, *args, **options):
         self.calls += 1

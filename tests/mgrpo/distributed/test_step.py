@@ -1,0 +1,50 @@
+"""Steps of training on 1, 2, 3 and 4 ranks: the same bits in tree mode, the same to rounding without."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from ranks import run_script
+from step_checks import CHECKS
+
+EXACT = [name for name in CHECKS if "default" not in name and not name.startswith(("mutant", "memory", "one_micro"))]
+ROUNDED = ["default", "default_untied", "one_micro_batch_is_split"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each scenario found, by number of ranks."""
+    results = {}
+    for size in (1, 2, 4):
+        folder = tmp_path_factory.mktemp(f"ranks{size}")
+        run_script("step_checks.py", size, folder)
+        results[size] = json.loads((folder / "found.json").read_text())
+    return results
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_tree_mode_has_the_bits_of_one_process(found, name):
+    assert found[2][name] == found[1][name]
+    assert found[4][name] == found[1][name]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_the_step_is_that_of_one_process(found, name):
+    one = found[1][name]
+    for size in (2, 4):
+        other = found[size][name]
+        assert other["gradients"] == pytest.approx(one["gradients"], rel=1e-4, abs=1e-6)
+        assert other["metrics"][0] == pytest.approx(one["metrics"][0], rel=1e-4, abs=1e-6)
+
+
+def test_settings_on_the_root_alone_are_found(found):
+    name = "mutant_factor_on_the_root_alone"
+    norms = {size: found[size][name]["metrics"][0]["grad_norm"] for size in (1, 2)}
+    assert abs(norms[2] - norms[1]) > 0.05 * norms[1]
+
+
+def test_state_is_divided_among_the_ranks(found):
+    for size in (2, 4):
+        shares = found[size]["memory_is_shared"]
+        assert all(abs(share - 1 / size) < 0.05 for rank in shares for share in rank)
