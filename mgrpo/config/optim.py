@@ -36,5 +36,8 @@ class OptimConfig:
     """Optimiser steps a pass over the rollout batch."""
     num_epochs: int = option(1, least=1)
     """Passes over the rollout batch."""
+    offload: bool = False
+    """AdamW's moments and its step on the host: 8 bytes a parameter less on a GPU, and more time for each optimiser
+    step. On a CPU nothing changes. One process only."""
     max_nonfinite: int = option(5, least=1)
     """Non-finite optimiser steps in a row that stop the run."""

@@ -115,6 +115,10 @@ def _combination_problems(config: Config) -> list[str]:
     require(
         c.vote.num_train is None or c.vote.num_train <= c.rollout.num_policy,
         f"--vote.num-train must be at most --rollout.num-policy ({c.rollout.num_policy}), got {c.vote.num_train}.",
+    require(
+        not c.optim.offload or processes in (None, 1, "auto"),
+        f"--optim.offload needs one process, got --distributed.processes {processes}.",
+    )
     )
     everyone = c.objective.momentum_in_loss or c.objective.advantage_over == "all"
     group = c.num_train + (c.rollout.num_momentum if everyone else 0)

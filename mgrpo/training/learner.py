@@ -20,6 +20,7 @@ from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
 from mgrpo.observe.step import Outcome
 from mgrpo.observe.timer import Timer
+from mgrpo.training.offload import HostAdamW
 from mgrpo.training.passes import LogProbs
 from mgrpo.training.schedule import learning_rate
 from mgrpo.types import Metrics, TrajectoryBatch
@@ -64,7 +65,8 @@ class Learner:
         self.names = [name for name, _ in named]
         # Norms and biases, of one dimension, have no weight decay.
         groups = [{"params": [p], "weight_decay": config.optim.weight_decay if p.ndim > 1 else 0.0} for _, p in named]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2))
+        optimizer = HostAdamW if config.optim.offload else torch.optim.AdamW
+        self.optimizer = optimizer(groups, lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2))
         self.step = 0  # optimiser steps taken or skipped
         self.nonfinite_steps = 0
         self.nonfinite_in_row = 0

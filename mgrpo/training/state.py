@@ -24,6 +24,7 @@ from mgrpo.models.load import LoadedModel, load_weights
 from mgrpo.models.momentum import Momentum
 from mgrpo.models.save import save_model
 from mgrpo.training.learner import Learner
+from mgrpo.training.offload import HostAdamW
 
 Tensors = dict[str, torch.Tensor]
 
@@ -193,7 +194,8 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: list[str
         name, entry = key.rsplit("/", 1)
         parameter = by_name[name]
         # AdamW counts its steps on the CPU.
-        optimizer.state[parameter][entry] = value if entry == "step" else sharded_like(parameter, value)
+        on_host = entry == "step" or isinstance(optimizer, HostAdamW)
+        optimizer.state[parameter][entry] = value if on_host else sharded_like(parameter, value)
 
 
 def rng_state() -> dict[str, Any]:

@@ -123,6 +123,10 @@ COMBINATIONS = {
         "--distributed.reduce tree needs 1, 2, 4 or 8 processes, got 5",
     ),
     "resume": ({"resume": True}, "--resume needs --run-dir"),
+    "offload": (
+        {"optim.offload": True, "distributed.processes": 2},
+        "--optim.offload needs one process, got --distributed.processes 2.",
+    ),
     "resume extend": ({"resume_extend": True}, "--resume-extend needs --resume"),
 }
 
