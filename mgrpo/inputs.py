@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -131,3 +132,19 @@ def list_names(names: Iterable[str]) -> str:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is nearest, if one is near."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+UNITS = {
+    "": 1,
+    **{
+        f"{letter}{b}": base**power for power, letter in enumerate("KMGT", 1) for b, base in (("B", 1000), ("iB", 1024))
+    },
+}
+
+
+def read_bytes(text: str) -> int | None:
+    """A number of bytes as `80GiB`, `24GB` or `1000`; None for anything else, and for less than one byte."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?(\w*)", text, re.ASCII)
+    if match is None or match[2] not in UNITS:
+        return None
+    return int(float(match[1]) * UNITS[match[2]]) or None

@@ -137,6 +137,18 @@ def mgrpo_qwen3_4b_math() -> Config:
     )
 
 
+def mgrpo_qwen3_0_6b() -> Config:
+    """The same on Qwen3-0.6B-Base, for one GPU of 24 GB."""
+    base = mgrpo_qwen3_4b_math()
+    return replace(
+        base,
+        preset="mgrpo_qwen3_0_6b",
+        model=replace(base.model, path="Qwen/Qwen3-0.6B-Base"),
+        engine=EngineConfig(batch_size=16),
+        optim=replace(base.optim, micro_batch_tokens=8192),
+    )
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     preset.__name__: preset
     for preset in (
@@ -150,6 +162,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
         rent,
         grpo_labels,
         mgrpo_qwen3_4b_math,
+        mgrpo_qwen3_0_6b,
     )
 }
 

@@ -25,7 +25,7 @@ from mgrpo.errors import CheckpointError, ConfigError, EngineError, Exit, InputE
 from mgrpo.models.files import quiet_transformers
 from mgrpo.presets import PRESETS, make_preset
 from mgrpo.run.loop import run
-from mgrpo.run.plan import fits_memory, print_plan
+from mgrpo.run.plan import print_plan
 from mgrpo.run.preflight import find_problems, try_start
 from mgrpo.run.resume import check_resumable, resumed_config
 
@@ -44,7 +44,9 @@ def parse(arguments: Sequence[str]) -> Config:
     if "--resume" in arguments and (run_dir := _value_of("--run-dir", arguments)):
         before = resumed_config(Path(os.path.expanduser(run_dir)))
         # Options of one call, not of the run.
-        before = before and replace(before, stop_after=None, resume=False, resume_extend=False, dry_run=False)
+        before = before and replace(
+            before, stop_after=None, resume=False, resume_extend=False, dry_run=False, dry_run_memory=None
+        )
     if before and preset not in (None, before.preset):
         raise ConfigError([f"resume: PRESET must be {before.preset}, as the run was started, got {preset}."])
     default = before or make_preset(preset or "arithmetic")
@@ -80,10 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.dry_run:
             if problems := find_problems(config):
                 raise ConfigError(problems)
-            if fits_memory(print_plan(config)):
-                try_start(config)
+            plan = print_plan(config)
+            if plan.problems:
+                raise ConfigError(plan.problems)
+            if plan.untried:
+                print(f"The model is not loaded and tried: {plan.untried}.")
             else:
-                print("The model is not loaded and tried: it needs more than the free memory of this machine.")
+                try_start(config)
             return Exit.DONE
         return run(config)
     except (ConfigError, InputError, CheckpointError, EngineError, StorageError) as error:

@@ -29,6 +29,7 @@ from mgrpo.config.option import RESUMABLE, HomeText, option, range_problems
 from mgrpo.config.rollout import RolloutConfig
 from mgrpo.config.vote import VoteConfig
 from mgrpo.errors import ConfigError
+from mgrpo.inputs import read_bytes
 
 MAX_STOP_CHARS = 1000
 
@@ -56,6 +57,9 @@ class Config:
     """With --resume, allow --steps to differ from the value at the start."""
     dry_run: bool = option(False, resumable=True)
     """Check everything, print the plan, load the model, try a token, a gradient and a save, and exit."""
+    dry_run_memory: str | None = option(None, resumable=True)
+    """With --dry-run, memory of a GPU to plan for instead of this machine's, such as `80GB` or `80GiB`; with
+    `--model.device cpu`, of a host."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     answer: AnswerConfig = field(default_factory=AnswerConfig)
@@ -111,14 +115,14 @@ def _combination_problems(config: Config) -> list[str]:
     problems += engine_problems(c.engine)
     if isinstance(processes := c.distributed.processes, int):
         problems += world_problems(processes, replicate=c.distributed.replicate, reduce=c.distributed.reduce)
-    problems += stop_problems(c.rollout.stop)
-    require(
-        c.vote.num_train is None or c.vote.num_train <= c.rollout.num_policy,
-        f"--vote.num-train must be at most --rollout.num-policy ({c.rollout.num_policy}), got {c.vote.num_train}.",
     require(
         not c.optim.offload or processes in (None, 1, "auto"),
         f"--optim.offload needs one process, got --distributed.processes {processes}.",
     )
+    problems += stop_problems(c.rollout.stop)
+    require(
+        c.vote.num_train is None or c.vote.num_train <= c.rollout.num_policy,
+        f"--vote.num-train must be at most --rollout.num-policy ({c.rollout.num_policy}), got {c.vote.num_train}.",
     )
     everyone = c.objective.momentum_in_loss or c.objective.advantage_over == "all"
     group = c.num_train + (c.rollout.num_momentum if everyone else 0)
@@ -137,6 +141,11 @@ def _combination_problems(config: Config) -> list[str]:
         "--objective.kl-coef above 0 needs --objective.kl-reference initial or momentum, got none.",
     )
     require(not c.resume or c.run_dir is not None, "--resume needs --run-dir.")
+    require(
+        c.dry_run_memory is None or read_bytes(c.dry_run_memory) is not None,
+        f"--dry-run-memory must be a number of bytes such as 80GiB or 80GB, got {c.dry_run_memory}.",
+    )
+    require(c.dry_run or c.dry_run_memory is None, "--dry-run-memory needs --dry-run.")
     require(c.resume or not c.resume_extend, "--resume-extend needs --resume.")
     return problems
 

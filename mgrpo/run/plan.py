@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -11,12 +14,15 @@ from rich.table import Table
 from mgrpo.config import Config
 from mgrpo.data.load import describe_data, describe_labels, load_prompts
 from mgrpo.data.prompts import Dataset
+from mgrpo.distributed.world import find_world
+from mgrpo.inputs import read_bytes
 from mgrpo.models.device import pick_device
-from mgrpo.models.forward import MAX_LOGITS_BYTES
-from mgrpo.models.size import cache_numbers, count_parameters, positive
-from mgrpo.models.tokenizer import Tokenizer, load_tokenizer
+from mgrpo.models.measure import ModelSize, measure_size
+from mgrpo.models.tokenizer import Tokenizer, load_tokenizer, resolve_path
+from mgrpo.process.memory import host_memory
 from mgrpo.rollout.stop import make_stop
-from mgrpo.training.trainer import needs_initial
+from mgrpo.run.memory import Job, plan_memory
+from mgrpo.run.remedies import Limits, as_bytes, memory_problems
 from mgrpo_kernels.backends import resolve
 
 # The operations that a training step calls.
@@ -30,44 +36,115 @@ OPS = (
     "grpo_loss",
     "ema_update_",
 )
+PHASES = {"always": "", "rollout": "in rollouts", "score": "in scoring", "update": "in updates"}
 
 
-# Bytes a parameter; Kahan compensation is a second bf16 number.
-MOMENTUM_BYTES = {"fp32": 4, "bf16-stochastic": 2, "bf16-kahan": 4}
+class Plan(NamedTuple):
+    """Outcome of the plan."""
+
+    problems: list[str]
+    """What does not fit into memory."""
+    untried: str | None
+    """The reason why the model cannot be loaded and tried; None if it can."""
 
 
-def print_plan(config: Config) -> int | None:
-    """Prints data, batch sizes, memory by part and the kernel backend of every op; returns the number of parameters."""
+def print_plan(config: Config) -> Plan:
+    """Prints data, batch sizes, memory of a rank by part, and the kernel backend of every op."""
     console = Console()
     tokenizer = load_tokenizer(config.model)
     data = load_prompts(config, tokenizer, config.data.train)
     eval_set = load_prompts(config, tokenizer, config.data.probe) if config.data.probe else None
     device = pick_device(config.model.device)
-    num_parameters = count_parameters(tokenizer.model_config, trust_remote_code=config.model.trust_remote_code)
     for title, rows in (
         ("data", data_plan(data, eval_set)),
         ("batch", [*batch_plan(config, data), *stop_plan(config, tokenizer)]),
-        ("memory", memory_plan(config, tokenizer, data, num_parameters)),
-        (
-            "kernels",
-            [(op, resolve(op, device, config.kernels.backend)) for op in OPS],
-        ),
+        ("kernels", [(op, resolve(op, device, config.kernels.backend)) for op in OPS]),
     ):
-        table = Table(title=title, title_justify="left", show_header=False)
-        for name, value in rows:
-            table.add_row(name, value)
-        console.print(table)
-    return num_parameters
+        console.print(table(title, rows))
+    ranks, limits = num_ranks(config, device), memory_limits(config, device)
+    size = measure(config, tokenizer.model_config, ranks)
+    if size is None:
+        console.print(table("memory", [("parameters", "not known before the model is loaded")]))
+        return Plan([], reason_untried(config, 0))
+    longest = max(len(prompt.ids) for prompt in data.prompts) + config.rollout.max_new_tokens
+    job = Job(size=size, longest=longest, ranks=ranks, device_memory=limits.device)
+    title = f"memory of each of {ranks} ranks" if ranks > 1 else "memory"
+    console.print(table(title, memory_rows(config, job, limits)))
+    return Plan(memory_problems(config, job, limits), reason_untried(config, size.parameters))
 
 
-def fits_memory(num_parameters: int | None) -> bool:
-    """Whether the model in fp32, the engine's copy, its gradient and its momentum fit into the free memory."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        (free,) = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError):
-        return True
-    return 16 * (num_parameters or 0) <= free
+def measure(config: Config, model_config: Any, ranks: int) -> ModelSize | None:
+    """Size of the model of a run on a number of ranks; None if it cannot be built from its configuration alone."""
+    half = config.model.dtype == "bf16"
+    cast = ranks == 1 or config.distributed.reduce == "tree"  # autocast, not FSDP, lowers the precision
+    return measure_size(
+        model_config,
+        attention=config.model.attn_implementation,
+        autocast=half and cast,
+        half=half and not cast,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
+    """A table without a header."""
+    result = Table(title=title, title_justify="left", show_header=False)
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def num_ranks(config: Config, device: torch.device) -> int:
+    """W, the processes that the run would have."""
+    processes = config.distributed.processes
+    if isinstance(processes, int):
+        return processes
+    if processes == "auto":
+        return torch.cuda.device_count() if device.type == "cuda" else 1
+    return find_world().size
+
+
+def memory_limits(config: Config, device: torch.device) -> Limits:
+    """Memory to plan for: that of --dry-run-memory, else that of this machine."""
+    host = host_memory().total
+    if config.dry_run_memory:
+        on_gpu = config.model.device != "cpu"
+        return Limits(device=read_bytes(config.dry_run_memory), host=None, on_gpu=on_gpu)
+    if device.type == "cuda":
+        return Limits(device=torch.cuda.get_device_properties(device).total_memory, host=host, on_gpu=True)
+    return Limits(device=host, host=None, on_gpu=False)
+
+
+def memory_rows(config: Config, job: Job, limits: Limits) -> list[tuple[str, str, str]]:
+    """The table of memory: part, bytes, where and when it is held; the last rows are sums and limits."""
+    memory = plan_memory(config, job)
+    rows = [("parameters", f"{job.size.parameters:,}", "")]
+    for part in memory.parts:
+        place = "on the host" if part.on_host and limits.on_gpu else ""
+        rows.append((part.name, as_bytes(part.num_bytes), ", ".join(filter(None, (PHASES[part.phase], place)))))
+    most = "most at a time" + ", without activations" * (job.size.activations is None)
+    if limits.on_gpu:
+        sums = [(most, memory.device, "of the GPU"), (most, memory.host, "of the host")]
+        sums += [("there is", limits.device, "of the GPU"), ("there is", limits.host, "of the host")]
+    else:
+        sums = [(most, memory.device + memory.host, ""), ("there is", limits.device, "of the host")]
+    return rows + [(name, as_bytes(num_bytes), where) for name, num_bytes, where in sums if num_bytes]
+
+
+def reason_untried(config: Config, num_parameters: int) -> str | None:
+    """Why the model cannot be loaded and tried here; None if it can."""
+    path = resolve_path(config.model.path)
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+        return f"{config.model.path} has no weights, which are not checked"
+    if config.dry_run_memory:
+        return "the plan is for another device"
+    if config.distributed.processes not in (None, 1, "auto"):
+        return f"the plan is for {config.distributed.processes} processes"
+    free = host_memory().free
+    # In fp32 the model, the engine's copy, the gradient and the momentum model.
+    if free is not None and 16 * num_parameters > free:
+        return "it needs more than the free memory of this machine"
+    return None
 
 
 def data_plan(data: Dataset, eval_set: Dataset | None) -> list[tuple[str, str]]:
@@ -110,30 +187,3 @@ def stop_plan(config: Config, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     texts = escape(", ".join(map(repr, stop.texts)))
     origin = "; by --data.template, --rollout.stop '' turns it off" if config.rollout.stop is None else ""
     return [("responses end at", f"EOS, {texts}{origin}")]
-
-
-def memory_plan(
-    config: Config, tokenizer: Tokenizer, data: Dataset, num_parameters: int | None
-) -> list[tuple[str, str]]:
-    """Memory of each part that grows with the model or the batch, without activations."""
-    if num_parameters is None:
-        return [("parameters", "not known before the model is loaded")]
-    text = tokenizer.model_config.get_text_config()
-    half = config.model.dtype == "bf16"
-    longest = max(len(prompt.ids) for prompt in data.prompts) + config.rollout.max_new_tokens
-    per_call = max(config.rollout.num_policy, config.rollout.num_momentum)
-    sequences = min(max(config.engine.batch_size // per_call, 1), config.rollout.num_prompts) * per_call
-    logits = 4 * config.optim.micro_batch_tokens * (positive(text, "vocab_size") or 0)
-    parts = {
-        "weights (fp32)": 4 * num_parameters,
-        "gradient (fp32)": 4 * num_parameters,
-        "AdamW moments (fp32)": 8 * num_parameters,
-        f"momentum ({config.momentum.dtype})": MOMENTUM_BYTES[config.momentum.dtype] * num_parameters,
-        "rollout copy (bf16)": 2 * num_parameters if half else 0,
-        "initial weights": (2 if half else 4) * num_parameters if needs_initial(config) else 0,
-        "logits of a micro-batch": min(logits, MAX_LOGITS_BYTES),
-        f"KV cache of {sequences} x {longest} tokens": cache_numbers(text) * longest * sequences * (2 if half else 4),
-    }
-    rows = [("parameters", f"{num_parameters:,}")]
-    rows += [(name, f"{size / 2**20:,.1f} MiB") for name, size in parts.items() if size]
-    return [*rows, ("sum, without activations", f"{sum(parts.values()) / 2**20:,.1f} MiB")]

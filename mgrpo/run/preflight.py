@@ -81,7 +81,7 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
 
 def _refuse_processes(config: Config) -> None:
     """Raises ConfigError if the command is to start several processes."""
-    if config.distributed.processes not in (None, 1, "auto"):
+    if not config.dry_run and config.distributed.processes not in (None, 1, "auto"):
         raise ConfigError([f"config: --distributed.processes must be 1, got {config.distributed.processes}."])
 
 

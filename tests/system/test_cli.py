@@ -415,8 +415,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(launch, monkeypatch, tmp_pat
         "3 = 0.50 epochs",
         "parameters 223,392",
         "AdamW moments (fp32) 1.7 MiB",
-        "momentum (fp32) 0.9 MiB",
-        "logits of a micro-batch",
+        "momentum model (fp32) 0.9 MiB",
+        "logits and their gradient",
         "KV cache of 16 x 33 tokens 0.8 MiB",
     ):
         assert part in text
@@ -466,13 +466,13 @@ def test_dry_run_counts_what_options_add(launch, capsys):
     for part in (
         "in the loss 20 at most",
         "optimiser steps 12",
-        "rollout copy (bf16) 0.4 MiB",
-        "initial weights 0.4 MiB",
+        "engine: weights (bf16) 0.4 MiB",
+        "initial weights (bf16) 0.4 MiB",
         "KV cache of 16 x 33 tokens 0.4 MiB",
     ):
         assert part in text
     # Kahan compensation is a second bf16 number a weight.
-    assert "momentum (bf16-kahan) 0.9 MiB" in text
+    assert "momentum model (bf16-kahan) 0.9 MiB" in text
 
 
 def test_dry_run_lists_every_problem(launch, tmp_path, capsys):

@@ -322,6 +322,15 @@ PRESET_VALUES = {
         "momentum.dtype": "fp32",
         "momentum.schedule": "constant",
     },
+    "mgrpo_qwen3_0_6b": {
+        "model.path": "Qwen/Qwen3-0.6B-Base",
+        "model.gradient_checkpointing": True,
+        "rollout.num_policy": 24,
+        "rollout.num_momentum": 8,
+        "rollout.max_new_tokens": 3072,
+        "momentum.decay": 0.99,
+        "optim.lr": 1e-6,
+    },
     "srt": {"rollout.num_momentum": 0, "filter.applies_to": "none", "objective.reward": "majority"},
     "ttrl": {"rollout.num_policy": 64, "vote.num_train": 32, "rollout.num_momentum": 0, "objective.reward": "majority"},
     "corewarding2": {
