@@ -191,6 +191,7 @@ def rows_of(tensor: torch.Tensor) -> slice:
     return slice(start, min(start + size, len(tensor)))
 
 
+@torch.no_grad()
 def fill(target: torch.Tensor, values: torch.Tensor) -> None:
     """Copies this rank's rows of a whole tensor, which every rank has, into a sharded one."""
     local(target).copy_(values[rows_of(target)] if values.ndim else values)
