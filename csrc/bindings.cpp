@@ -37,11 +37,12 @@ void token_logprob_bwd(const LogitRows& rows, Address logprob, Address entropy, 
                                           dlogits_stride, executor});
 }
 
-// Columns of integers of one length, one entry a tensor.
+// Columns of integers of one length, one entry a tensor; no offsets: all are 0.
 void ema_update(const py::list& momentum, const py::list& policy, const py::list& compensation,
                 const py::list& publish, const py::list& counts, const py::list& momentum_dtypes,
                 const py::list& policy_dtypes, const py::list& publish_dtypes, double weight, Address decay,
-                bool stochastic, uint64_t seed, uint32_t step, Address step_at, Executor executor) {
+                bool stochastic, uint64_t seed, uint32_t step, Address step_at, Executor executor,
+                const py::list& offsets) {
   const auto number = [](const py::list& column, size_t i) {
     return PyLong_AsLongLong(PyList_GET_ITEM(column.ptr(), static_cast<Py_ssize_t>(i)));
   };
@@ -50,16 +51,17 @@ void ema_update(const py::list& momentum, const py::list& policy, const py::list
   };
   const auto dtype = [&](const py::list& column, size_t i) { return static_cast<Dtype>(number(column, i)); };
   std::vector<EmaTensor> tensors(momentum.size());
+  const bool has_offsets = !offsets.empty();
   int64_t num_groups = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     tensors[i] = {pointer(momentum, i), pointer(policy, i), pointer(compensation, i), pointer(publish, i),
-                  number(counts, i), num_groups, dtype(momentum_dtypes, i), dtype(policy_dtypes, i),
-                  dtype(publish_dtypes, i)};
+                  number(counts, i), num_groups, has_offsets ? static_cast<uint64_t>(number(offsets, i)) : 0,
+                  dtype(momentum_dtypes, i), dtype(policy_dtypes, i), dtype(publish_dtypes, i)};
     num_groups += (tensors[i].count + kEmaGroup - 1) / kEmaGroup;
   }
   const py::gil_scoped_release unlocked;
   launch_ema_update({tensors.data(), static_cast<int64_t>(tensors.size()), num_groups, weight, at<double>(decay),
-                                   stochastic, seed, step, at<int64_t>(step_at), executor});
+                                   stochastic, has_offsets, seed, step, at<int64_t>(step_at), executor});
 }
 
 void trajectory_entropy_fwd(Address tokens, int dtype, Address cu_seqlens, Address mask, int64_t num_sequences,
@@ -146,5 +148,8 @@ void bind_operations(py::module_& m) {
   m.def("group_advantage", &group_advantage, Unlocked());
   m.def("majority_vote", &majority_vote, Unlocked());
   m.def("iqr_filter", &iqr_filter, Unlocked());
-  m.def("ema_update", &ema_update);
+  m.def("ema_update", &ema_update, py::arg("momentum"), py::arg("policy"), py::arg("compensation"), py::arg("publish"),
+        py::arg("counts"), py::arg("momentum_dtypes"), py::arg("policy_dtypes"), py::arg("publish_dtypes"),
+        py::arg("weight"), py::arg("decay"), py::arg("stochastic"), py::arg("seed"), py::arg("step"),
+        py::arg("step_at"), py::arg("executor"), py::arg("offsets") = py::list());
 }

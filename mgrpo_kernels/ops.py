@@ -200,10 +200,10 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[
 
 @_define(
     "ema_update",
-    # Lists hold present tensors; compensated and published are the indices of their momentum.
+    # Lists hold present tensors; compensated and published are the indices of their momentum. No offsets: all are 0.
     "ema_update_(Tensor(a!)[] momentum, Tensor[] policy, Tensor(b!)[] compensation, int[] compensated, "
     "Tensor(c!)[] publish, int[] published, float decay, Tensor? decay_tensor, bool stochastic, int seed, SymInt step, "
-    "Tensor? step_tensor, str backend) -> ()",
+    "Tensor? step_tensor, SymInt[] offsets, str backend) -> ()",
 )
 def _(momentum: Sequence[Tensor], *args: object) -> None:
     return None

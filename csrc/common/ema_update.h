@@ -13,6 +13,7 @@ struct EmaTensor {
   void* publish;         // in publish_dtype, or null
   int64_t count;
   int64_t first_group;   // groups of kEmaGroup elements in the tensors before this one
+  uint64_t offset;       // of its first element in the whole tensor whose random bits it takes
   Dtype momentum_dtype;
   Dtype policy_dtype;
   Dtype publish_dtype;
@@ -28,6 +29,7 @@ struct EmaUpdate {
   double weight;         // share of the policy, or NaN
   const double* decay;   // [1]: in place of weight, 1 - decay where that is in [0, 1], else NaN; or null
   bool stochastic;       // of bf16 momentum
+  bool has_offsets;      // whether any is not 0
   uint64_t seed;
   uint32_t step;
   const int64_t* step_at;  // [1], in place of step; or null

@@ -89,9 +89,9 @@ struct Random {
     }
   }
 
-  // Low 16 bits of the words of kPair elements from `element` on, in their order.
-  MGRPO_INLINE void draw(int64_t element, u16v (&bits)[2]) const {
-    const u64v quad = lanes + static_cast<uint64_t>(element) / 4;
+  // Low 16 bits of the words of kPair elements from `element`, a multiple of 4, on, in their order.
+  MGRPO_INLINE void draw(uint64_t element, u16v (&bits)[2]) const {
+    const u64v quad = lanes + element / 4;
     u64v c0 = quad, c1 = quad >> 32, c2 = u64v{} + step, c3 = u64v{} + tensor_index;
     for (int round = 0; round < 10; ++round) {
       const u64v left = multiply_low(c0, 0xd2511f53u), right = multiply_low(c2, 0xcd9e8d57u);
@@ -184,16 +184,26 @@ void update_span(const EmaUpdate& args, const Blend& shared, int64_t index, int6
   const Random random(args.seed, step_of(args), static_cast<uint32_t>(index));
   u16v bits[2] = {};
   int64_t i = begin;
+  // A shard may begin inside a counter's four words: after their last ones, all vectors begin with a first word.
+  const int num_passed = kRounding == Rounding::stochastic ? (tensor.offset + i) % 4 : 0;
+  if (num_passed) {
+    const int count = static_cast<int>(end - i < 4 - num_passed ? end - i : 4 - num_passed);
+    random.draw(tensor.offset + i - num_passed, bits);
+    u16v words;
+    std::memcpy(&words, reinterpret_cast<const uint16_t*>(bits) + num_passed, sizeof words);
+    update_vector<T, U, kRounding, false>(tensor, blend, i, count, words);
+    i += count;
+  }
   for (; i + kPair <= end; i += kPair) {
     prefetch(static_cast<const T*>(tensor.momentum) + i);
     prefetch(static_cast<const U*>(tensor.policy) + i);
     if (kRounding == Rounding::compensated) prefetch(static_cast<const bf16*>(tensor.compensation) + i);
-    if (kRounding == Rounding::stochastic) random.draw(i, bits);
+    if (kRounding == Rounding::stochastic) random.draw(tensor.offset + i, bits);
     update_vector<T, U, kRounding, true>(tensor, blend, i, kLanes, bits[0]);
     update_vector<T, U, kRounding, true>(tensor, blend, i + kLanes, kLanes, bits[1]);
   }
   if (i == end) return;
-  if (kRounding == Rounding::stochastic) random.draw(i, bits);
+  if (kRounding == Rounding::stochastic) random.draw(tensor.offset + i, bits);
   for (int part = 0; i < end; ++part, i += kLanes) {
     const int count = static_cast<int>(end - i < kLanes ? end - i : kLanes);
     update_vector<T, U, kRounding, false>(tensor, blend, i, count, bits[part]);

@@ -53,12 +53,21 @@ struct Common {
   bool stochastic;
 };
 
-template <int kEntries>
+template <int kEntries, bool kHasOffsets>
 struct Launch {
   Common common;
   Entry entries[kEntries];
 };
-static_assert(sizeof(Launch<kFewEntries>) <= 4096 && sizeof(Launch<kMostEntries>) <= 32764, "the kernel's argument");
+template <int kEntries>
+struct Launch<kEntries, true> : Launch<kEntries, false> {
+  uint64_t offsets[kEntries];
+};
+
+// With offsets 48 bytes an entry in place of 40.
+constexpr int kFewShards = kFewEntries * 5 / 6, kMostShards = kMostEntries * 5 / 6;
+static_assert(sizeof(Launch<kFewEntries, false>) <= 4096 && sizeof(Launch<kMostEntries, false>) <= 32764 &&
+                  sizeof(Launch<kFewShards, true>) <= 4096 && sizeof(Launch<kMostShards, true>) <= 32764,
+              "the kernel's argument");
 
 struct Blend {
   bool keeps, copies, from_old;
@@ -161,6 +170,31 @@ __device__ __forceinline__ void philox(uint64_t quad, uint32_t step, uint32_t te
   words[3] = c3;
 }
 
+// Words of the kWidth elements from `element` on, a multiple of 4 unless kShifts.
+template <bool kShifts>
+__device__ __forceinline__ void draw(uint64_t element, uint32_t step, uint32_t tensor, uint64_t seed,
+                                     uint32_t (&words)[kWidth]) {
+  constexpr int kDrawn = kWidth + (kShifts ? 4 : 0);
+  uint32_t drawn[kDrawn];
+#pragma unroll
+  for (int first = 0; first < kDrawn; first += 4) {
+    uint32_t quad[4];
+    philox(element / 4 + first / 4, step, tensor, seed, quad);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) drawn[first + k] = quad[k];
+  }
+  if (kShifts) {
+    // By 1 and by 2, because an index that is no constant would put the array into memory.
+#pragma unroll
+    for (int shift = 1; shift <= 2; ++shift) {
+#pragma unroll
+      for (int k = 0; k + shift < kDrawn; ++k) drawn[k] = element & shift ? drawn[k + shift] : drawn[k];
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) words[k] = drawn[k];
+}
+
 // bf16, up with the probability of the dropped fraction.
 __device__ __forceinline__ uint16_t round_stochastically(float value, uint32_t random) {
   const uint32_t bits = bits_of(value);
@@ -174,8 +208,9 @@ __device__ __forceinline__ void narrow(const float (&values)[kWidth], Dtype dtyp
   for (int k = 0; k < kWidth; ++k) halves[k] = dtype == Dtype::bf16 ? to_bf16(values[k]) : to_f16(values[k]);
 }
 
-template <int kEntries>
-__global__ void __launch_bounds__(kThreads) ema_update_kernel(const __grid_constant__ Launch<kEntries> list) {
+template <int kEntries, bool kHasOffsets>
+__global__ void __launch_bounds__(kThreads)
+    ema_update_kernel(const __grid_constant__ Launch<kEntries, kHasOffsets> list) {
   const Common& args = list.common;
   // The last entry that starts at or before this block; an empty tensor starts where the next one does.
   int low = 0, high = args.num_entries;
@@ -193,6 +228,8 @@ __global__ void __launch_bounds__(kThreads) ema_update_kernel(const __grid_const
   const Blend blend = blend_of(args);
   const bool stochastic = args.stochastic && momentum_dtype == Dtype::bf16;
   const uint32_t step = args.step_at ? static_cast<uint32_t>(*args.step_at) : args.step;
+  uint64_t offset = 0;
+  if constexpr (kHasOffsets) offset = list.offsets[low];
   const int64_t start = static_cast<int64_t>(blockIdx.x - entry.first_block) * kRun;
   const int64_t end = start + (blockIdx.x + 1 == end_block ? entry.last_run + 1 : kRun);
   for (int trip = 0; trip < kTrips; ++trip) {
@@ -218,13 +255,13 @@ __global__ void __launch_bounds__(kThreads) ema_update_kernel(const __grid_const
         if (blend.copies) mixed[k] = latest[k];
       }
       if (stochastic) {
+        uint32_t words[kWidth];
+        if (offset % 4 == 0)
+          draw<false>(offset + i, step, args.first_index + low, args.seed, words);
+        else
+          draw<kHasOffsets>(offset + i, step, args.first_index + low, args.seed, words);
 #pragma unroll
-        for (int half = 0; half < kWidth / 4; ++half) {
-          uint32_t words[4];
-          philox(static_cast<uint64_t>(i) / 4 + half, step, args.first_index + low, args.seed, words);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) halves[4 * half + k] = round_stochastically(mixed[4 * half + k], words[k]);
-        }
+        for (int k = 0; k < kWidth; ++k) halves[k] = round_stochastically(mixed[k], words[k]);
       } else if (momentum_dtype != Dtype::f32) {
         narrow(mixed, momentum_dtype, halves);
       }
@@ -251,9 +288,9 @@ __global__ void __launch_bounds__(kThreads) ema_update_kernel(const __grid_const
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Launches for as many tensors from `first` on as fit; returns the first remaining one.
-template <int kEntries>
+template <int kEntries, bool kHasOffsets>
 int64_t launch_some(const EmaUpdate& args, int64_t first) {
-  Launch<kEntries> here = {};
+  Launch<kEntries, kHasOffsets> here = {};
   here.common = {args.weight, args.decay, args.seed, args.step_at, args.step, static_cast<uint32_t>(first), 0, 0,
                  args.stochastic};
   int64_t num_blocks = 0, i = first;
@@ -276,20 +313,29 @@ int64_t launch_some(const EmaUpdate& args, int64_t first) {
     entry.publish_dtype = static_cast<uint8_t>(tensor.publish_dtype) & 3;
     entry.vectors = aligned(tensor.momentum) && aligned(tensor.policy) && aligned(tensor.compensation) &&
                     aligned(tensor.publish);
+    if constexpr (kHasOffsets) here.offsets[i - first] = tensor.offset;
     num_blocks += blocks;
   }
   here.common.num_blocks = static_cast<uint32_t>(num_blocks);
   here.common.num_entries = static_cast<int32_t>(i - first);
-  launch(ema_update_kernel<kEntries>, num_blocks, kThreads, args.executor, here);
+  launch(ema_update_kernel<kEntries, kHasOffsets>, num_blocks, kThreads, args.executor, here);
   return i;
+}
+
+template <int kFew, int kMost, bool kHasOffsets>
+void launch_all(const EmaUpdate& args) {
+  for (int64_t next = 0; next < args.num_tensors;)
+    next = args.num_tensors - next <= kFew ? launch_some<kFew, kHasOffsets>(args, next)
+                                           : launch_some<kMost, kHasOffsets>(args, next);
 }
 
 }  // namespace
 
 void launch_ema_update(const EmaUpdate& args) {
-  for (int64_t next = 0; next < args.num_tensors;)
-    next = args.num_tensors - next <= kFewEntries ? launch_some<kFewEntries>(args, next)
-                                                  : launch_some<kMostEntries>(args, next);
+  if (args.has_offsets)
+    launch_all<kFewShards, kMostShards, true>(args);
+  else
+    launch_all<kFewEntries, kMostEntries, false>(args);
 }
 
 }  // namespace mgrpo

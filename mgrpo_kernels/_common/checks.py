@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
@@ -110,14 +110,16 @@ def as_flag(where: str, arg: str, value: Any) -> bool:
     return bool(value)
 
 
-def as_list(where: str, arg: str, value: Any) -> list[Any] | tuple[Any, ...]:
+def as_list(
+    where: str, arg: str, value: Any, of: str = "tensors", such_as: str = "model.parameters()"
+) -> Sequence[Any]:
     """The entries of an ordered iterable, such as a list or a generator."""
     if isinstance(value, list | tuple):
         return value
     # A tensor would be split into rows, a dictionary into names, and a set has no order.
     if isinstance(value, Iterable) and not isinstance(value, Tensor | Mapping | Set | str | bytes):
         return list(value)
-    raise invalid(where, arg, "a list of tensors", type(value).__name__, "Pass list(model.parameters()), say.")
+    raise invalid(where, arg, f"a list of {of}", type(value).__name__, f"Pass list({such_as}), say.")
 
 
 def check_cu_seqlens(where: str, cu_seqlens: Tensor, tokens: int, device: torch.device) -> None:

@@ -37,6 +37,7 @@ def _compiled(
     publish: Sequence[Tensor | None] | None,
     seed: int,
     step: int | Tensor,
+    offsets: Sequence[int] | None,
     backend: str,
 ) -> None:
     """Any compiled backend."""
@@ -55,6 +56,7 @@ def _compiled(
         seed,
         0 if isinstance(step, Tensor) else step,
         step if isinstance(step, Tensor) else None,
+        offsets or [],
         backend,
     )
 
@@ -73,6 +75,7 @@ def ema_update_(
     publish: Iterable[Tensor | None] | None = None,
     seed: int = 0,
     step: int | Tensor = 0,
+    offsets: Iterable[int] | None = None,
     backend: str = "auto",
 ) -> None:
     """momentum[i] <- decay * momentum[i] + (1 - decay) * policy[i], in place.
@@ -88,6 +91,9 @@ def ema_update_(
         publish: for each tensor one of its shape that receives the new momentum in its own dtype; None to skip it.
         seed: int in [-2^63, 2^63), of the stochastic rounding.
         step: int >= 0 or 0-d integer tensor; a new step draws new random bits.
+        offsets: for each momentum tensor the index, in [0, 2^63), of its first element in the whole tensor that it is a
+            contiguous shard of; None: all 0. Stochastic rounding then stores the bits that an update of the whole
+            tensors would store there. Other roundings do not depend on them.
         backend: "auto" or a name from `backends()`.
 
     Raises:
@@ -100,7 +106,8 @@ def ema_update_(
         a fused multiply-add the cpu backend gives the reference's bits, NaN payloads apart; on any, for any number of
         threads, its own.
         Stochastic rounding uses Philox 4x32-10 with counter (element // 4, step, tensor index), key seed, word
-        element % 4, so that the bits depend on no thread or block count. A bf16 momentum that is stored to nearest
+        element % 4, where element is the tensor's offset plus the index in the tensor, so that the bits depend on no
+        thread, block or shard count. A bf16 momentum that is stored to nearest
         without compensation does not move at decays near 1.
 
     Cost: one read of both lists, one write of momentum (and of publish).
@@ -118,6 +125,7 @@ def ema_update_(
         check_tensor(_WHERE, "step", step, "[]", (), INTEGERS)
     else:
         step = as_integer(_WHERE, "step", step, 0)
+    offsets = _check_offsets(offsets, len(momentum), rounding)
     device = momentum[0].device if momentum else torch.device("cpu")
     dtypes = {tensor.dtype for tensor in [*momentum, *policy, *_present(publish)]}
     _IMPLEMENTATIONS[resolve(_WHERE, device, backend, tuple(dtypes), _IMPLEMENTATIONS)](
@@ -129,6 +137,7 @@ def ema_update_(
         publish=publish,
         seed=seed,
         step=step,
+        offsets=offsets,
     )
 
 
@@ -140,6 +149,22 @@ def _check_decay(decay: float | Tensor) -> float | Tensor:
     if checks_values(decay.device):
         as_number(_WHERE, "decay", float(decay), 0.0, 1.0)
     return decay
+
+
+def _check_offsets(offsets: Iterable[int] | None, num_tensors: int, rounding: str) -> list[int] | None:
+    """Check the offsets; None where no random bits depend on them."""
+    if offsets is None:
+        return None
+    entries = as_list(_WHERE, "offsets", offsets, "integers", "offsets")
+    _check_length("offsets", entries, num_tensors)
+    checked = [as_integer(_WHERE, f"offsets[{index}]", entry, 0) for index, entry in enumerate(entries)]
+    return checked if rounding == "stochastic" and any(checked) else None
+
+
+def _check_length(name: str, entries: Sequence[object], num_tensors: int) -> None:
+    """Check that there is an entry a momentum tensor."""
+    if len(entries) != num_tensors:
+        raise invalid(_WHERE, name, f"of length {num_tensors}", len(entries), "Give one entry per momentum tensor.")
 
 
 def _present(tensors: Sequence[Tensor | None] | None) -> list[Tensor]:
@@ -163,10 +188,8 @@ def _check_lists(
     if compensation is not None and rounding == "stochastic":
         raise invalid(_WHERE, "compensation", "None with stochastic rounding", "a list", "Choose one of the two.")
     for name, tensors in {"policy": policy, "compensation": compensation, "publish": publish}.items():
-        if tensors is not None and len(tensors) != len(momentum):
-            raise invalid(
-                _WHERE, name, f"of length {len(momentum)}", len(tensors), "Give one entry per momentum tensor."
-            )
+        if tensors is not None:
+            _check_length(name, tensors, len(momentum))
     traced = torch.compiler.is_compiling()
     if traced or not _are_valid(momentum, policy, compensation, publish, rounding):
         _check_entries(momentum, policy, compensation, publish, rounding)

@@ -40,6 +40,7 @@ def ema_update_(
     seed: int,
     step: int,
     step_tensor: Tensor | None,
+    offsets: Sequence[int],
 ) -> None:
     """See ops.py."""
     # The share of the policy, taken in fp64; an invalid one makes the momentum NaN.
@@ -66,5 +67,6 @@ def ema_update_(
         step & (2**32 - 1),
         address(step_tensor),
         executor,
+        *([list(offsets)] if offsets else []),
     )
     torch.autograd.graph.increment_version([*momentum, *compensation, *publish])

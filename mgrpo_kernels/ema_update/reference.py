@@ -35,14 +35,20 @@ def _blend(momentum: Tensor, policy: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def _store_stochastically(
-    momentum: Tensor, policy: Tensor, weight: float | Tensor, seed: Tensor, step: Tensor, tensor_index: int
+    momentum: Tensor,
+    policy: Tensor,
+    weight: float | Tensor,
+    seed: Tensor,
+    step: Tensor,
+    tensor_index: int,
+    offset: int,
 ) -> None:
     """Update a bf16 tensor block by block, because the random words take several times its memory."""
     flat, flat_policy = momentum.view(-1), policy.view(-1)
     for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
         block = slice(start, start + _BLOCK_ELEMENTS)
         mixed = _blend(flat[block], flat_policy[block], weight)
-        words = random_words(start, mixed.numel(), seed, step, tensor_index)
+        words = random_words(offset + start, mixed.numel(), seed, step, tensor_index)
         flat[block] = round_stochastically(mixed, words)
 
 
@@ -65,6 +71,7 @@ def ema_update_(
     publish: Sequence[Tensor | None] | None,
     seed: int,
     step: int | Tensor,
+    offsets: Sequence[int] | None,
 ) -> None:
     """See the public function."""
     weight = _weight(decay)
@@ -76,7 +83,7 @@ def ema_update_(
             _store_compensated(old, new, weight, term)
         elif rounding == "stochastic" and old.dtype == torch.bfloat16:
             key, draw = (torch.as_tensor(value, dtype=torch.int64, device=old.device) for value in (seed, step))
-            _store_stochastically(old, new, weight, key, draw, index)
+            _store_stochastically(old, new, weight, key, draw, index, offsets[index] if offsets else 0)
         elif old.dtype == new.dtype == torch.float32 and share is not None:
             plain.append((old, new))
         else:

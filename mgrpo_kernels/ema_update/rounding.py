@@ -29,7 +29,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def random_words(start: int, count: int, seed: Tensor, step: Tensor, tensor_index: int) -> Tensor:
-    """int64 [count] of 32 random bits for the elements from `start`, a multiple of 4.
+    """int64 [count] of 32 random bits for the elements from `start`.
 
     Element e takes word e % 4 of Philox with counter (e // 4 low, e // 4 high, step, tensor_index) and key
     (seed low, seed high).
@@ -37,7 +37,7 @@ def random_words(start: int, count: int, seed: Tensor, step: Tensor, tensor_inde
     quads = torch.arange(start // 4, (start + count + 3) // 4, device=seed.device)
     third, fourth = (step & _WORD).expand_as(quads), torch.full_like(quads, tensor_index & _WORD)
     words = philox((quads & _WORD, quads >> 32, third, fourth), (seed & _WORD, (seed >> 32) & _WORD))
-    return torch.stack(words, dim=1).reshape(-1)[:count]
+    return torch.stack(words, dim=1).reshape(-1)[start % 4 :][:count]
 
 
 def round_stochastically(values: Tensor, words: Tensor) -> Tensor:

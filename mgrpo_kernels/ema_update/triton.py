@@ -4,8 +4,8 @@ Fused: both casts, the blend, the rounding, the Kahan term and the copy for the 
 and policy and one write of momentum (and of the copy). Random bits belong to elements, so nothing depends on the grid.
 
 The table is built and pinned on the host once for a set of addresses, and copied by each call, asynchronously on the
-call's stream: 56 bytes a tensor. A captured graph repeats the copy from the same pinned memory, which is never freed;
-no device memory outlives the call.
+call's stream: 56 bytes a tensor, 64 with offsets. A captured graph repeats the copy from the same pinned memory, which
+is never freed; no device memory outlives the call.
 """
 
 from __future__ import annotations
@@ -68,6 +68,27 @@ def _store(address, begin, o, m, b_value, b_random, DTYPE: tl.constexpr, RANDOM:
 
 
 @triton.jit
+def _packed_bits(seed, quad, step, i_tensor):
+    """Low 16 bits of the four words of each quad, the first lowest."""
+    w0, w1, w2, w3 = tl.philox(seed, quad.to(tl.uint32), (quad >> 32).to(tl.uint32), step, i_tensor)
+    low, high = (w1 << 16) | (w0 & 0xFFFF), (w3 << 16) | (w2 & 0xFFFF)
+    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+
+
+@triton.jit
+def _shifted_bits(element, seed, step, i_tensor, BLOCK: tl.constexpr):
+    """As _random_bits, from any element of up to 64 bits on; packed, for all words would spill registers."""
+    quad = (element >> 2) + tl.arange(0, BLOCK // 4).to(tl.uint64)
+    bits = _packed_bits(seed, quad, step, i_tensor)
+    shift = (element & 3) << 4
+    if shift != 0:
+        bits = (bits >> shift) | (_packed_bits(seed, quad + 1, step, i_tensor) << (64 - shift))
+    low, high = bits.to(tl.uint32), (bits >> 32).to(tl.uint32)
+    even, odd = tl.interleave(low & 0xFFFF, high & 0xFFFF), tl.interleave(low >> 16, high >> 16)
+    return tl.interleave(even, odd)
+
+
+@triton.jit
 def _random_bits(begin, seed, step, i_tensor, BLOCK: tl.constexpr):
     """Low 16 bits of the words of the elements from `begin`, a multiple of BLOCK, as rounding.py defines them."""
     quad = tl.cast(begin, tl.int64) // 4
@@ -86,6 +107,7 @@ def _update(
     blend,
     seed,
     step,
+    offset,
     KIND: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -109,7 +131,12 @@ def _update(
         b_whole = b_old + b_term
     b_mixed = tl.fma(b_new - b_whole, coefficient, tl.where(from_old, b_whole, b_new))
     b_mixed = tl.where(keeps, b_old, tl.where(copies, b_new, b_mixed))
-    b_random = _random_bits(begin, seed, step, i_tensor, BLOCK) if RANDOM else 0
+    b_random = 0
+    if RANDOM:
+        if offset is None:
+            b_random = _random_bits(begin, seed, step, i_tensor, BLOCK)
+        else:
+            b_random = _shifted_bits(offset + tl.cast(begin, tl.uint64), seed, step, i_tensor, BLOCK)
     b_kept = _store(momentum, begin, o, m, b_mixed, b_random, MOMENTUM, RANDOM, WHOLE)
     if COMPENSATED:
         b_term = tl.where(keeps, b_term, b_mixed - b_kept)
@@ -122,7 +149,7 @@ def _update(
     do_not_specialize=("num_tensors", "span", "share", "end_of_range", "seed_low", "seed_high", "step_low"),
 )
 def ema_update_kernel(
-    p_table,  # int64 [7, num_tensors]: see _Table
+    p_table,  # int64 [7 or 8, num_tensors]: see _Table
     num_tensors,
     span,
     share,
@@ -134,6 +161,7 @@ def ema_update_kernel(
     p_step,
     KINDS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    OFFSETS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A span of one tensor: its whole blocks where all is aligned, then the rest, masked, in smaller ones.
@@ -158,6 +186,9 @@ def ema_update_kernel(
     begin = (i_span - tl.load(p_own + 5 * num_tensors)) * span
     kind = tl.load(p_own + 6 * num_tensors)
     end = tl.minimum(begin + span, count)
+    offset = None
+    if OFFSETS:
+        offset = tl.load(p_own + 7 * num_tensors).to(tl.uint64)
 
     if p_decay is None:
         keeps = end_of_range == 1
@@ -181,15 +212,18 @@ def ema_update_kernel(
     for i in tl.static_range(len(KINDS)):
         if kind == i:
             for at in range(begin, whole, BLOCK):
-                _update(addresses, at, end, i_tensor, blend, seed, step, KINDS[i], STOCHASTIC, True, BLOCK)
+                _update(addresses, at, end, i_tensor, blend, seed, step, offset, KINDS[i], STOCHASTIC, True, BLOCK)
             for at in range(whole, end, BLOCK // 4):
-                _update(addresses, at, end, i_tensor, blend, seed, step, KINDS[i], STOCHASTIC, False, BLOCK // 4)
+                _update(
+                    addresses, at, end, i_tensor, blend, seed, step, offset, KINDS[i], STOCHASTIC, False, BLOCK // 4
+                )
 
 
 class _Table(NamedTuple):
     """Descriptors of a call's tensors."""
 
-    rows: Tensor  # int64 [7, N] on the host: four addresses (0 for none), elements, first span, index into kinds
+    # int64 [7 or 8, N] on the host: four addresses (0 for none), elements, first span, index into kinds, offsets if any
+    rows: Tensor
     kinds: tuple[tuple[Any, ...], ...]  # dtypes of momentum, policy, compensation and publish; int8 for none
     span: int  # elements of a program
     num_spans: int
@@ -208,7 +242,13 @@ def _spread(values: Sequence[Any], indices: Sequence[int], length: int, absent: 
     return column
 
 
-def _build(addresses: list[list[int]], counts: list[int], kinds: list[tuple[Any, ...]], pinned: bool) -> _Table:
+def _build(
+    addresses: list[list[int]],
+    counts: list[int],
+    kinds: list[tuple[Any, ...]],
+    offsets: Sequence[int],
+    pinned: bool,
+) -> _Table:
     """Cut the tensors into spans and write the table."""
     distinct = tuple(sorted(set(kinds), key=str))
     num_blocks = sum(-(-count // _BLOCK) for count in counts)
@@ -217,11 +257,14 @@ def _build(addresses: list[list[int]], counts: list[int], kinds: list[tuple[Any,
     for count in counts:
         first_spans.append(num_spans)
         num_spans += -(-count // span)
-    rows = torch.tensor([*addresses, counts, first_spans, [distinct.index(kind) for kind in kinds]])
+    columns = [*addresses, counts, first_spans, [distinct.index(kind) for kind in kinds]]
+    rows = torch.tensor([*columns, list(offsets)] if offsets else columns)
     return _Table(rows.pin_memory() if pinned else rows, distinct, span, num_spans)
 
 
-def _find_table(lists: Sequence[Sequence[Tensor]], compensated: Sequence[int], published: Sequence[int]) -> _Table:
+def _find_table(
+    lists: Sequence[Sequence[Tensor]], compensated: Sequence[int], published: Sequence[int], offsets: Sequence[int]
+) -> _Table:
     """The table of momentum, policy, compensation and publish."""
     momentum = lists[0]
     num, on_device = len(momentum), momentum[0].is_cuda
@@ -232,8 +275,8 @@ def _find_table(lists: Sequence[Sequence[Tensor]], compensated: Sequence[int], p
     )
     counts = list(map(Tensor.numel, momentum))
     kinds = list(zip(*dtypes, strict=True))
-    key = (on_device, *map(tuple, addresses), tuple(counts), tuple(kinds))
-    table = _tables.pop(key, None) or _build(addresses, counts, kinds, on_device)
+    key = (on_device, *map(tuple, addresses), tuple(counts), tuple(kinds), tuple(offsets))
+    table = _tables.pop(key, None) or _build(addresses, counts, kinds, offsets, on_device)
     _tables[key] = table
     if len(_tables) > _MOST_TABLES:
         _tables.popitem(last=False)
@@ -260,9 +303,10 @@ def ema_update_(
     seed: int,
     step: int,
     step_tensor: Tensor | None,
+    offsets: Sequence[int],
 ) -> None:
     """See ops.py."""
-    table = _find_table((momentum, policy, compensation, publish), compensated, published)
+    table = _find_table((momentum, policy, compensation, publish), compensated, published, offsets)
     device = momentum[0].device
     if table.num_spans:
         # The share of the policy, taken in fp64; an invalid one makes the momentum NaN.
@@ -280,6 +324,7 @@ def ema_update_(
             _on(device, step_tensor),
             table.kinds,
             stochastic,
+            bool(offsets),
             _BLOCK,
             num_warps=_NUM_WARPS,
         )
@@ -294,25 +339,28 @@ def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
 def variants() -> list[Variant]:
     """See Variant."""
     f, b, h, none = *_DTYPES.values(), tl.int8
-    modes: list[tuple[tuple[tuple[Any, ...], ...], bool]] = [
-        (((f, f, none, none),), False),
-        (((f, f, none, b),), False),
-        (((f, b, none, none),), False),
-        (((f, b, none, b),), False),
-        (((b, b, none, none),), False),
-        (((b, b, none, none),), True),
-        (((b, b, none, b),), True),
-        (((b, f, b, none),), False),
-        (((h, h, none, none),), False),
-        (((b, f, none, b), (f, f, none, b)), True),
+    modes: list[tuple[tuple[tuple[Any, ...], ...], bool, bool]] = [
+        (((f, f, none, none),), False, False),
+        (((f, f, none, b),), False, False),
+        (((f, b, none, none),), False, False),
+        (((f, b, none, b),), False, False),
+        (((b, b, none, none),), False, False),
+        (((b, b, none, none),), True, False),
+        (((b, b, none, b),), True, False),
+        (((b, b, none, none),), True, True),
+        (((b, b, none, b),), True, True),
+        (((b, f, b, none),), False, False),
+        (((h, h, none, none),), False, False),
+        (((b, f, none, b), (f, f, none, b)), True, False),
+        (((b, f, none, b), (f, f, none, b)), True, True),
     ]
     scalars = ("num_tensors", "span", "end_of_range", "seed_low", "seed_high", "step_low")
     absent: dict[str, str | None] = {"p_table": "*i64", "share": "fp32", "p_decay": None, "p_step": None}
     absent |= dict.fromkeys(scalars, "i32")
     given = absent | {"p_decay": "*fp32", "p_step": "*i64"}
     found = []
-    for types, kinds, stochastic in [(given, *modes[0]), *((absent, *mode) for mode in modes)]:
-        constants = {"KINDS": kinds, "STOCHASTIC": stochastic, "BLOCK": _BLOCK}
+    for types, kinds, stochastic, offsets in [(given, *modes[0]), *((absent, *mode) for mode in modes)]:
+        constants = {"KINDS": kinds, "STOCHASTIC": stochastic, "OFFSETS": offsets, "BLOCK": _BLOCK}
         momentum, policy, compensation, publish = (
             sum(kind.primitive_bitwidth // 8 for kind in kinds if kind != none) for kinds in zip(*kinds, strict=True)
         )

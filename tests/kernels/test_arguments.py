@@ -65,6 +65,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "publish": [torch.zeros(3), None],
         "seed": 3,
         "step": 2,
+        "offsets": [5, 0],
     },
 }
 LISTS = ("momentum", "policy", "compensation", "publish")
@@ -176,7 +177,7 @@ def test_what_is_no_tensor(op, arg, backend):
 
 
 @on_each_backend
-@pytest.mark.parametrize("arg", LISTS)
+@pytest.mark.parametrize("arg", [*LISTS, "offsets"])
 def test_lists_are_made_of_what_can_be_walked(arg, backend):
     want = call("ema_update_", backend)
     walks: dict[str, Callable[[list[Any]], Any]] = {

@@ -29,7 +29,7 @@ SIGNATURES = {
     "self_certainty=False, budget_bytes=None, group=None, backend='auto'",
     "trajectory_entropy": "token_entropy, *, cu_seqlens=None, mask=None, reduce='mean', backend='auto'",
     "ema_update_": "momentum, policy, decay, *, rounding='nearest', compensation=None, publish=None, seed=0, step=0, "
-    "backend='auto'",
+    "offsets=None, backend='auto'",
     "group_advantage": "rewards, *, keep=None, mode='std', backend='auto'",
     "majority_vote": "answer_ids, *, keep=None, weights=None, tie_break=None, backend='auto'",
     "iqr_filter": "entropy, *, k=0.75, scope='batch', keep=None, two_sided=False, backend='auto'",

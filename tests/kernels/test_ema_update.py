@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -384,6 +386,110 @@ def test_random_bits_are_those_of_the_specification(count, backend):
             assert torch.equal(now, round_stochastically(values, words))
 
 
+# Each place of a counter's four words, counters above 32 bits, one that passes them within a block, and the largest.
+OFFSETS = [0, 1, 2, 3, 4, 7, 2**34 - 5, 2**34 - 1030, 2**62 + 1, 2**63 - 1]
+
+
+def update_at(backend: str, momentum: list[Tensor], policy: list[Tensor], offsets: list[int], step: int) -> None:
+    options = {"rounding": "stochastic", "seed": 2**40 + 3, "step": step}
+    ema_update_(momentum, policy, 0.0, **options, offsets=offsets, backend=backend)
+
+
+def check_offsets(update: Callable[[list[Tensor], list[Tensor], list[int], int], None], count: int) -> None:
+    """At decay 0 the policy is rounded, by words computed here one counter an element; again at other offsets."""
+    generator = torch.Generator().manual_seed(count)
+    policy = [torch.randn(count, generator=generator) for _ in OFFSETS]
+    momentum = [torch.zeros(count, dtype=BF16) for _ in OFFSETS]
+    key = (torch.tensor(3), torch.tensor(2**8))
+    for step, offsets in enumerate((OFFSETS, OFFSETS[::-1])):
+        update(momentum, policy, offsets, step)
+        for index, (now, values, offset) in enumerate(zip(momentum, policy, offsets, strict=True)):
+            elements = range(offset, offset + count)
+            quads = torch.tensor([element // 4 for element in elements])
+            others = (torch.full_like(quads, step), torch.full_like(quads, index))
+            words = torch.stack(philox((quads & 0xFFFFFFFF, quads >> 32, *others), key))
+            own = words[torch.tensor([element % 4 for element in elements]), torch.arange(count)]
+            assert torch.equal(now, round_stochastically(values, own)), f"offset {offset}"
+
+
+# Triton: two whole blocks, four masked ones and a part of one; the others: a part of a vector, some, and two threads.
+@pytest.mark.parametrize(
+    ("count", "backend"),
+    [(3, "reference"), (301, "reference"), (1, "cpu"), (301, "cpu"), (9001, "cpu"), (2900, "triton")],
+)
+def test_offsets_move_the_random_bits_of_shards(count, backend):
+    check_offsets(partial(update_at, backend), count)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda at: 0, lambda at: at // 4 * 4, lambda at: at + 1, lambda at: at % 2**34, lambda at: at & ~(2**62)]
+)
+def test_every_mutant_of_offsets_is_rejected(wrong):
+    def update(momentum: list[Tensor], policy: list[Tensor], offsets: list[int], step: int) -> None:
+        update_at("cpu", momentum, policy, [wrong(offset) % 2**63 for offset in offsets], step)
+
+    with pytest.raises(AssertionError, match="offset"):
+        check_offsets(update, 301)
+
+
+@st.composite
+def cut_tensors(draw) -> list[list[int]]:
+    """For each of some tensors where its three shards begin, and its size."""
+    sizes = draw(st.lists(st.integers(0, 300), min_size=1, max_size=4))
+    return [[0, *sorted(draw(st.integers(0, size)) for _ in range(2)), size] for size in sizes]
+
+
+def update_shards(whole: Case, cuts: list[list[int]], decay: float, backend: str) -> None:
+    """Each rank's call on its shards."""
+    lists = {"momentum": whole.momentum, "policy": whole.policy, "publish": whole.options["publish"]}
+    for rank in range(3):
+        shards: dict[str, Any] = {
+            name: [t if t is None else t[c[rank] : c[rank + 1]] for t, c in zip(tensors, cuts, strict=True)]
+            for name, tensors in lists.items()
+        }
+        offsets = np.array([cut[rank] for cut in cuts])
+        ema_update_(**(whole.options | shards), decay=decay, offsets=offsets, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@settings(max_examples=20, deadline=None)
+@given(cuts=cut_tensors(), seed=st.integers(0, 2**40), publish=st.sampled_from([BF16, None]))
+def test_shards_round_as_the_whole(backend, cuts, seed, publish):
+    sizes = [cut[-1] for cut in cuts]
+    whole, parts = (Case(sizes, [BF16, FP32], BF16, [publish], "stochastic", seed) for _ in range(2))
+    whole.run(0.9, backend)
+    update_shards(parts, cuts, 0.9, backend)
+    for one, other in zip(whole.buffers, parts.buffers, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def test_shards_of_many_spans_round_as_the_whole_on_any_thread_count():
+    cuts = [[0, 65_537, 65_537, 70_001], [0, 1, 131_070, 200_003], [0, 0, 0, 5]]
+    whole, *parts = (Case([cut[-1] for cut in cuts], [BF16], FP32, [BF16], "stochastic", 5) for _ in range(3))
+    whole.run(0.9, "cpu")
+    threads = torch.get_num_threads()
+    try:
+        for part, num in zip(parts, (1, 2), strict=True):
+            torch.set_num_threads(num)
+            update_shards(part, cuts, 0.9, "cpu")
+            for one, other in zip(whole.buffers, part.buffers, strict=True):
+                assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_offsets_are_any_integers_and_change_no_other_rounding(backend):
+    momentum, policy = make_lists(BF16)
+    update = partial(functional, momentum, policy, 0.9, backend=backend)
+    plain = update()
+    for offsets in ([5] * 5, range(5), np.arange(5, dtype=np.uint8), (np.int32(7) for _ in range(5))):
+        assert all(map(torch.equal, update(offsets=offsets), plain))
+    stochastic = update(rounding="stochastic")
+    assert all(map(torch.equal, update(rounding="stochastic", offsets=[0] * 5), stochastic))
+    shifted = update(rounding="stochastic", offsets=(np.int32(7) for _ in range(5)))
+    assert not torch.equal(shifted[0], stochastic[0])
+
+
 def test_not_a_number_and_infinity_survive_every_rounding(backend):
     signalling = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(FP32)
     special = torch.cat([signalling, torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 3.4e38])])
@@ -426,27 +532,32 @@ def test_a_decay_out_of_range_gives_nan_where_values_are_not_read(backend):
     for decay in (1.5, -0.1, math.nan):
         now = torch.ones(20)
         torch.ops.mgrpo_kernels.ema_update_(
-            [now], [torch.ones(20)], [], [], [], [], 0.0, torch.tensor(decay), False, 0, 0, None, backend
+            [now], [torch.ones(20)], [], [], [], [], 0.0, torch.tensor(decay), False, 0, 0, None, [], backend
         )
         assert now.isnan().all()
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_agrees(isa):
-    assert_pass_on(isa, __file__, "(mutant or agrees_with or specification or survive or exact) and not reference-")
+    assert_pass_on(
+        isa,
+        __file__,
+        "(mutant or agrees_with or specification or survive or exact or (shards and cpu)) and not reference-",
+    )
 
 
 def test_opcheck_and_meta():
     op = torch.ops.mgrpo_kernels.ema_update_
     momentum, policy = make_lists(BF16)
     terms, copies = ([torch.zeros_like(momentum[index]) for index in (0, 2)] for _ in range(2))
-    scalars = (0.9, None, False, 1, 2, None, "cpu")
+    scalars = (0.9, None, False, 1, 2, None, [], "cpu")
     torch.library.opcheck(op, (momentum, policy, terms, [0, 2], copies, [0, 2], *scalars))
-    on_device = (0.0, torch.tensor(0.9), True, 1, 0, torch.tensor(3), "cpu")
+    on_device = (0.0, torch.tensor(0.9), True, 1, 0, torch.tensor(3), [4, 0, 1, 0, 2**63 - 1], "cpu")
     torch.library.opcheck(op, (momentum, policy, [], [], copies, [0, 2], *on_device))
     for backend in ("auto", "cpu", "triton"):
         lists = [[tensor.to("meta") for tensor in tensors] for tensors in (momentum, policy, momentum)]
         ema_update_(lists[0], lists[1], 0.9, publish=lists[2], backend=backend)
+        ema_update_(lists[0], lists[1], 0.9, rounding="stochastic", offsets=range(5), backend=backend)
 
 
 @pytest.mark.slow
@@ -456,7 +567,7 @@ def test_compiles_whole(mode):
     eager, traced = (Case([33, 0, 7], [BF16, FP32], **options) for _ in range(2))
 
     def run(case: Case, decay: Tensor, step: Tensor) -> None:
-        case.options["step"] = step
+        case.options |= {"step": step, "offsets": [5, 0, 2**40]}
         case.run(decay, "cpu")
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -494,6 +605,12 @@ M, P = torch.zeros(4), torch.ones(4)
         (r"decay must be of shape \[\]", {"decay": torch.tensor([0.5])}),
         ("seed must be an int of 64 bits", {"seed": 2**63}),
         ("step must be >= 0", {"step": -1}),
+        ("offsets must be of length 1, got 2", {"offsets": [0, 0]}),
+        ("offsets must be a list of integers, got Tensor", {"offsets": torch.tensor([0])}),
+        (r"offsets\[0\] must be >= 0 and an int of 64 bits, got -1", {"offsets": [-1]}),
+        (r"offsets\[0\] must be >= 0 and an int of 64 bits", {"offsets": [2**63]}),
+        (r"offsets\[0\] must be >= 0 and an int of 64 bits", {"offsets": np.array([1.0])}),
+        (r"offsets\[0\] must be >= 0 and an int of 64 bits, got None", {"offsets": [None]}),
         ("step must be of dtype int32 or int64", {"step": torch.tensor(0.5)}),
         ("backend must be one of", {"backend": "none"}),
     ],

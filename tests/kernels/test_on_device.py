@@ -387,7 +387,10 @@ def test_stochastic_rounding_gives_the_reference_bits(backend, dtype):
     for name in (backend, "reference"):
         x = make_averages(dtype, False)
         compensation = [torch.zeros_like(t) if t.dtype == BF16 else None for t in x["momentum"]]
-        K.ema_update_(x["momentum"], x["policy"], 0.99, rounding="stochastic", seed=3, step=5, backend=name)
+        options = {"rounding": "stochastic", "seed": 3, "step": 5, "backend": name}
+        K.ema_update_(x["momentum"], x["policy"], 0.99, **options)
+        offsets = [2**34 * index + index for index in range(len(x["momentum"]))]
+        K.ema_update_(x["momentum"], x["policy"], 0.9, **options, offsets=offsets)
         if dtype == BF16:
             K.ema_update_(x["momentum"], x["policy"], 0.99, compensation=compensation, backend=name)
         found.append(torch.cat(x["momentum"]))
