@@ -56,9 +56,9 @@ class Budget:
         self.records_read += 1
 
 
-def too_large(what: str, limit: int) -> InputError:
+def too_large(what: str, limit: int, remedy: str = "Split or shorten the data.") -> InputError:
     """The error for data beyond a limit."""
-    return InputError(f"{what} must have at most {limit >> 20} MiB, got more. Split or shorten the data.")
+    return InputError(f"{what} must have at most {limit >> 20} MiB, got more. {remedy}")
 
 
 def decode(raw: bytes, path: Path, first_line: int = 1) -> str:

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.ipc
 
 from mgrpo.data.keys import Keys
-from mgrpo.data.tables import TABLE_CHUNK, choose_columns, pick, unpack
+from mgrpo.data.tables import TABLE_CHUNK, choose_columns, pick, read_batches
 from mgrpo.errors import InputError
 from mgrpo.inputs import Budget
 
@@ -28,34 +28,28 @@ def read_arrow(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, di
         InputError: as in `read_parquet`, or the file is compressed.
 
     """
-    position = 0
-    try:
-        with pyarrow.memory_map(str(path)) as source:
-            start = len(MAGIC) if source.read(len(MAGIC)) == MAGIC else 0
-            _check_packing(source, start, path)
-            source.seek(start)
-            with pyarrow.ipc.open_stream(source) as reader:
-                schema = reader.schema
-                columns = choose_columns(schema, keys, str(path))
-            if columns is None:
-                yield from [(" row 1", dict.fromkeys(keys.seen))]
-                return
-            numbers = sorted({schema.names.index(column.name) for column in columns})
-            options = pyarrow.ipc.IpcReadOptions(included_fields=numbers)
-            source.seek(start)
-            with pyarrow.ipc.open_stream(source, options=options) as reader:
-                for batch in reader:
-                    budget.check_records(batch.num_rows, str(path))
-                    batch.validate(full=True)
-                    for first in range(0, batch.num_rows, TABLE_CHUNK):
-                        for row in unpack(pick(batch.slice(first, TABLE_CHUNK), columns), str(path), position, budget):
-                            position += 1
-                            yield f" row {position}", row
-    except MemoryError:
-        raise
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, struct.error, RecursionError) as error:
-        message = f"{path}: not a readable arrow file after row {position}: {error}. Write or download it again."
-        raise InputError(message) from error
+    batches = _read_batches(path, keys, budget)
+    return read_batches(batches, str(path), budget, "arrow file", "Write or download it again.")
+
+
+def _read_batches(path: Path, keys: Keys, budget: Budget) -> Iterator[pyarrow.RecordBatch]:
+    """Batches of the wanted columns."""
+    with pyarrow.memory_map(str(path)) as source:
+        start = len(MAGIC) if source.read(len(MAGIC)) == MAGIC else 0
+        _check_packing(source, start, path)
+        source.seek(start)
+        with pyarrow.ipc.open_stream(source) as reader:
+            schema = reader.schema
+            columns = choose_columns(schema, keys, str(path))
+        numbers = sorted({schema.names.index(column.name) for column in columns})
+        options = pyarrow.ipc.IpcReadOptions(included_fields=numbers)
+        source.seek(start)
+        with pyarrow.ipc.open_stream(source, options=options) as reader:
+            for batch in reader:
+                budget.check_records(batch.num_rows, str(path))
+                batch.validate(full=True)
+                for first in range(0, batch.num_rows, TABLE_CHUNK):
+                    yield pick(batch.slice(first, TABLE_CHUNK), columns)
 
 
 def _check_packing(source: Any, start: int, path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mgrpo.errors import InputError
-from mgrpo.inputs import MAX_RECORD_BYTES, MAX_WHOLE_BYTES, Budget, list_names, nearest, parse_json
+from mgrpo.inputs import MAX_RECORD_BYTES, MAX_WHOLE_BYTES, Budget, list_names, nearest, parse_json, too_large
 
 # Files that describe data without holding any; and the file names of splits, such as test-00000-of-00002.parquet.
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
@@ -104,9 +104,7 @@ def _list_saved(path: Path) -> list[Path]:
 def _read_state(path: Path) -> dict[str, Any]:
     """The JSON object of a small file that describes saved data."""
     with path.open("rb") as file:
-        content = file.read(MAX_RECORD_BYTES + 1)
-    if len(content) > MAX_RECORD_BYTES:
-        raise InputError(f"{path}: file must have at most {MAX_RECORD_BYTES >> 20} MiB, got more. Save the data again.")
+        content = _read_up_to(MAX_RECORD_BYTES, file, f"{path}: file", "Save the data again.")
     state = parse_json(content.decode("utf-8-sig", "replace"), path, 1, "Save the data again.")
     return state if isinstance(state, dict) else {}
 
@@ -114,6 +112,14 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _is_plain(name: Any) -> bool:
     """Whether a name is a plain file name, without folders."""
     return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
+def _read_up_to(limit: int, file: BinaryIO, what: str, remedy: str, start: bytes = b"") -> bytes:
+    """`start` and the rest of a file; InputError if they have more bytes than the limit."""
+    content = start + file.read(max(limit + 1 - len(start), 0))
+    if len(content) > limit:
+        raise too_large(what, limit, remedy)
+    return content
 
 
 @contextmanager
@@ -127,11 +133,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 def _recode(file: BinaryIO, path: Path) -> BinaryIO:
     """Converts a file in UTF-16, which spreadsheets write, to UTF-8."""
-    content = file.read(MAX_WHOLE_BYTES + 1)
-    if len(content) > MAX_WHOLE_BYTES:
-        raise InputError(
-            f"{path}: file in UTF-16 must have at most {MAX_WHOLE_BYTES >> 20} MiB, got more. Save it as UTF-8."
-        )
+    content = _read_up_to(MAX_WHOLE_BYTES, file, f"{path}: file in UTF-16", "Save it as UTF-8.")
     try:
         return io.BytesIO(content.decode("utf-16").encode())
     except UnicodeError as error:
@@ -140,11 +142,7 @@ def _recode(file: BinaryIO, path: Path) -> BinaryIO:
 
 def read_whole(file: BinaryIO, path: Path, budget: Budget, start: bytes = b"") -> bytes:
     """The bytes of a file that is parsed as a whole; `start` was read before."""
-    content = start + file.read(max(MAX_WHOLE_BYTES + 1 - len(start), 0))
-    if len(content) > MAX_WHOLE_BYTES:
-        raise InputError(
-            f"{path}: {format_of(path)} file must have at most {MAX_WHOLE_BYTES >> 20} MiB, got more. "
-            "Turn it into .jsonl, which is read line by line."
-        )
+    remedy = "Turn it into .jsonl, which is read line by line."
+    content = _read_up_to(MAX_WHOLE_BYTES, file, f"{path}: {format_of(path)} file", remedy, start)
     budget.spend(len(content), str(path))
     return content

@@ -39,6 +39,14 @@ class Keys:
         self.has_answer |= value is not ABSENT
         return None if value is ABSENT else value
 
+    def no_prompt(self, names: list[str], where: str) -> InputError:
+        """The error for a record with these keys; suggests the nearest, else one of a prompt's usual names."""
+        usual = next((f" Did you mean {name!r}?" for name in PROMPT_NAMES if name in names), "")
+        return InputError(
+            f"{where}: record must have the key {self.prompt!r}, got {list_names(names)}."
+            f"{suggest_key(self.prompt, names) or usual} Name the key with --data.prompt-key."
+        )
+
     def require_answer(self, where: str) -> None:
         """Raises InputError where no record had the answer's key."""
         if self.answer is not None and not self.has_answer:
@@ -87,9 +95,3 @@ def suggest_key(key: str, names: Iterable[str]) -> str:
     ends = {name.rpartition(".")[2]: name for name in reversed(names)}
     near = nearest(key, names) or ends.get(nearest(key.rpartition(".")[2], ends) or "")
     return f" Did you mean {near!r}?" if near else ""
-
-
-def suggest_prompt(key: str, names: list[str]) -> str:
-    """Suggests the nearest key to the prompt's, else one of a prompt's usual names."""
-    usual = next((f" Did you mean {name!r}?" for name in PROMPT_NAMES if name in names), "")
-    return suggest_key(key, names) or usual

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mgrpo.errors import InputError
-from mgrpo.inputs import Budget
+from mgrpo.inputs import Budget, too_large
 
 # A row group's nested values are decoded at once, at up to 20 bytes each.
 MAX_NESTED_VALUES = 1 << 25
@@ -44,7 +44,7 @@ def _read_footer(file: BinaryIO, path: Path) -> list[list[dict[int, Any]]]:
     file.seek(-8, os.SEEK_END)
     (size,) = struct.unpack("<I", file.read(4))
     if size > MAX_FOOTER_BYTES:
-        raise InputError(f"{path}: footer must have at most {MAX_FOOTER_BYTES >> 20} MiB, got more. Split the file.")
+        raise too_large(f"{path}: footer", MAX_FOOTER_BYTES, "Split the file.")
     file.seek(-8 - size, os.SEEK_END)
     groups = _read_struct(io.BytesIO(file.read(size)))[4]
     return [[chunk[3] for chunk in group[1]] for group in groups]

@@ -13,11 +13,11 @@ from typing import Any
 from mgrpo.data.csv_files import read_csv
 from mgrpo.data.files import UNREADABLE, format_of, list_files, open_bytes, read_whole
 from mgrpo.data.json_files import read_json, read_lines
-from mgrpo.data.keys import ABSENT, Keys, look_up, name_keys, suggest_prompt
+from mgrpo.data.keys import ABSENT, Keys, look_up, name_keys
 from mgrpo.data.messages import Messages, parse_messages, read_messages
 from mgrpo.errors import InputError, whole
 from mgrpo.grading.label_text import Label, label_text
-from mgrpo.inputs import MAX_RECORD_BYTES, Budget, check_unicode, list_names, name_type, nearest, too_large
+from mgrpo.inputs import MAX_RECORD_BYTES, Budget, check_unicode, name_type, nearest, too_large
 
 # The id of a data set, optionally with a colon and one of its configurations.
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?::([\w.-]+))?")
@@ -120,23 +120,20 @@ def _read_source(source: str, keys: Keys, split: str, budget: Budget) -> Iterato
 def _read_rows(path: Path, keys: Keys, split: str, budget: Budget) -> Iterator[tuple[str, Any]]:
     """Yields the raw rows of a file, each with its position: `:LINE`, ` row N` or ` record N`."""
     match format_of(path):
-        case ".jsonl" | ".ndjson":
-            with open_bytes(path) as file:
-                yield from read_lines(file, path, keys, split, budget)
-        case ".json":
-            with open_bytes(path) as file:
-                yield from read_json(file, path, keys, split, budget)
-        case ".csv" | ".tsv":
-            with open_bytes(path) as file:
-                yield from read_csv(read_whole(file, path, budget), path, keys)
         case ".arrow":
             from mgrpo.data.arrow_files import read_arrow
 
             yield from read_arrow(path, keys, budget)
-        case _:
+        case ".parquet":
             from mgrpo.data.tables import read_parquet
 
             yield from read_parquet(path, keys, budget)
+        case kind:
+            with open_bytes(path) as file:
+                if kind in (".csv", ".tsv"):
+                    yield from read_csv(read_whole(file, path, budget), path, keys)
+                else:
+                    yield from (read_json if kind == ".json" else read_lines)(file, path, keys, split, budget)
 
 
 def _make_arithmetic(source: str) -> Iterator[Record]:
@@ -203,11 +200,7 @@ def _make_record(row: Any, keys: Keys, *, where: str, origin: str) -> Record:
         raise InputError(f"{where}: record must be an object, got {name_type(row)}. Write {{{keys.prompt!r}: ...}}.")
     prompt = look_up(row, keys.prompt)
     if prompt is ABSENT:
-        names = name_keys(row)
-        raise InputError(
-            f"{where}: record must have the key {keys.prompt!r}, got {list_names(names)}."
-            f"{suggest_prompt(keys.prompt, names)} Name the key with --data.prompt-key."
-        )
+        raise keys.no_prompt(name_keys(row), where)
     if not keys.has_answer:
         keys.note(name_keys(row))
     label = label_text(keys.find_answer(row), keys.answer or "", where)

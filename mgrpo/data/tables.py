@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,66 +62,69 @@ def read_parquet(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, 
             there are too many messages; or the file cannot be read.
 
     """
-    position = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            leaves = [file.schema.column(i) for i in range(len(file.schema))]
-            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        # Repeated texts are kept once, so that their copies are counted before they are made.
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
-            schema = file.schema_arrow
-            columns = choose_columns(schema, keys, str(path))
-            if columns is None:
-                yield from [(" row 1", dict.fromkeys(keys.seen))] if file.metadata.num_rows else []
-                return
-            wanted = _find_leaves(schema, columns, leaves, str(path))
-            budget.check_records(file.metadata.num_rows, str(path))
-            try:
-                check_sizes(path, {i: leaves[i].max_repetition_level > 0 for i in wanted}, budget)
-            except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise HeaderError("a footer or page header lacks a size") from error
-            names = [column.path for column in columns]
-            for group in range(file.metadata.num_row_groups):  # a batch over several groups would hold all their texts
-                for batch in file.iter_batches(PARQUET_CHUNK, [group], names):
-                    for row in unpack(pick(batch, columns), str(path), position, budget):
-                        position += 1
-                        yield f" row {position}", row
-    except MemoryError:  # arrow's MemoryError is an ArrowException too
-        raise
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, HeaderError, RecursionError) as error:
-        reason = str(error).rstrip(". ")
-        message = f"{path}: not a readable parquet file after row {position}: {reason}. Write or download it again."
-        raise InputError(message) from error
+    batches = _parquet_batches(path, keys, budget)
+    return read_batches(batches, str(path), budget, "parquet file", "Write or download it again.")
 
 
 def read_table(dataset: Any, source: str, keys: Keys, budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
     """`read_parquet` for a data set of the package datasets, whose tables are memory-mapped."""
+    return read_batches(_table_batches(dataset, source, keys, budget), source, budget, "table", "Download it again.")
+
+
+def read_batches(
+    batches: Iterator[pyarrow.RecordBatch], where: str, budget: Budget, what: str, remedy: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the rows of all batches, each with its position; an error of arrow names the last row that was read."""
     position = 0
-    columns = choose_columns(dataset.features.arrow_schema, keys, source)
-    if columns is None:
-        yield from [(" row 1", dict.fromkeys(keys.seen))] if len(dataset) else []
-        return
+    try:
+        for batch in batches:
+            for row in _unpack(batch, where, position, budget):
+                position += 1
+                yield f" row {position}", row
+    except MemoryError:  # arrow's MemoryError is an ArrowException too
+        raise
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, HeaderError, struct.error, RecursionError) as error:
+        reason = str(error).rstrip(". ")
+        raise InputError(f"{where}: not a readable {what} after row {position}: {reason}. {remedy}") from error
+
+
+def _parquet_batches(path: Path, keys: Keys, budget: Budget) -> Iterator[pyarrow.RecordBatch]:
+    """Batches of the wanted columns of a parquet file."""
+    with pyarrow.parquet.ParquetFile(path) as file:
+        leaves = [file.schema.column(i) for i in range(len(file.schema))]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    # Repeated texts are kept once, so that their copies are counted before they are made.
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+        schema, num_rows = file.schema_arrow, file.metadata.num_rows
+        columns = choose_columns(schema, keys, str(path), is_empty=not num_rows)
+        wanted = _find_leaves(schema, columns, leaves, str(path))
+        budget.check_records(num_rows, str(path))
+        try:
+            check_sizes(path, {i: leaves[i].max_repetition_level > 0 for i in wanted}, budget)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise HeaderError("a footer or page header lacks a size") from error
+        names = [column.path for column in columns]
+        for group in range(file.metadata.num_row_groups):  # a batch over several groups would hold all their texts
+            for batch in file.iter_batches(PARQUET_CHUNK, [group], names):
+                yield pick(batch, columns)
+
+
+def _table_batches(dataset: Any, source: str, keys: Keys, budget: Budget) -> Iterator[pyarrow.RecordBatch]:
+    """Batches of the wanted columns of a data set."""
+    columns = choose_columns(dataset.features.arrow_schema, keys, source, is_empty=not len(dataset))
     budget.check_records(len(dataset), source)
     names = list(dict.fromkeys(column.name for column in columns))
-    try:
-        for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=TABLE_CHUNK):
-            for batch in table.to_batches():
-                for row in unpack(pick(batch, columns), source, position, budget):
-                    position += 1
-                    yield f" row {position}", row
-    except MemoryError:
-        raise
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        message = f"{source}: not a readable table after row {position}: {error}. Download it again."
-        raise InputError(message) from error
+    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=TABLE_CHUNK):
+        for batch in table.to_batches():
+            yield pick(batch, columns)
 
 
-def choose_columns(schema: pyarrow.Schema, keys: Keys, where: str) -> list[Column] | None:
-    """The columns of the wanted keys; None without a prompt, InputError for types whose size cannot be counted."""
+def choose_columns(schema: pyarrow.Schema, keys: Keys, where: str, *, is_empty: bool = False) -> list[Column]:
+    """The columns of the wanted keys; InputError without a prompt's, and for types whose size cannot be counted."""
     keys.note(name for field in schema for name in _name_fields(field))
     columns = [column for key in keys.wanted if (column := _find_column(schema, key))]
-    if not any(column.key == keys.prompt for column in columns):
-        return None
+    if not is_empty and not any(column.key == keys.prompt for column in columns):
+        raise keys.no_prompt(list(keys.seen), f"{where} row 1")
     for column in columns:
         if schema.names.count(column.name) > 1:
             raise InputError(f"{where}: column names must differ, got {column.name!r} twice. Rename the columns.")
@@ -128,7 +132,8 @@ def choose_columns(schema: pyarrow.Schema, keys: Keys, where: str) -> list[Colum
         for name in column.fields:
             field = field.type.field(name)
         kind, is_answer = field.type, column.key != keys.prompt
-        if not (_is_scalar(kind) or _is_messages(kind) or (is_answer and _is_list_of_scalars(kind))):
+        is_list = is_answer and _is_list(kind) and _is_scalar(kind.value_type)
+        if not (_is_scalar(kind) or _is_messages(kind) or is_list):
             shown = re.sub(r"dictionary<values=(\w+), indices=\w+, ordered=0>", r"\1", str(kind))
             inner = list(_name_fields(field, column.key.removesuffix(field.name))) if types.is_struct(kind) else []
             raise InputError(
@@ -176,7 +181,7 @@ def pick(batch: pyarrow.RecordBatch, columns: list[Column]) -> pyarrow.RecordBat
     return pyarrow.RecordBatch.from_arrays(arrays, names=[c.row_key for c in columns])
 
 
-def unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget) -> Iterator[dict[str, Any]]:
+def _unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget) -> Iterator[dict[str, Any]]:
     """Yields the rows of a batch behind `position` rows; texts are counted before they are created."""
     sizes = sum((_row_bytes(column) for column in batch.columns), numpy.zeros(batch.num_rows, numpy.int64))
     budget.spend(int(sizes.sum()), f"{where} row {position + batch.num_rows}")
@@ -231,11 +236,6 @@ def _is_list(kind: pyarrow.DataType) -> bool:
     return types.is_list(kind) or types.is_large_list(kind)
 
 
-def _is_list_of_scalars(kind: pyarrow.DataType) -> bool:
-    """Whether a type is a list of texts or numbers."""
-    return _is_list(kind) and _is_scalar(kind.value_type)
-
-
 def _is_messages(kind: pyarrow.DataType, *, parts: bool = True) -> bool:
     """Whether a type is a list of chat messages, whose contents may be lists of parts."""
     if not _is_list(kind) or not types.is_struct(kind.value_type):
@@ -281,14 +281,13 @@ def _find_leaves(schema: pyarrow.Schema, columns: list[Column], leaves: list[Any
     for column in columns:  # pyarrow reads every column whose path begins with the name and a dot
         named = [i for i, leaf in enumerate(leaves) if f"{leaf.path}.".startswith(f"{column.path}.")]
         # A nested field may have the same path as a column with a dot in its name; it is read and ignored.
-        own = [i for i in named if i in ranges[column.name] or _is_single(leaves[i], column.path)]
+        own = [
+            i
+            for i in named
+            if i in ranges[column.name] or (leaves[i].path == column.path and not leaves[i].max_repetition_level)
+        ]
         if start != len(leaves) or own != named or not named:
             names = " or ".join(column.path for column in columns)
             raise InputError(f"{where}: names of other columns must not begin with {names}. Rename them.")
         wanted += named
     return sorted(set(wanted))
-
-
-def _is_single(leaf: Any, path: str) -> bool:
-    """Whether a stored column has the path and is in no list."""
-    return leaf.path == path and leaf.max_repetition_level == 0
