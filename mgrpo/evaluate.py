@@ -5,11 +5,12 @@ Letters: B prompts, k sampled responses a prompt.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -44,9 +45,8 @@ from mgrpo.observe.console import GroupingLine
 from mgrpo.process.output import protect_output
 from mgrpo.process.threads import limit_threads
 from mgrpo.rollout.build import start_engine
-from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.parity import check_samples
-from mgrpo.rollout.stop import StopTexts, make_stop
+from mgrpo.rollout.stop import make_stop
 from mgrpo.types import Sampling, WeightTag
 
 # At most half of the model's context.
@@ -123,14 +123,21 @@ def run(args: EvaluateArgs) -> Evaluation:
         note = f"responses end at {stop.texts[0]!r}, by --data.template; --rollout.stop '' turns it off."
         print(f"evaluate: {note}", file=sys.stderr)
     longest = max(len(prompt.ids) for prompt in dataset.prompts) + max_new_tokens
-    engine = start_engine(loaded, args.engine, stop=stop, max_length=longest)
     sampling = Sampling(
         temperature=args.rollout.temperature, top_p=args.rollout.top_p, max_new_tokens=max_new_tokens, seed=args.seed
     )
-    try:
-        return _evaluate(args, loaded, dataset, engine, extract, sampling, stop)
-    finally:
-        engine.close()
+    tag, answer = WeightTag("policy", 0), args.answer
+    with (
+        contextlib.closing(start_engine(loaded, args.engine, stop=stop, max_length=longest)) as engine,
+        AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers) as checker,
+    ):
+        engine.update_weights(loaded.model.state_dict(), tag)
+        with running(args.model.path, "generate a token"):  # reports a model that cannot
+            engine.generate([dataset.prompts[0].ids], 1, Sampling(max_new_tokens=1), tag)
+        checker.watch = GroupingLine(Console(stderr=True))
+        check = partial(check_samples, engine, loaded, [prompt.ids for prompt in dataset.prompts], sampling)
+        about = {"samples": args.samples, "tag": tag, "stop": stop, "check": check}
+        return evaluate(engine, loaded, dataset, extract, checker, sampling, **about)
 
 
 def _load_data(args: EvaluateArgs, loaded: LoadedModel, max_new_tokens: int) -> Dataset:
@@ -144,27 +151,6 @@ def _load_data(args: EvaluateArgs, loaded: LoadedModel, max_new_tokens: int) -> 
     if dataset.num_overlong:
         print(f"evaluate: {dataset.num_overlong} overlong prompts were left out.", file=sys.stderr)
     return dataset
-
-
-def _evaluate(
-    args: EvaluateArgs,
-    loaded: LoadedModel,
-    dataset: Dataset,
-    engine: Engine,
-    extract: Callable[[str], str | None],
-    sampling: Sampling,
-    stop: StopTexts | None,
-) -> Evaluation:
-    """Generates one token, to report a model that cannot, then evaluates."""
-    tag, answer = WeightTag("policy", 0), args.answer
-    engine.update_weights(loaded.model.state_dict(), tag)
-    with running(args.model.path, "generate a token"):
-        engine.generate([dataset.prompts[0].ids], 1, Sampling(max_new_tokens=1), tag)
-    with AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers) as checker:
-        checker.watch = GroupingLine(Console(stderr=True))
-        check = partial(check_samples, engine, loaded, [prompt.ids for prompt in dataset.prompts], sampling)
-        about = {"samples": args.samples, "tag": tag, "stop": stop, "check": check}
-        return evaluate(engine, loaded, dataset, extract, checker, sampling, **about)
 
 
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:

@@ -73,21 +73,14 @@ def summarize(
     """
     num_prompts, samples = correct.shape
     num_right = correct.sum(1).tolist()
-    average, average_se = _mean_and_error(correct.double().mean(1))
-    majority, majority_se = _mean_and_error(majority_correct)
-    passed, passed_se = _mean_and_error(correct.any(1))
-    greedy, greedy_se = (None, None) if greedy_correct is None else _mean_and_error(greedy_correct)
+    by_prompt = {"greedy": greedy_correct, "avg_at_k": correct.double().mean(1), "maj_at_k": majority_correct}
+    estimates: dict[str, Any] = {}
+    for name, values in (by_prompt | {"pass_at_k": correct.any(1)}).items():
+        estimates[name], estimates[f"{name}_se"] = (None, None) if values is None else _mean_and_error(values)
     return Evaluation(
         num_prompts=num_prompts,
         samples=samples,
-        greedy=greedy,
-        greedy_se=greedy_se,
-        avg_at_k=average,
-        avg_at_k_se=average_se,
-        maj_at_k=majority,
-        maj_at_k_se=majority_se,
-        pass_at_k=passed,
-        pass_at_k_se=passed_se,
+        **estimates,
         pass_at={
             j: sum(1 - math.comb(samples - c, j) / math.comb(samples, j) for c in num_right) / num_prompts
             for j in (2**i for i in range(samples.bit_length()))

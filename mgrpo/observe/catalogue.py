@@ -62,6 +62,8 @@ PANELS = {
 
 
 SOURCES = ("policy", "momentum")
+PHASES = ("rollout", "rollout_policy", "rollout_momentum", "publish", "score", "vote", "update", "ema", "monitor")
+PHASES += ("checkpoint", "eval")
 _SUMMARY = {"always": True, "summary": True}
 
 
@@ -81,11 +83,6 @@ def _eval(source: str) -> dict[str, Metric]:
         f"probe_majority_{source}": Metric(f"{name}, of the majority", "more"),
         f"probe_pass_{source}": Metric(f"{name}, of any sample", "more"),
     }
-
-
-def _phase(phase: str, *, always: bool = True) -> dict[str, Metric]:
-    """Seconds of a part of a step."""
-    return {f"time_{phase}_s": Metric(f"seconds of {phase.replace('_', ', ')}", "less", always=always)}
 
 
 METRICS: dict[str, Metric] = {
@@ -139,17 +136,10 @@ METRICS: dict[str, Metric] = {
     "redrawn": Metric("rollouts that vLLM generated again", "less"),
     "tokens_per_s": Metric("tokens a second", "more", {"throughput": "throughput"}, **_SUMMARY),
     "step_s": Metric("seconds a step", "less", {"step": "whole step"}, **_SUMMARY),
-    **_phase("rollout"),
-    **_phase("rollout_policy"),
-    **_phase("rollout_momentum"),
-    **_phase("publish"),
-    **_phase("score"),
-    **_phase("vote"),
-    **_phase("update"),
-    **_phase("ema"),
-    **_phase("monitor"),
-    **_phase("checkpoint"),
-    **_phase("eval", always=False),
+    **{
+        f"time_{phase}_s": Metric(f"seconds of {phase.replace('_', ', ')}", "less", always=phase != "eval")
+        for phase in PHASES
+    },
 }
 
 

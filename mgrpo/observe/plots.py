@@ -7,8 +7,8 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ from mgrpo.observe.catalogue import FIGURES, PANELS, Panel, keys_of
 MAX_BARE_POINTS = 30  # more points get a running mean drawn over them
 DPI = 100
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito
-LINES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")  # one for each pass through the colours
+LINES = ("-", "--", ":", "-.")  # one for each pass through the colours
 # Phases timed inside another one.
 NESTED = {"rollout": ("publish", "rollout_policy", "rollout_momentum"), "update": ("ema",)}
 
@@ -35,23 +35,14 @@ class Run:
     config: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """A panel with the keys and labels of its metrics."""
-
-    panel: Panel
-    title: str
-    keys: dict[str, str]
+Axis = tuple[Panel, dict[str, str]]
+"""A panel, with the keys and labels of its metrics."""
 
 
 def points(run: Run, key: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric at the steps where it is a finite number."""
-    values = [row.get(key) for row in run.rows]
-    known = [isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values]
-    steps = [row["step"] for row in run.rows]
-    return list(itertools.compress(steps, known)), [
-        float(v) for v in itertools.compress(values, known) if v is not None
-    ]
+    known = [row for row in run.rows if type(v := row.get(key)) in (int, float) and math.isfinite(v)]
+    return [row["step"] for row in known], [float(row[key]) for row in known]
 
 
 def find_alarms(run: Run) -> Iterator[tuple[int, str]]:
@@ -64,18 +55,17 @@ def find_alarms(run: Run) -> Iterator[tuple[int, str]]:
 
 def draw_figures(runs: Sequence[Run]) -> dict[str, Figure]:
     """Draws every plot that has data; metrics of one run share axes, those of several runs have separate ones."""
-    axes = [Axis(panel=panel, title=panel.title, keys=keys_of(name)) for name, panel in PANELS.items()]
+    axes: list[Axis] = [(panel, keys_of(name)) for name, panel in PANELS.items()]
     if len(runs) > 1:
         axes = [
-            replace(one, title=one.title if label == one.title else f"{one.title}: {label}", keys={key: label})
-            for one in axes
-            for key, label in one.keys.items()
+            (panel if label == panel.title else panel._replace(title=f"{panel.title}: {label}"), {key: label})
+            for panel, keys in axes
+            for key, label in keys.items()
         ]
     figures = {}
     for name, title in FIGURES.items():
-        of_figure = [one for one in axes if one.panel.figure == name]
-        filled = [one for one in of_figure if any(points(run, key)[1] for run in runs for key in one.keys)]
-        if filled:
+        of_figure = [(panel, keys) for panel, keys in axes if panel.figure == name]
+        if filled := [axis for axis in of_figure if any(points(run, key)[1] for run in runs for key in axis[1])]:
             figures[name] = _draw_figure(title, filled, runs)
     return figures
 
@@ -88,11 +78,11 @@ def _draw_figure(title: str, panels: Sequence[Axis], runs: Sequence[Run]) -> Fig
     figure = Figure(figsize=(9.5, height), dpi=DPI, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     grid = figure.subplots(num_rows, columns, sharex=True, squeeze=False).flatten()
-    for i, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
+    for i, (axes, (panel, keys)) in enumerate(zip(grid, panels, strict=False)):
         axes.set_title(panel.title, loc="left", fontsize=10.5, color="#444444")
         axes.set_xlabel("step" if i >= len(panels) - columns else "")
         axes.tick_params(labelbottom=True)
-        _draw_panel(axes, panel, runs)
+        _draw_panel(axes, panel, keys, runs)
         if len(runs) == 1 and (alarm := next(find_alarms(runs[0]), None)):
             axes.axvline(
                 alarm[0], color="#b00000", linestyle=":", linewidth=1.2, label="first alarm" if i == 0 else None
@@ -102,51 +92,46 @@ def _draw_figure(title: str, panels: Sequence[Axis], runs: Sequence[Run]) -> Fig
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     if len(runs) > 1:
-        handles = [Line2D([], [], color=_colour(i), linestyle=_line(i), label=run.name) for i, run in enumerate(runs)]
+        handles = [Line2D([], [], label=run.name, **_style(i)) for i, run in enumerate(runs)]
         figure.legend(handles=handles, loc="outside lower left", ncols=min(len(runs), 4), frameon=False)
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Axis, runs: Sequence[Run]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, keys: dict[str, str], runs: Sequence[Run]) -> None:
     """Draws the lines of one panel, or the phases of a run's steps, and scales the axes."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.01)
-    if len(runs) == 1 and "step_s" in panel.keys and (phases := _phases(runs[0])):
+    if len(runs) == 1 and "step_s" in keys and (phases := _phases(runs[0])):
         steps = [row["step"] for row in runs[0].rows]
         axes.stackplot(steps, list(phases.values()), labels=list(phases), colors=COLOURS)
     else:
-        for i, (run, (key, label)) in enumerate(itertools.product(runs, panel.keys.items())):
-            _draw_line(axes, *points(run, key), label=label, colour=_colour(i), line=_line(i))
-    if panel.panel.log and any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.get_lines()):
+        for i, (run, (key, label)) in enumerate(itertools.product(runs, keys.items())):
+            _draw_line(axes, *points(run, key), label=label, style=_style(i))
+    if panel.log and any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.get_lines()):
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif panel.panel.share:
+    elif panel.share:
         axes.set_ylim(bottom=0, top=1.02 if axes.get_ylim()[1] > 0.5 else None)
 
 
-def _colour(i: int) -> str:
-    """Colour of the i-th line."""
-    return COLOURS[i % len(COLOURS)]
+def _style(i: int) -> dict[str, Any]:
+    """Colour of the i-th line, and its style, which changes with each pass through the colours."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
 
 
-def _line(i: int) -> Literal["-", "--", ":", "-."]:
-    """Style of the i-th line, which changes with each pass through the colours."""
-    return LINES[i // len(COLOURS) % len(LINES)]
-
-
-def _draw_line(axes: Axes, steps: list[int], values: list[float], *, label: str, colour: str, line: str) -> None:
+def _draw_line(axes: Axes, steps: list[int], values: list[float], *, label: str, style: dict[str, Any]) -> None:
     """Draws few values as points, many as a faint line under their running mean."""
     if not values:
         return
     if len(values) <= MAX_BARE_POINTS:
-        axes.plot(steps, values, line, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
+        axes.plot(steps, values, marker="o", markersize=3.5, linewidth=1.6, label=label, **style)
     else:
-        axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
-        axes.plot(steps, running_mean(values), line, color=colour, linewidth=1.8, label=label)
+        axes.plot(steps, values, color=style["color"], alpha=0.22, linewidth=0.9)
+        axes.plot(steps, running_mean(values), linewidth=1.8, label=label, **style)
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:

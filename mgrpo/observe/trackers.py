@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from mgrpo.config import Config, to_dict
 from mgrpo.errors import ConfigError, InputError
@@ -17,22 +16,6 @@ from mgrpo.types import Metrics
 def to_json(metrics: Metrics) -> str:
     """Metrics as one line of JSON; NaN and infinity become null."""
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
-
-
-class Tracker(Protocol):
-    """A destination of the metrics of each step."""
-
-    def log(self, metrics: Metrics) -> None:
-        """Writes the metrics of one step."""
-        ...
-
-    def rewind(self, rows: Sequence[Metrics]) -> None:
-        """Removes all but these rows."""
-        ...
-
-    def close(self) -> None:
-        """Writes buffered data and closes the tracker."""
-        ...
 
 
 class JsonlTracker:
@@ -104,6 +87,9 @@ class ModuleTracker:
     def close(self) -> None:
         """Ends the run in the service."""
         self.module.finish()
+
+
+Tracker = JsonlTracker | TensorBoardTracker | ModuleTracker
 
 
 def make_trackers(config: Config, run_dir: Path, step: int) -> list[Tracker]:
