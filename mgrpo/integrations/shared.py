@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from mgrpo.algorithm.credit import Credit, needed_evidence
 from mgrpo.config import Config
@@ -15,6 +18,7 @@ from mgrpo.errors import InputError
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.label_text import Label, label_text
 from mgrpo.grading.labels import make_label_reader
+from mgrpo.models.momentum import Momentum
 from mgrpo.observe.step import Outcome, mean, outcome_metrics
 from mgrpo.types import Metrics
 
@@ -50,6 +54,19 @@ def credit_metrics(
         checker.is_correct(given, answer) for b, answer in known for given in credit.answers[b][: credit.num_policy]
     ]
     return outcome_metrics(outcome) | {"accuracy": mean(right) if right else None}
+
+
+def momentum_tensors(momentum: Momentum) -> dict[str, torch.Tensor]:
+    """Averaged weights by name, and their Kahan terms as NAME/lost."""
+    return momentum.weights | {f"{name}/lost": term for name, term in (momentum.compensation or {}).items()}
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file under a temporary name, then renames it; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, aside, metadata)
+    os.replace(aside, path)
 
 
 def missing_evidence(config: Config, *, host: str) -> list[str]:

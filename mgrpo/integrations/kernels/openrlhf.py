@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 
-import torch
 from torch import Tensor
 
-import mgrpo_kernels as K
+from mgrpo.integrations.kernels.rows import token_logprob
 from mgrpo.integrations.patching import Replacement, replace_everywhere
 from mgrpo.integrations.versions import require
 
@@ -29,12 +28,9 @@ def kernel_patches() -> list[Replacement]:
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Log softmax(logits / temperature) at the labels [...], fp32; logits [..., V] are not changed."""
-    result = K.token_logprob(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), temperature=temperature)
-    return result.logprob.view(labels.shape)
+    return token_logprob(logits, labels, temperature=temperature)[0]
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of each row of logits [..., V], fp32."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    targets = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-    return K.token_logprob(rows, targets).entropy.view(logits.shape[:-1])
+    return token_logprob(logits)[1]

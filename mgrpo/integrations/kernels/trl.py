@@ -9,10 +9,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import mgrpo_kernels as K
+from mgrpo.integrations.kernels.rows import linear_token_logprob, token_logprob
 from mgrpo.integrations.patching import Replacement, replace_everywhere
 from mgrpo.integrations.versions import require
 
@@ -62,31 +61,13 @@ def make_fused_head(original: Any) -> type:
             others = set(outputs) - OURS - {"log_probs"}
             # ZeRO-3 frees the weight between forward and backward, which only TRL's own function handles.
             if others or hasattr(weight, "ds_id") or logit_scale <= 0:
-                return original.apply(
-                    hidden,
-                    weight,
-                    bias,
-                    targets,
-                    temperature,
-                    chunk_size,
-                    final_logit_softcapping,
-                    logit_scale,
-                    outputs,
-                )
-            softcap = final_logit_softcapping
-            device = hidden.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-            with torch.autocast(device, enabled=False):
-                # Softcap c of s z is s times softcap c / s of z, and a factor of the logits divides the temperature.
-                result = K.linear_token_logprob(
-                    hidden.to(dtype),
-                    weight.to(dtype),
-                    targets,
-                    bias=None if bias is None else bias.to(dtype),
-                    temperature=temperature / logit_scale,
-                    softcap=None if softcap is None else softcap / logit_scale,
-                )
-            return result.logprob, result.entropy if "entropy" in outputs else None, None, None, None
+                head = (hidden, weight, bias, targets, temperature, chunk_size)
+                return original.apply(*head, final_logit_softcapping, logit_scale, outputs)
+            # Softcap c of s z is s times softcap c / s of z, and a factor of the logits divides the temperature.
+            softcap = None if final_logit_softcapping is None else final_logit_softcapping / logit_scale
+            options = {"temperature": temperature / logit_scale, "softcap": softcap}
+            logprob, entropy = linear_token_logprob(hidden, weight, targets, bias=bias, **options)
+            return logprob, entropy if "entropy" in outputs else None, None, None, None
 
     return FusedHead
 
@@ -100,15 +81,14 @@ def make_selective(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Log softmax(logits / temperature) at index; logits [..., V], index [...], zeros where row_mask is 0."""
         if index.ndim == logits.ndim:
             return original(logits, index, temperature=temperature, row_mask=row_mask)
-        return _log_probs(logits, index, temperature, row_mask).logprob.view(index.shape)
+        return _log_probs(logits, index, temperature, row_mask)[0]
 
     return selective_log_softmax
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """Entropy in nats of each row of logits [..., V]; `chunk_size` is ignored."""
-    index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return _log_probs(logits, index, 1.0, None).entropy.view(index.shape)
+    return token_logprob(logits)[1]
 
 
 def selective_log_softmax_and_entropy(
@@ -119,14 +99,13 @@ def selective_log_softmax_and_entropy(
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both from one pass over logits [..., V], index [...]; zeros where row_mask is 0."""
-    result = _log_probs(logits, index, temperature, row_mask)
-    entropy = result.entropy if entropy_requires_grad else result.entropy.detach()
-    return result.logprob.view(index.shape), entropy.view(index.shape)
+    logprob, entropy = _log_probs(logits, index, temperature, row_mask)
+    return logprob, entropy if entropy_requires_grad else entropy.detach()
 
 
-def _log_probs(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> K.TokenLogprob:
+def _log_probs(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`token_logprob` of logits [..., V]."""
     if temperature <= 0:
         raise ValueError(f"selective_log_softmax: temperature must be positive, got {temperature}. Use 1.")
     mask = None if row_mask is None else (row_mask != 0).reshape(-1)
-    return K.token_logprob(logits.reshape(-1, logits.shape[-1]), index.reshape(-1), temperature=temperature, mask=mask)
+    return token_logprob(logits, index, temperature=temperature, mask=mask)

@@ -1,6 +1,6 @@
 """verl's log-probs and entropies by our kernels.
 
-Letters: T tokens, D hidden, V vocabulary.
+Letters: D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import mgrpo_kernels as K
+from mgrpo.integrations.kernels.rows import linear_token_logprob, token_logprob
 from mgrpo.integrations.patching import Replacement, replace_everywhere
 from mgrpo.integrations.versions import require
 
@@ -50,15 +49,12 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     """
     # A leaf must not be written in place.
     inplace = inplace_backward and logits.requires_grad and not logits.is_leaf
-    rows = logits.reshape(-1, logits.shape[-1])
-    return K.token_logprob(rows, labels.reshape(-1), inplace_backward=inplace).logprob.view(labels.shape)
+    return token_logprob(logits, labels, inplace_backward=inplace)[0]
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy in nats of each row of logits [..., V], fp32."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    targets = torch.zeros(rows.shape[0], dtype=torch.int64, device=logits.device)
-    return K.token_logprob(rows, targets).entropy.view(logits.shape[:-1])
+    return token_logprob(logits)[1]
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
@@ -70,7 +66,7 @@ def fused_forward(
     self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [...] of hidden [..., D] under weight [V, D], without the logits; `self` is not read."""
-    return _fused(hidden_states, vocab_weights, input_ids, temperature)
+    return linear_token_logprob(hidden_states, vocab_weights, input_ids, temperature=temperature)
 
 
 def make_linear_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,23 +87,8 @@ def make_linear_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
             if reduction != "none" or dist_process_group is not None:
                 return original(hidden, weight, labels, temperature, reduction, dist_process_group)
             # Flat, like the original's.
-            logprob, entropy = _fused(hidden, weight, labels, temperature)
-            return logprob.view(-1), entropy.view(-1)
+            return linear_token_logprob(hidden, weight, labels.flatten(), temperature=temperature)
 
         return ours(*args, **kwargs)
 
     return linear_cross_entropy
-
-
-def _fused(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`linear_token_logprob` in the shape of `labels` and in the dtype of autocast."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
-        result = K.linear_token_logprob(
-            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-            weight.to(dtype),
-            labels.reshape(-1).to(torch.int64),
-            temperature=temperature,
-        )
-    return result.logprob.view(labels.shape), result.entropy.view(labels.shape)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mgrpo.config import KernelsConfig, MomentumConfig
 from mgrpo.distributed.sharding import local
+from mgrpo.integrations.shared import momentum_tensors, save_tensors
 from mgrpo.models.momentum import Momentum
 
 FILE = "momentum.safetensors"  # in a checkpoint
@@ -69,34 +69,23 @@ class MomentumCallback(TrainerCallback):
         """Within the block, the policy's module holds the momentum weights."""
         momentum = self.started
         parameters = {name: p for name, p in momentum.policy.named_parameters() if name in momentum.weights}
-        if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-            # FSDP2 gathers from the shards' own storage.
-            own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-            _write(parameters, momentum.weights)
-            try:
+        if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+            with momentum.swapped():
                 yield
-            finally:
-                _write(parameters, own)
             return
-        own = {name: parameter.data for name, parameter in parameters.items()}
+        # FSDP2 gathers from the shards' own storage.
+        own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        _write(parameters, momentum.weights)
         try:
-            for name, parameter in parameters.items():
-                parameter.data = momentum.weights[name].to(device=parameter.device, dtype=parameter.dtype)
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = own[name]
+            _write(parameters, own)
 
     def save(self, folder: Path, *, is_main: bool) -> None:
         """Writes the full weights and their Kahan terms into a checkpoint; every process must call it."""
-        momentum = self.started
-        tensors = {name: _whole(weight) for name, weight in momentum.weights.items()}
-        tensors |= {f"{name}/lost": _whole(term) for name, term in (momentum.compensation or {}).items()}
+        tensors = {name: _whole(tensor) for name, tensor in momentum_tensors(self.started).items()}
         if is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = folder / f".{FILE}.tmp"
-            save_file(tensors, aside)
-            os.replace(aside, folder / FILE)
+            save_tensors(folder / FILE, tensors)
 
     def load(self, folder: Path, policy: torch.nn.Module) -> None:
         """Restores what `save` wrote, bit for bit; raises FileNotFoundError if there is no file."""
@@ -106,16 +95,14 @@ class MomentumCallback(TrainerCallback):
                 f"MomentumCallback: {path} must exist to resume, it does not. Resume from a checkpoint of MGRPOTrainer."
             )
         self.start(policy)
-        tensors = load_file(path)
-        momentum = self.started
-        wanted = {*momentum.weights, *(f"{name}/lost" for name in momentum.compensation or {})}
-        if wanted != set(tensors):
+        tensors, wanted = load_file(path), momentum_tensors(self.started)
+        if wanted.keys() != tensors.keys():
+            known = len(wanted.keys() & tensors)
             raise ValueError(
                 f"MomentumCallback: {path} must hold {len(wanted)} tensors of this model and momentum_dtype, got "
-                f"{len(tensors)}, of which {len(wanted & set(tensors))} are known. Resume with the options of the run."
+                f"{len(tensors)}, of which {known} are known. Resume with the options of the run."
             )
-        _write(momentum.weights, tensors)
-        _write(momentum.compensation or {}, {name: tensors[f"{name}/lost"] for name in momentum.compensation or {}})
+        _write(wanted, tensors)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The full momentum model under every name of the policy's state dict; every process must call it."""

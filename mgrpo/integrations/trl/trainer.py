@@ -113,7 +113,7 @@ class MGRPOTrainer(_GRPOTrainer):
         _check_answer_key(args.data_answer_key, kwargs.get("train_dataset"))
         answer = self.recipe.answer
         self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers)
-        self.monitor = Monitor(self.recipe.monitor, num_prompts=self.prompts_a_batch)
+        self.monitor = Monitor(self.recipe.monitor, num_prompts=args.generation_batch_size // args.num_generations)
         self.momentum = MomentumCallback(self.recipe.momentum, seed=args.seed)
         self.add_callback(self.momentum)
         self._momentum_rollouts: tuple[list[list[int]], list[list[int]]] = ([], [])  # token ids of prompts, responses
@@ -147,11 +147,6 @@ class MGRPOTrainer(_GRPOTrainer):
             responses, _ = self._generate_single_turn(prompt_ids, None, {}, self.num_momentum)
         self._last_loaded_step = -1  # makes TRL send the policy's before the next rollouts
         return prompt_ids, responses
-
-    @property
-    def prompts_a_batch(self) -> int:
-        """P."""
-        return self.args.generation_batch_size // self.num_generations
 
     @property
     def num_momentum(self) -> int:

@@ -6,13 +6,13 @@ Letters: B prompts a step, M policy and N momentum rollouts a prompt.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from mgrpo.config import Config, from_dict
 from mgrpo.config.renamed import RENAMED
 from mgrpo.errors import ConfigError
+from mgrpo.inputs import nearest
 from mgrpo.integrations.shared import missing_evidence
 
 # Options under `mgrpo.`; all else is verl's own. None stands for every option of the group.
@@ -75,10 +75,8 @@ def read_options(config: Any, *, total_training_steps: int | None = None) -> Opt
     given = _plain(_select(config, "mgrpo")) or {}
     problems = _unknown(given)
     for name, allowed, why in REQUIRED:
-        value = _select(config, name)
-        if value not in allowed:
-            wanted = allowed[0]
-            problems.append(f"{name} must be {wanted}, got {value}: {why}.")
+        if (value := _select(config, name)) not in allowed:
+            problems.append(f"{name} must be {allowed[0]}, got {value}: {why}.")
     if problems:
         raise ConfigError([f"mgrpo: {problem}" for problem in problems])
     actor = "actor_rollout_ref.actor"
@@ -119,7 +117,8 @@ def _check(recipe: Config) -> None:
 def _unknown(given: Mapping[str, Any]) -> list[str]:
     """A message for each unknown key of `mgrpo`, with the nearest known one."""
     problems = []
-    known = {f.name: [g.name for g in dataclasses.fields(f.default_factory)] for f in _groups()}  # type: ignore[arg-type]
+    groups = [field for field in dataclasses.fields(Config) if field.name in GROUPS]
+    known = {f.name: [g.name for g in dataclasses.fields(f.default_factory)] for f in groups}  # type: ignore[arg-type]
     for group, values in given.items():
         if group == PATCH_KERNELS:
             if not isinstance(values, bool):
@@ -143,23 +142,16 @@ def _unknown(given: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _groups() -> list[dataclasses.Field[Any]]:
-    """Groups of Config."""
-    return [f for f in dataclasses.fields(Config) if f.name in GROUPS]
-
-
 def _near(name: str, known: list[str]) -> str:
     """Suggests the nearest known name."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+    near = nearest(name, known)
+    return f" Did you mean {near}?" if near else ""
 
 
 def _select(config: Any, dotted: str) -> Any:
     """A value of nested mappings or omegaconf nodes; None where a key is absent."""
     for part in dotted.split("."):
-        if config is None:
-            return None
-        config = config.get(part, None)
+        config = None if config is None else config.get(part, None)
     return config
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from verl.single_controller.base.decorator import Dispatch, register  # pyright: ignore[reportMissingImports]
 from verl.workers.engine_workers import ActorRolloutRefWorker  # pyright: ignore[reportMissingImports]
 
 from mgrpo.config import KernelsConfig, MomentumConfig
 from mgrpo.distributed.sharding import local
 from mgrpo.integrations import patch_kernels
+from mgrpo.integrations.shared import momentum_tensors, save_tensors
 from mgrpo.integrations.verl import plugin
 from mgrpo.models.momentum import Momentum
 
@@ -72,12 +71,9 @@ class EngineMomentum:
 
     def save(self, folder: Path) -> None:
         """Writes this process's shards, their Kahan terms and the step into a temporary file, then renames it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / file_name()
-        aside = path.with_name(f".{path.name}.tmp")
-        tensors = {name: local(tensor).detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-        save_file(tensors, aside, metadata={"format": "mgrpo", "step": str(self.step)})
-        os.replace(aside, path)
+        tensors = momentum_tensors(self.momentum)
+        shards = {name: local(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_tensors(folder / file_name(), shards, {"format": "mgrpo", "step": str(self.step)})
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -93,7 +89,7 @@ class EngineMomentum:
                 f"mgrpo: {path} must exist to resume, it does not. Resume from a checkpoint of trainer mode mgrpo, on "
                 "as many processes as wrote it, or start anew with trainer.resume_mode=disable."
             )
-        targets = self._tensors()
+        targets = momentum_tensors(self.momentum)
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             wanted = {name: tuple(local(tensor).shape) for name, tensor in targets.items()}
@@ -107,21 +103,11 @@ class EngineMomentum:
                 local(target).copy_(file.get_tensor(name))
             self.step = int(file.metadata()["step"])
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """All state by name."""
-        terms = {f"{name}/lost": term for name, term in (self.momentum.compensation or {}).items()}
-        return {**self.momentum.weights, **terms}
-
 
 def file_name() -> str:
     """File of this process's shards in a checkpoint, named like verl's own."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return f"momentum_world_size_{size}_rank_{rank}.safetensors"
-
-
-def worker_options(given: Mapping[str, Any]) -> tuple[MomentumConfig, KernelsConfig]:
-    """The options that the trainer has put under `actor_rollout_ref.mgrpo`."""
-    return MomentumConfig(**given["momentum"]), KernelsConfig(**given["kernels"])
 
 
 class MGRPOWorker(ActorRolloutRefWorker):
@@ -143,9 +129,12 @@ class MGRPOWorker(ActorRolloutRefWorker):
             patch_kernels(importlib.import_module("verl"))
         super().init_model()
         if "actor" in self.role:
-            momentum, kernels = worker_options(options)
             self.momentum = EngineMomentum(
-                self.actor.engine, momentum, num_steps=options.num_optimizer_steps, seed=options.seed, kernels=kernels
+                self.actor.engine,
+                MomentumConfig(**options["momentum"]),
+                num_steps=options.num_optimizer_steps,
+                seed=options.seed,
+                kernels=KernelsConfig(**options["kernels"]),
             )
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
 from mgrpo.config import MomentumConfig
+from mgrpo.integrations.shared import momentum_tensors
 from mgrpo.integrations.verl.options import read_options
 from mgrpo.integrations.verl.worker import EngineMomentum, MGRPOWorker, file_name
 
@@ -170,7 +171,7 @@ def test_a_checkpoint_of_verl_has_the_momentum_model_bit_for_bit(make_worker, tm
     step(worker)
     folder = tmp_path / "global_step_1" / "actor"
     worker.save_checkpoint(str(folder), global_step=1)
-    saved, trained = own(worker.momentum._tensors()), policy(worker)
+    saved, trained = own(momentum_tensors(worker.momentum.momentum)), policy(worker)
     assert (folder / file_name()).name == "momentum_world_size_1_rank_0.safetensors"
     assert not list(folder.glob(".*tmp"))
     with safe_open(folder / file_name(), framework="pt") as file:
@@ -180,7 +181,7 @@ def test_a_checkpoint_of_verl_has_the_momentum_model_bit_for_bit(make_worker, tm
     assert worker.momentum.step == 3
     worker.load_checkpoint(str(folder))
     assert worker.momentum.step == 1
-    found = own(worker.momentum._tensors())
+    found = own(momentum_tensors(worker.momentum.momentum))
     assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
     assert all(torch.equal(value, trained[name]) for name, value in policy(worker).items())
 
