@@ -55,14 +55,14 @@ class VllmEngine(CheckedEngine):
         self._asleep = False
         with _keeping_process_state(), _engine_errors("start"):
             self._llm = (make_llm or start)(**(arguments | dict(options)))
-        self._writer = make_writer(self._llm)
+        self._write = make_writer(self._llm)
 
     def _send_weights(self, weights: Weights, version: str) -> None:
         with _keeping_process_state(), _engine_errors("update_weights"):
             if self._asleep:
                 self._llm.wake_up()
                 self._asleep = False
-            self._writer.write(weights, version)
+            self._write(weights, version)
             # vLLM keeps the cache of prompts under the old weights.
             emptied = self._llm.reset_prefix_cache()
         if emptied is False:
@@ -95,9 +95,8 @@ class VllmEngine(CheckedEngine):
     def _request(self, b: int, n: int, sampling: Sampling, seed: int) -> Any:
         """Sampling parameters of one prompt, whose output vLLM returns once, when it is complete."""
         params = importlib.import_module("vllm.sampling_params")
-        options = self._parameters(b, n, sampling, seed)
-        kind = params.RequestOutputKind.FINAL_ONLY
-        return params.SamplingParams(**options, detokenize=self.stop is not None, output_kind=kind)
+        options = {"detokenize": self.stop is not None, "output_kind": params.RequestOutputKind.FINAL_ONLY}
+        return params.SamplingParams(**self._parameters(b, n, sampling, seed), **options)
 
     def _finished(self) -> Iterator[Any]:
         """Outputs of prompts as they finish; raises EngineError if none does for `timeout_s`."""

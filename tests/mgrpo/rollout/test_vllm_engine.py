@@ -17,7 +17,7 @@ from mgrpo.errors import EngineError, StaleWeightsError
 from mgrpo.rollout.parity import BOUNDS, check_parity
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm.local import VllmEngine, start
-from mgrpo.rollout.weights.in_process import LoadWriter, ReloadWriter, make_writer
+from mgrpo.rollout.weights.in_process import make_writer
 from mgrpo.tasks.arithmetic import make_model, make_tokenizer
 from mgrpo.types import Sampling, WeightTag
 
@@ -244,13 +244,15 @@ def test_a_token_that_the_model_has_not_is_refused(engine, model, prompt):
 
 
 def test_older_ways_to_write_weights_are_found():
-    assert isinstance(make_writer(FakeLLM()), ReloadWriter)
-    old = FakeLLM(reloads=False, versions=False)
-    writer = make_writer(old)
-    assert isinstance(writer, LoadWriter)
-    writer.write([("a", torch.ones(1))], "policy@1")
-    assert old.calls == [("load", {"a": torch.ones(1)})]
-    ReloadWriter(FakeLLM(versions=False)).write([], "policy@1")
+    for options, names in (
+        ({}, ["reload_weights", "version"]),
+        ({"versions": False}, ["reload_weights"]),
+        ({"reloads": False, "versions": False}, ["load"]),
+    ):
+        llm = FakeLLM(**options)
+        make_writer(llm)([("a", torch.ones(1))], "policy@1")
+        assert [call[0] for call in llm.calls] == names
+        assert llm.calls[0][1] == {"a": torch.ones(1)}
     with pytest.raises(EngineError, match="it offers neither"):
         make_writer(SimpleNamespace())
 
