@@ -19,7 +19,7 @@ from mgrpo.grading.decimals import (
     spell_exponent,
     spell_repeating,
 )
-from mgrpo.grading.markup import strip_markup
+from mgrpo.grading.markup import apply_rules, compile_rules, strip_markup
 from mgrpo.grading.phrases import drop_phrase
 from mgrpo.grading.units import UNIT_LETTERS, is_unit, spell_scale
 
@@ -114,110 +114,119 @@ _MERIDIEM = re.compile(r"\s*([ap])\.?\s*m\.?\s*", re.IGNORECASE)
 _ENDS = (
     r".,;:?\u3001\u3002\uff0c\uff0e\uff61\uff64\u060c\u061b\u061f\u06d4\u0964\u0965\u0589\u1362\u104a\u104b\u17d4\u2026"
 )
-_REWRITES = [
-    (re.compile(pattern, re.DOTALL), replacement)
-    for pattern, replacement in (
-        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"∛\s*\(?([0-9]+|[A-Za-z])\)?", r"\\sqrt[3]{\1}"),
-        (r"√\s*([0-9]+|[A-Za-z])|\\sqrt\s*([0-9]+)", r"\\sqrt{\1\2}"),
-        (r"(?<=[0-9])_(?=[0-9]{3}(?![0-9]))", ","),
-        (
-            r"(?<![0-9])([0-9]+)(?:\{,\}(?![0-9]{3}(?![0-9]))|(?<=(?<![0-9])0)\{,\}|,(?=[0-9]*(?:\\overline|\([0-9]+\)$)))",
-            r"\1.",
-        ),
-        (r"\\?\$", ""),
-        (r"\\%", "%"),
-        (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
-        (r"\\[dtc]frac(?![A-Za-z])|\\(?:nice|s|flat)frac(?![A-Za-z])", r"\\frac"),
-        (r"(?<=[0-9])(?:\\[,!]|\{,\}|['’])(?=[0-9]{3}(?![0-9]))", ","),  # noqa: RUF001
-        (
-            r"^([+-]?[0-9]{1,3})((?:\.[0-9]{3})+),([0-9]{1,2}|[0-9]{4,})$|^([+-]?[0-9]{1,3}(?:\.[0-9]{3}){2,})$",
-            "european",
-        ),
-        (r"\\!", ""),
-        (r"(?<!\\)\\[()\[\]]", " "),
-        (r"(?<![^\s(])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![^\s.,;:)%])", r"\1"),
-        (r"^[\s*`:&]+|[\s*`&]+$", ""),
-        (r"[\"“”„«»]", ""),
-        (r"^['‘]([^'‘’]*)['’]$", r"\1"),  # noqa: RUF001
-        (r"^__+([^_].*?)__+$", r"\1"),
-        (rf"\\(?:{_SPACES})(?![A-Za-z])|\\[hv]space\*?\s*\{{[^{{}}]*\}}|(?<!\\)\\[,;:>\s]", " "),
-        (r"\\(?:[hv]?phantom|tag\*?|label)\s*\{[^{}]*\}", ""),
-        (
-            r"\\f?colorbox\s*(?:\{[^{}]*\}\s*)+(?=\{)|\\(?:text)?color\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}|\\bbox\s*\[[^\]]*\]",
-            "",
-        ),
-        (r"\{\s*\\(?:rm|bf|it)\s+((?:[^{}]|\{[^{}]*\})*)\}", r"\\text{\1}"),
-        (
-            r"\\(?:text)?degrees?(?![A-Za-z])|(?<=[0-9])\s*\^\s*(?:o|\{\s*o\s*\}|\\text\s*\{\s*o\s*\})(?![A-Za-z])",
-            r"^\\circ ",
-        ),
-        (r"(?<=[0-9)])\{\}(?=\s*\^)", ""),
-        (r"\\textsuperscript\s*(?=\{)", "^"),
-        (r"\\frac\s*([0-9])(?=\s*[0-9{])", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{(?:[^{}]|\{[^{}]*\})*\}", r"\1 \\unit{unit}"),
-        (r"\\num\s*\{([^{}]*)\}", r"\1"),
-        (r"\\text\s*\{\s*\(?(repeating|recurring)\)?\s*\}", r" \1 "),
-        (r"(\\(?:overline|bar)\s*\{[0-9]+\}|[0-9.]+\([0-9]+\))\s*\(?(?:repeating|recurring)\)?\s*$", r"\1"),
-    )
-]
-_UNWRAPS = [
-    (re.compile(pattern, re.DOTALL), replacement)
-    for pattern, replacement in (
-        (rf"\\(?:{_FONTS})\s*\{{([^{{}}]*)\}}", r" \1 "),
-        (rf"\\(?:{_FONTS})\s*(?=\{{[^{{}}]*\{{)", ""),
-        (r"\\(?:mathbf|mathrm|mathit|boldsymbol|bm)\s*([0-9])", r" \1"),
-        (rf"\\(?:{_SWITCHES})(?![A-Za-z])", " "),
-        (r"^\s*\{?([^{}]*[^{}\s])\s*\\over(?![A-Za-z])\s*([^{}]+)\}?\s*$", r"\\frac{\1}{\2}"),
-        (r"^\s*\{?([^{}]*[^{}\s])\s*\\choose(?![A-Za-z])\s*([^{}]+)\}?\s*$", r"\\binom{\1}{\2}"),
-        (r"\\([lg]e|ne)(?:q|qq|qslant)?(?![A-Za-z]) ?", r"\\\1 "),
-        (r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
-        (r"(?<=[0-9])\s*(?:[xX*]|\\cdot|\\times)\s*(?=10\s*(?:\^|\*\*))", r"\\times "),
-        (r"(?i)\s*(?:\bper ?cent|\bpercentage|\bpct)\s*$", "%"),
-        (r"%[\s%]*%", "%"),
-        (r"(?<=[)\]}%!]) +((?:[A-Za-z]|\\(?:mu|Omega)).*)$", "unit"),
-        (r"(?<=[0-9}]) *\[([A-Za-z\\][^\[\]]*)\]$", "unit"),
-        (r"(?<=[0-9]) ([ei])(?![A-Za-z])", r"\1"),
-        (r"(?<=[\w}%)\]])\s*(?:\(\s*)?(?<![A-Za-z])(?:approx(?:imately|\.)?|exact(?:ly)?|rounded)\s*\)?\s*$", ""),
-        (
-            r"(?<=[\w}%)\]])\s*\(\s*(?:rounded|correct to|nearest|(?:to )?[0-9]+ ?"
-            r"(?:s\.? ?f|d\.? ?p|sig|decimal places))[^()]*\)\s*$",
-            "",
-        ),
-        (r"\s+", " "),
-        (r" ?([^A-Za-z0-9 ]) ?", r"\1"),
-        (r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
-        (
-            r"^(?:=+>|-+>|:?=|:|\\(?:approx|approxeq|simeq|sim|cong|doteq|equiv|therefore|implies|to|triangleq|coloneqq|mapsto|"
-            r"fallingdotseq|risingdotseq|thickapprox|asymp|backsimeq|leadsto|hookrightarrow|iff|Leftrightarrow|because|[Ll]ong(?:right)?arrow|"
-            r"[Rr]ightarrow|Longrightarrow|longrightarrow)(?![A-Za-z]) ?)+",
-            "",
-        ),
-        (r"\^([A-Za-z]|-?[0-9]+)(?![0-9A-Za-z.])", r"^{\1}"),
-        (r"(?<!\\log)_(?:([0-9]+)(?![0-9.])|([A-Za-z])(?![0-9A-Za-z]))|(?<=\\log)_([0-9])(?![0-9])", r"_{\1\2\3}"),
-        (r"\^\{\\circ ?\}", r"^\\circ"),
-        (r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}", r"\\emptyset "),
-        (r"\\log_\{?e\}? ?", r"\\ln "),
-        (r"\\lg(?![A-Za-z]) ?", r"\\log_{10}"),
-        (r"\\(?:c|d)?dots[bcm]?(?![A-Za-z])|(?<=,)\.\.\.(?=,)", r"\\ldots "),
-        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-        (r"(?<![A-Za-z\\])[iI]nfinity(?![A-Za-z])", r"\\infty "),
-        (r"(?<![A-Za-z\\])sqrt\s*([0-9]+)", r"\\sqrt{\1}"),
-        (r"(?<=[A-Za-z)])\*\*([0-9]+)(?![0-9*])", r"^{\1}"),
-        (r"(?i)^(yes|no|true|false)!+$", r"\1"),
-        (r"(?i)(?<=[0-9]) ?(?:a()|p)\.?m\.?$", "meridiem"),
-        (r"^([+-]?)(?:[€£¥₹₽₩₺₫฿₪]|USD|EUR|GBP|CNY|RMB|INR|Rs\.?|US|HK|NT) ?(?=[0-9.])", r"\1"),
-        (r"(?<=[0-9]) ?[€£¥₹₽₩₺₫฿₪¢]$", ""),
-        (r"(?<![A-Za-z\\}_^\]0-9)])\{([0-9.]+|[A-Za-z])\}", r"\1"),
-        (
-            r"\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)$"
-            r"|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[0-9])th)(?=$| [a-z]{3,}$)",
-            "",
-        ),
-        (rf"^\++|(?:\\\\|\\ldots|\\$|[{_ENDS} ])+$", "end"),
-    )
-]
+
+
+def _mark_bare_unit(match: re.Match[str]) -> str:
+    r"""Marks letters after a space as \unit{}, because the space is removed later."""
+    value = re.sub(r"\\(?:[dtc]?frac|sqrt|times|cdot|pi|left|right|,|!)(?![A-Za-z])", "", match.string[: match.start()])
+    if re.search(r"[A-Za-z]", value.partition("=")[2] or value) or not is_unit(match[1], after_digit=True):
+        return match[0]
+    return rf"\unit{{{match[1]}}}"
+
+
+_REWRITES = compile_rules(
+    (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"∛\s*\(?([0-9]+|[A-Za-z])\)?", r"\\sqrt[3]{\1}"),
+    (r"√\s*([0-9]+|[A-Za-z])|\\sqrt\s*([0-9]+)", r"\\sqrt{\1\2}"),
+    (r"(?<=[0-9])_(?=[0-9]{3}(?![0-9]))", ","),
+    (
+        r"(?<![0-9])([0-9]+)(?:\{,\}(?![0-9]{3}(?![0-9]))|(?<=(?<![0-9])0)\{,\}|,(?=[0-9]*(?:\\overline|\([0-9]+\)$)))",
+        r"\1.",
+    ),
+    (r"\\?\$", ""),
+    (r"\\%", "%"),
+    (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
+    (r"\\[dtc]frac(?![A-Za-z])|\\(?:nice|s|flat)frac(?![A-Za-z])", r"\\frac"),
+    (r"(?<=[0-9])(?:\\[,!]|\{,\}|['’])(?=[0-9]{3}(?![0-9]))", ","),  # noqa: RUF001
+    (
+        r"^([+-]?[0-9]{1,3})((?:\.[0-9]{3})+),([0-9]{1,2}|[0-9]{4,})$|^([+-]?[0-9]{1,3}(?:\.[0-9]{3}){2,})$",
+        # 1.234,5 and 1.234.567, but not 1.234
+        lambda match: match[4].replace(".", "") if match[4] else f"{match[1]}{match[2].replace('.', '')}.{match[3]}",
+    ),
+    (r"\\!", ""),
+    (r"(?<!\\)\\[()\[\]]", " "),
+    (r"(?<![^\s(])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![^\s.,;:)%])", r"\1"),
+    (r"^[\s*`:&]+|[\s*`&]+$", ""),
+    (r"[\"“”„«»]", ""),
+    (r"^['‘]([^'‘’]*)['’]$", r"\1"),  # noqa: RUF001
+    (r"^__+([^_].*?)__+$", r"\1"),
+    (rf"\\(?:{_SPACES})(?![A-Za-z])|\\[hv]space\*?\s*\{{[^{{}}]*\}}|(?<!\\)\\[,;:>\s]", " "),
+    (r"\\(?:[hv]?phantom|tag\*?|label)\s*\{[^{}]*\}", ""),
+    (
+        r"\\f?colorbox\s*(?:\{[^{}]*\}\s*)+(?=\{)|\\(?:text)?color\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}|\\bbox\s*\[[^\]]*\]",
+        "",
+    ),
+    (r"\{\s*\\(?:rm|bf|it)\s+((?:[^{}]|\{[^{}]*\})*)\}", r"\\text{\1}"),
+    (
+        r"\\(?:text)?degrees?(?![A-Za-z])|(?<=[0-9])\s*\^\s*(?:o|\{\s*o\s*\}|\\text\s*\{\s*o\s*\})(?![A-Za-z])",
+        r"^\\circ ",
+    ),
+    (r"(?<=[0-9)])\{\}(?=\s*\^)", ""),
+    (r"\\textsuperscript\s*(?=\{)", "^"),
+    (r"\\frac\s*([0-9])(?=\s*[0-9{])", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+    (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{(?:[^{}]|\{[^{}]*\})*\}", r"\1 \\unit{unit}"),
+    (r"\\num\s*\{([^{}]*)\}", r"\1"),
+    (r"\\text\s*\{\s*\(?(repeating|recurring)\)?\s*\}", r" \1 "),
+    (r"(\\(?:overline|bar)\s*\{[0-9]+\}|[0-9.]+\([0-9]+\))\s*\(?(?:repeating|recurring)\)?\s*$", r"\1"),
+)
+_UNWRAPS = compile_rules(
+    (rf"\\(?:{_FONTS})\s*\{{([^{{}}]*)\}}", r" \1 "),
+    (rf"\\(?:{_FONTS})\s*(?=\{{[^{{}}]*\{{)", ""),
+    (r"\\(?:mathbf|mathrm|mathit|boldsymbol|bm)\s*([0-9])", r" \1"),
+    (rf"\\(?:{_SWITCHES})(?![A-Za-z])", " "),
+    (r"^\s*\{?([^{}]*[^{}\s])\s*\\over(?![A-Za-z])\s*([^{}]+)\}?\s*$", r"\\frac{\1}{\2}"),
+    (r"^\s*\{?([^{}]*[^{}\s])\s*\\choose(?![A-Za-z])\s*([^{}]+)\}?\s*$", r"\\binom{\1}{\2}"),
+    (r"\\([lg]e|ne)(?:q|qq|qslant)?(?![A-Za-z]) ?", r"\\\1 "),
+    (r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
+    (r"(?<=[0-9])\s*(?:[xX*]|\\cdot|\\times)\s*(?=10\s*(?:\^|\*\*))", r"\\times "),
+    (r"(?i)\s*(?:\bper ?cent|\bpercentage|\bpct)\s*$", "%"),
+    (r"%[\s%]*%", "%"),
+    (r"(?<=[)\]}%!]) +((?:[A-Za-z]|\\(?:mu|Omega)).*)$", _mark_bare_unit),
+    (r"(?<=[0-9}]) *\[([A-Za-z\\][^\[\]]*)\]$", _mark_bare_unit),
+    (r"(?<=[0-9]) ([ei])(?![A-Za-z])", r"\1"),
+    (r"(?<=[\w}%)\]])\s*(?:\(\s*)?(?<![A-Za-z])(?:approx(?:imately|\.)?|exact(?:ly)?|rounded)\s*\)?\s*$", ""),
+    (
+        r"(?<=[\w}%)\]])\s*\(\s*(?:rounded|correct to|nearest|(?:to )?[0-9]+ ?"
+        r"(?:s\.? ?f|d\.? ?p|sig|decimal places))[^()]*\)\s*$",
+        "",
+    ),
+    (r"\s+", " "),
+    (r" ?([^A-Za-z0-9 ]) ?", r"\1"),
+    (r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
+    (
+        r"^(?:=+>|-+>|:?=|:|\\(?:approx|approxeq|simeq|sim|cong|doteq|equiv|therefore|implies|to|triangleq|coloneqq|mapsto|"
+        r"fallingdotseq|risingdotseq|thickapprox|asymp|backsimeq|leadsto|hookrightarrow|iff|Leftrightarrow|because|[Ll]ong(?:right)?arrow|"
+        r"[Rr]ightarrow|Longrightarrow|longrightarrow)(?![A-Za-z]) ?)+",
+        "",
+    ),
+    (r"\^([A-Za-z]|-?[0-9]+)(?![0-9A-Za-z.])", r"^{\1}"),
+    (r"(?<!\\log)_(?:([0-9]+)(?![0-9.])|([A-Za-z])(?![0-9A-Za-z]))|(?<=\\log)_([0-9])(?![0-9])", r"_{\1\2\3}"),
+    (r"\^\{\\circ ?\}", r"^\\circ"),
+    (r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}", r"\\emptyset "),
+    (r"\\log_\{?e\}? ?", r"\\ln "),
+    (r"\\lg(?![A-Za-z]) ?", r"\\log_{10}"),
+    (r"\\(?:c|d)?dots[bcm]?(?![A-Za-z])|(?<=,)\.\.\.(?=,)", r"\\ldots "),
+    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+    (r"(?<![A-Za-z\\])[iI]nfinity(?![A-Za-z])", r"\\infty "),
+    (r"(?<![A-Za-z\\])sqrt\s*([0-9]+)", r"\\sqrt{\1}"),
+    (r"(?<=[A-Za-z)])\*\*([0-9]+)(?![0-9*])", r"^{\1}"),
+    (r"(?i)^(yes|no|true|false)!+$", r"\1"),
+    (r"(?i)(?<=[0-9]) ?(?:a()|p)\.?m\.?$", lambda match: " pm" if match[1] is None else " am"),
+    (r"^([+-]?)(?:[€£¥₹₽₩₺₫฿₪]|USD|EUR|GBP|CNY|RMB|INR|Rs\.?|US|HK|NT) ?(?=[0-9.])", r"\1"),
+    (r"(?<=[0-9]) ?[€£¥₹₽₩₺₫฿₪¢]$", ""),
+    (r"(?<![A-Za-z\\}_^\]0-9)])\{([0-9.]+|[A-Za-z])\}", r"\1"),
+    (
+        r"\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)$"
+        r"|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[0-9])th)(?=$| [a-z]{3,}$)",
+        "",
+    ),
+    (
+        rf"^\++|(?:\\\\|\\ldots|\\$|[{_ENDS} ])+$",
+        # dots that continue a list stay
+        lambda match: r",\ldots" if re.match(r" ?, ?(?:\\ldots|\.\.\.)", match[0]) else "",
+    ),
+)
 _PARENTHESES = re.compile(r"(-?)(?:([0-9]+)\.()\(([0-9]+)\)|(0?)\.([0-9]+)\(([0-9]+)\))")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,(?![A-Za-z]))")
 _OTHER_COMMA = re.compile(r",(?![A-Za-z](?:_\{?[0-9A-Za-z]\}?)?=)")
@@ -249,11 +258,9 @@ def _rewrite(text: str) -> str:
     """One pass over all rewrites."""
     text = mark_choice(strip_markup(_spell_symbols(text)))
     text = DOTTED.sub(spell_dotted, text)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(_SPECIAL.get(replacement, replacement), text)
+    text = apply_rules(_REWRITES, text)
     text = _TEXT.sub(_mark_unit, text)
-    for pattern, replacement in _UNWRAPS:
-        text = pattern.sub(_SPECIAL.get(replacement, replacement), text)
+    text = apply_rules(_UNWRAPS, text)
     text = spell_base(drop_phrase(_strip_braces(text)))
     text = REPEATING.sub(spell_repeating, text)
     if match := _PARENTHESES.fullmatch(text):
@@ -331,34 +338,3 @@ def _strip_braces(text: str) -> str:
             break
         text = text[1:-1].strip()
     return text
-
-
-def _mark_bare_unit(match: re.Match[str]) -> str:
-    r"""Marks letters after a space as \unit{}, because the space is removed later."""
-    value = re.sub(r"\\(?:[dtc]?frac|sqrt|times|cdot|pi|left|right|,|!)(?![A-Za-z])", "", match.string[: match.start()])
-    if re.search(r"[A-Za-z]", value.partition("=")[2] or value) or not is_unit(match[1], after_digit=True):
-        return match[0]
-    return rf"\unit{{{match[1]}}}"
-
-
-def _keep_open_list(match: re.Match[str]) -> str:
-    """Drops dots at the end, except those that continue a list."""
-    return r",\ldots" if re.match(r" ?, ?(?:\\ldots|\.\.\.)", match[0]) else ""
-
-
-def _spell_half_of_day(match: re.Match[str]) -> str:
-    """Spells the half of the day as am or pm."""
-    return " pm" if match[1] is None else " am"
-
-
-def _spell_european(match: re.Match[str]) -> str:
-    """A number with full stops between thousands, such as 1.234,5 and 1.234.567 but not 1.234."""
-    return match[4].replace(".", "") if match[4] else f"{match[1]}{match[2].replace('.', '')}.{match[3]}"
-
-
-_SPECIAL = {
-    "european": _spell_european,
-    "meridiem": _spell_half_of_day,
-    "unit": _mark_bare_unit,
-    "end": _keep_open_list,
-}
