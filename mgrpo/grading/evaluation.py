@@ -34,17 +34,15 @@ def value_at(item: Any, k: int) -> Any:
 
     A number may have thousands of digits; beyond 10^300 it is given on a logarithmic scale.
     """
-    try:
-        value = evaluate(item, k, {})
-    except TooLargeError:
-        with M.workdps(LARGE_DIGITS):
-            try:
+    for digits in (M.dps, LARGE_DIGITS):
+        try:
+            with M.workdps(digits):
                 return spell(evaluate(item, k, {}))
-            except UnknownError:
-                return None
-    except UnknownError:
-        return None
-    return spell(value)
+        except TooLargeError:
+            continue
+        except UnknownError:
+            break
+    return None
 
 
 def spell(value: Any) -> Any:

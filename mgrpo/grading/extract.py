@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import deque
 from collections.abc import Callable
 
 from mgrpo.errors import InputError
@@ -84,10 +85,8 @@ def _compile_pattern(spec: str) -> re.Pattern[str]:
 
 def _find_pattern(pattern: re.Pattern[str], text: str) -> str | None:
     """The last match, or its group."""
-    last = None
-    for match in pattern.finditer(text):
-        last = match
-    return last and last[pattern.groups]
+    last = deque(pattern.finditer(text), maxlen=1)
+    return last[0][pattern.groups] if last else None
 
 
 def _find_boxed(text: str) -> str | None:

@@ -20,6 +20,7 @@ from mgrpo.grading.ratio import M, UnknownError, as_ratio, real_only
 from mgrpo.grading.region import Region, combine, find_region
 
 ANY: list[Any] = ["any"]
+MATRICES = (sympy.MatrixBase, sympy.MatrixExpr)
 
 
 def fingerprint(items: Sequence[Any]) -> list[Any]:
@@ -45,17 +46,12 @@ def _alternatives(item: Any) -> list[Any]:
 def _describe_number(item: Any) -> list[Any]:
     """The values of a scalar, and its spelling, because math-verify compares symbols as text."""
     nodes = list(sympy.preorder_traversal(item))
-    if not all(isinstance(node, (sympy.Expr, sympy.Tuple)) and not _is_matrix(node) for node in nodes):
+    if not all(isinstance(node, (sympy.Expr, sympy.Tuple)) and not isinstance(node, MATRICES) for node in nodes):
         return [ANY]
     found = [["number", _values(item)]]
     if item.is_Mul and len(item.args) == 2 and item.args[1] == sympy.UnevaluatedExpr(sympy.Rational(1, 100)):
         found.append(["number", _values(item.args[0])])
     return found + _spelling(item)
-
-
-def _is_matrix(item: Any) -> bool:
-    """Whether the item is a matrix or an expression of matrices."""
-    return isinstance(item, (sympy.MatrixBase, sympy.MatrixExpr))
 
 
 def _is_product(item: Any) -> bool:
@@ -65,9 +61,7 @@ def _is_product(item: Any) -> bool:
 
 def _spelling(item: Any) -> list[Any]:
     """The text that math-verify compares symbols by; a product of symbols is joined letter by letter."""
-    if _is_product(item):
-        return [["text", "".join(str(factor) for factor in item.args).lower()]]
-    return [["text", str(item).lower()]]
+    return [["text", "".join(map(str, item.args if _is_product(item) else [item])).lower()]]
 
 
 def _values(item: Any) -> list[Any]:
@@ -175,11 +169,6 @@ def _describe_chain(item: Any) -> list[Any]:
     return found + _describe_region(lambda: find_region(item), [["some set"]])
 
 
-def _describe_tuple(item: Any) -> list[Any]:
-    """An ordered list by its elements."""
-    return [["tuple", [_alternatives(element) for element in item.args]]]
-
-
 def _describe_matrix(item: Any) -> list[Any]:
     """A matrix by its shape and elements; a single row or column is a tuple too."""
     elements = [_alternatives(element) for element in item.flat()]
@@ -190,7 +179,7 @@ _KINDS: list[tuple[Any, Callable[[Any], list[Any]]]] = [
     (sympy.MatrixBase, _describe_matrix),
     (sympy.MatrixExpr, lambda item: [ANY]),
     (sympy.Set, _describe_set),
-    (sympy.Tuple, _describe_tuple),
+    (sympy.Tuple, lambda item: [["tuple", [_alternatives(element) for element in item.args]]]),
     (Relational, _describe_relation),
     (sympy.And, _describe_chain),
     (sympy.Expr, _describe_number),

@@ -61,18 +61,13 @@ def find_hash(text: str) -> str | None:
         line = text[marker + 4 : line_end]
         rest, below = _clean(line), _find_below(text, line_end, end)
         leads = below and (line.rstrip(" *_").endswith(":") or _SECTION.fullmatch(rest))
-        if not leads and not _NUMBERED.match(rest) and (_MATHS.search(rest) or _SHORT_ANSWER.fullmatch(rest)):
+        is_numbered = _NUMBERED.match(rest) is not None
+        if not leads and not is_numbered and (_MATHS.search(rest) or _SHORT_ANSWER.fullmatch(rest)):
             return rest
         if below and _ANNOUNCES.fullmatch(rest):
             return below
         under_another = under_another or below
-        if (
-            not below
-            and rest
-            and len(rest.split()) <= 3
-            and not _NUMBERED.match(rest)
-            and not _HEADING_WORDS.search(rest)
-        ):
+        if not below and 1 <= len(rest.split()) <= 3 and not is_numbered and not _HEADING_WORDS.search(rest):
             return rest
         end = marker
     return under_another

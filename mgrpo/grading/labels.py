@@ -44,7 +44,7 @@ def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
         InputError: unknown spec, or an invalid pattern.
 
     """
-    if not _is_known(spec):
+    if spec not in (*_READERS, "boxed", "hash", "last-number") and not spec.startswith("regex:"):
         raise InputError(
             f"make_label_reader: spec must be {FORMATS}, got {spec!r}. Choose how the data give true answers."
         )
@@ -63,11 +63,6 @@ def make_label_reader(spec: str) -> Callable[[Label | None], Label | None]:
         return join_labels(list(dict.fromkeys(text for one in label if (text := read_one(one)) is not None)))
 
     return read
-
-
-def _is_known(spec: str) -> bool:
-    """Whether the spec names a format."""
-    return spec in (*_READERS, "boxed", "hash", "last-number") or spec.startswith("regex:")
 
 
 def _find_tagged(text: str) -> str | None:

@@ -91,11 +91,9 @@ def _close(one: complex | None, other: complex | None) -> bool:
     return distance <= TOLERANCE * max(1.0, abs(one), abs(other)) and distance < math.inf
 
 
-def _cover(one: Sequence[Fingerprint], other: Sequence[Fingerprint]) -> bool:
+def _cover(one: Sequence[Any], other: Sequence[Any], same: Callable[[Any, Any], bool] = may_be_equal) -> bool:
     """Whether every element of either list may equal one of the other."""
-    return all(any(may_be_equal(a, b) for b in other) for a in one) and all(
-        any(may_be_equal(a, b) for a in one) for b in other
-    )
+    return all(any(same(a, b) for b in other) for a in one) and all(any(same(a, b) for a in one) for b in other)
 
 
 def _match_sets(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
@@ -104,21 +102,8 @@ def _match_sets(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 def _match_in_order(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     """Tuples, and matrices of one shape."""
-    *shape, elements = one[1:]
-    *other_shape, other_elements = other[1:]
-    return (
-        shape == other_shape
-        and len(elements) == len(other_elements)
-        and all(map(may_be_equal, elements, other_elements))
-    )
-
-
-def _match_intervals(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return one[1:3] == other[1:3] and all(map(may_be_equal, one[3:], other[3:]))
-
-
-def _match_regions(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return one[2] == other[2] and all(map(_close, one[1], other[1]))
+    (*shape, elements), (*other_shape, others) = one, other
+    return shape == other_shape and len(elements) == len(others) and all(map(may_be_equal, elements, others))
 
 
 def _match_relations(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
@@ -144,8 +129,7 @@ def _match_relations(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 def _match_real_roots(one: Sequence[complex], other: Sequence[complex]) -> bool:
     """Whether every real root of either is close to one of the other."""
-    one, other = ([x for x in roots if not isinstance(x, complex)] for roots in (one, other))
-    return all(any(_close(a, b) for b in other) for a in one) and all(any(_close(a, b) for a in one) for b in other)
+    return _cover(*([x for x in roots if not isinstance(x, complex)] for roots in (one, other)), same=_close)
 
 
 _NO_ROOTS: list[list[complex]] = [[], []]
@@ -157,8 +141,8 @@ _SAME_KIND: dict[str, Callable[[tuple[Any, ...], tuple[Any, ...]], bool]] = {
     "chain": _match_sets,
     "tuple": _match_in_order,
     "matrix": _match_in_order,
-    "interval": _match_intervals,
-    "region": _match_regions,
+    "interval": lambda one, other: one[1:3] == other[1:3] and all(map(may_be_equal, one[3:], other[3:])),
+    "region": lambda one, other: one[2] == other[2] and all(map(_close, one[1], other[1])),
     "equation": _match_relations,
     "inequality": _match_relations,
 }

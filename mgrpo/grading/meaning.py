@@ -105,15 +105,14 @@ def align(first: str, second: str) -> tuple[str, str] | None:
         if list(assigned) != list(assigned_too):
             return None
         return _join(assigned), _join(assigned_too)
-    if assigned and _split_tuple(second):
-        return _join(assigned), second
-    if assigned_too and _split_tuple(first):
-        return first, _join(assigned_too)
-    if _split_tuple(first) and _is_list(second):
-        return first, f"({_AND.sub(',', second)})"
-    if _split_tuple(second) and _is_list(first):
-        return f"({_AND.sub(',', first)})", second
-    return first, second
+    return _like(second, first, assigned), _like(first, second, assigned_too)
+
+
+def _like(other: str, form: str, assigned: dict[str, str] | None) -> str:
+    """A form with assigned values, or a list without brackets, as a tuple where the other form is one."""
+    if not _split_tuple(other):
+        return form
+    return _join(assigned) if assigned else f"({_AND.sub(',', form)})" if _is_list(form) else form
 
 
 def compare_cheaply(first: str, second: str) -> bool | None:
@@ -161,11 +160,11 @@ def _compare_numbers(first: str, second: str) -> bool | None:
     if one is None or other is None:
         return None
     equal = same_values(one, other)
-    if is_percentage and not is_percentage_too:
-        equal = equal or same_values(_hundredth(one), other)
-    elif is_percentage_too and not is_percentage:
-        equal = equal or same_values(one, _hundredth(other))
-    return equal
+    if is_percentage == is_percentage_too:
+        return equal
+    return equal or same_values(
+        _hundredth(one) if is_percentage else one, _hundredth(other) if is_percentage_too else other
+    )
 
 
 def _hundredth(value: Value) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mpmath
@@ -83,9 +84,7 @@ def as_ratio(value: Any) -> Ratio:
 
 def _sum(one: list[Any], other: list[Any]) -> list[Any]:
     """Coefficients of the sum."""
-    length = max(len(one), len(other))
-    padded = [[*c, *[M.mpf(0)] * (length - len(c))] for c in (one, other)]
-    return [a + b for a, b in zip(*padded, strict=True)]
+    return [a + b for a, b in itertools.zip_longest(one, other, fillvalue=M.mpf(0))]
 
 
 def _product(one: list[Any], other: list[Any]) -> list[Any]:

@@ -53,17 +53,7 @@ def combine(regions: Sequence[Region], rule: Callable[[Iterator[bool]], bool]) -
     return Region(breaks, [rule(region.holds(x) for region in regions) for x in points])
 
 
-_RELATIONS: dict[Any, Callable[[Any], Any]] = {
-    sympy.Eq: lambda sign: sign == 0,
-    sympy.Ne: lambda sign: sign != 0,
-    sympy.Lt: lambda sign: sign < 0,
-    sympy.Le: lambda sign: sign <= 0,
-    sympy.Gt: lambda sign: sign > 0,
-    sympy.Ge: lambda sign: sign >= 0,
-}
-
-
-def from_ratio(ratio: Ratio, kind: type) -> Region:
+def from_ratio(ratio: Ratio, kind: Callable[[int, int], Any]) -> Region:
     """The region where a quotient is in the given relation to zero."""
     zeros, poles = real_only(ratio.roots()), real_only(find_roots(ratio.bottom))
     breaks = sorted([*zeros, *poles])
@@ -73,10 +63,10 @@ def from_ratio(ratio: Ratio, kind: type) -> Region:
     for i, (a, b) in enumerate(itertools.pairwise(ends)):
         top, bottom = ratio.at((a + b) / 2)
         sign = M.sign(top * bottom) if trim(ratio.top) else 0
-        cells.append(bool(_RELATIONS[kind](sign)))
+        cells.append(bool(kind(int(sign), 0)))
         if i < len(distinct):
             is_zero = any(abs(distinct[i] - z) <= M.mpf(10) ** -12 * (1 + abs(z)) for z in zeros)
-            cells.append(is_zero and bool(_RELATIONS[kind](0)))
+            cells.append(is_zero and bool(kind(0, 0)))
     return Region(distinct, cells)
 
 
@@ -89,7 +79,7 @@ def find_region(item: Any) -> Region:
     if isinstance(item, sympy.Interval):
         return _interval_region(item)
     if isinstance(item, sympy.FiniteSet):
-        return combine([_point_region(_real(x)) for x in item.args], any)
+        return combine([Region([_real(x)], [False, True, False]) for x in item.args], any)
     if item is sympy.S.EmptySet or item is sympy.S.Reals:
         return Region([], [item is sympy.S.Reals])
     if isinstance(item, (sympy.Union, sympy.Intersection)):
@@ -109,11 +99,6 @@ def _real(item: Any) -> Any:
     if not isinstance(value, M.mpf):
         raise UnknownError
     return value
-
-
-def _point_region(x: Any) -> Region:
-    """The region of one point."""
-    return Region([x], [False, True, False])
 
 
 def _interval_region(item: Any) -> Region:

@@ -34,10 +34,7 @@ def drop_thought(text: str) -> str | None:
     """
     if not any(first in text for first in _FIRST):
         return text
-    start = 0
-    for close in MARKS.values():
-        start = max(start, text.rfind(close) + len(close) if close in text else 0)
-    rest = text[start:]
+    rest = text[max(text.rfind(close) + len(close) if close in text else 0 for close in MARKS.values()) :]
     return None if any(mark in rest for mark in MARKS) else rest
 
 
@@ -45,11 +42,6 @@ def opened_thought(prompt: str) -> str:
     """The opening mark at the end of a prompt, else an empty string."""
     end = prompt.rstrip()
     return next((mark for mark in MARKS if end.endswith(mark)), "")
-
-
-def _is_of_mark(token: str, marks: set[str]) -> bool:
-    """Whether a token is a mark or a part of one."""
-    return token in marks or (token.startswith("<|") and any(token in mark for mark in marks))
 
 
 def decode_responses(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
@@ -65,10 +57,12 @@ def decode_responses(tokenizer: Any, prompts: Sequence[Sequence[int]], responses
     """
     marks = {*MARKS, *MARKS.values()}
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    kept = {i for i, token in added.items() if getattr(token, "special", False) and _is_of_mark(str(token), marks)}
+    special = {i: str(token) for i, token in added.items() if getattr(token, "special", False)}
+    # Tokens that are a mark or a part of one.
+    kept = {i for i, t in special.items() if t in marks or (t.startswith("<|") and any(t in mark for mark in marks))}
     if kept:
-        special = {i for i, token in added.items() if getattr(token, "special", False)} | set(tokenizer.all_special_ids)
-        rows = [[i for i in row if i in kept or i not in special] for row in responses]
+        dropped = {*special, *tokenizer.all_special_ids} - kept
+        rows = [[i for i in row if i not in dropped] for row in responses]
         texts = tokenizer.batch_decode(rows, skip_special_tokens=False)
     else:
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)

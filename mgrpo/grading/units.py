@@ -97,9 +97,7 @@ def drop_unit(form: str) -> str:
         return ")" * (text.count(")") - text.count("("))
 
     bare = _UNIT.sub(drop, form).strip(" .")
-    if bare == form:
-        return form.replace("\\unit{", "\\text{")
-    if not bare or _LEFT_OVER.search(split_sense(bare)[0]):
+    if bare in (form, "") or _LEFT_OVER.search(split_sense(bare)[0]):
         return form.replace("\\unit{", "\\text{")
     return bare
 

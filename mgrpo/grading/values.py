@@ -53,12 +53,8 @@ def read_value(form: str) -> Value | None:
             return None
         last_place = Fraction(10) ** (exponent - len(decimals))
         value = int(digits + decimals) * last_place
-        return Value(
-            exact=-value if match[1] else value,
-            plain=True,
-            last_place=last_place if decimals else None,
-            inexact=bool(decimals),
-        )
+        value = -value if match[1] else value
+        return Value(exact=value, plain=True, last_place=last_place if decimals else None, inexact=bool(decimals))
     if not re.fullmatch(r"[0-9.+\-*/^!(){} ]*(?:\\(?:frac|times|cdot|[dt]?binom)[0-9.+\-*/^!(){} ]*)*", form):
         return None
     if not re.search(r"[0-9]", form):
