@@ -69,7 +69,9 @@ def _read_header(fields: list[str], where: str, keys: Keys) -> list[str]:
     names = [field.strip() for field in fields]
     while not names[-1]:
         names.pop()
-    if len(names) == 1 and keys.prompt != names[0] and _is_joined(names[0], keys.prompt):
+    # A single column whose name looks like several with another separator between them.
+    joined = len(_OTHER_SEPARATOR.split(names[0])) > 1 or keys.prompt in names[0].split()
+    if len(names) == 1 and keys.prompt != names[0] and joined:
         raise InputError(
             f"{where}: fields must be separated by {', '.join(SEPARATORS.values())}, got the header {names[0]!r:.80}. "
             "Save the file with one of these separators."
@@ -78,11 +80,6 @@ def _read_header(fields: list[str], where: str, keys: Keys) -> list[str]:
     if len(set(named)) < len(named):
         raise InputError(f"{where}: column names must differ, got {', '.join(named)}. Rename the columns.")
     return names
-
-
-def _is_joined(name: str, key: str) -> bool:
-    """Whether a single column's name looks like several names with another separator between them."""
-    return len(_OTHER_SEPARATOR.split(name)) > 1 or key in name.split()
 
 
 def _make_row(fields: list[str], names: list[str], separator: str, where: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from mgrpo.data.files import open_bytes, read_whole
 from mgrpo.data.keys import ABSENT, Keys, look_up
-from mgrpo.data.messages import ROLE_KEYS
+from mgrpo.data.messages import is_chat
 from mgrpo.errors import InputError
 from mgrpo.inputs import MAX_RECORD_BYTES, Budget, decode, list_names, name_type, parse_json, too_large
 
@@ -81,7 +81,7 @@ def _find_rows(content: Any, path: Path, keys: Keys, split: str) -> Iterable[Any
             return _split_rows(columns, data, path)
         if prompt is ABSENT or any(isinstance(row, dict) for row in data):
             return data
-    if isinstance(prompt, str) or _is_messages(prompt):
+    if isinstance(prompt, str) or is_chat(prompt):
         return [content]
     if isinstance(prompt, dict) or (isinstance(prompt, list) and not any(isinstance(item, dict) for item in prompt)):
         return _column_rows(content, prompt, path)
@@ -99,15 +99,6 @@ def _find_rows(content: Any, path: Path, keys: Keys, split: str) -> Iterable[Any
         )
     found = f"keys {list_names(content)}" if content else "no keys"
     raise InputError(f"{path}: file must hold one list of records, got an object with {found}. {REMEDY}")
-
-
-def _is_messages(value: Any) -> bool:
-    """Whether a value is a list of chat messages."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(item, dict) and any(key in item for key in ROLE_KEYS) for item in value)
-    )
 
 
 def _split_rows(columns: list[Any], data: list[Any], path: Path) -> Iterator[dict[str, Any]]:

@@ -61,8 +61,12 @@ def parse_messages(text: str, key: str, where: str) -> list[dict[str, Any]] | No
             f"{where}: {key!r} must be text or a list of chat messages, got a list that was printed as text and cannot "
             f"be read back: {text[:60]!r}. Write the data as .jsonl or .parquet, which keep lists."
         )
-    is_chat = all(isinstance(m, dict) and any(k in m for k in ROLE_KEYS) for m in found)
-    return found if is_chat and any(k in m for m in found for k in CONTENT_KEYS) else None
+    return found if is_chat(found) and any(k in m for m in found for k in CONTENT_KEYS) else None
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of objects with roles."""
+    return bool(value) and isinstance(value, list) and all(isinstance(m, dict) and {*ROLE_KEYS} & {*m} for m in value)
 
 
 def _read_message(message: dict[str, Any], key: str, where: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import torch
 
 from mgrpo.errors import InputError
 
+PARAMETERS = ("num_prompts", "batch_size", "seed")  # of the order
+
 
 class Sampler:
     """Endless batches of prompt indices: each epoch is a `torch.randperm` seeded by seed and epoch.
@@ -55,12 +57,7 @@ class Sampler:
 
     def state_dict(self) -> dict[str, int]:
         """Returns the number of batches drawn and the parameters of the order."""
-        return {
-            "num_batches": self._num_batches,
-            "num_prompts": self.num_prompts,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-        }
+        return {"num_batches": self._num_batches} | {name: getattr(self, name) for name in PARAMETERS}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restores `state` by drawing its batches again.
@@ -70,7 +67,7 @@ class Sampler:
 
         """
         remedy = "Resume with the data, --rollout.num-prompts and --seed of the run."
-        for name in ("num_prompts", "batch_size", "seed"):
+        for name in PARAMETERS:
             if state.get(name) != getattr(self, name):
                 raise InputError(
                     f"Sampler: {name} of the state must be {getattr(self, name)}, got {state.get(name)}. {remedy}"

@@ -43,11 +43,6 @@ class Column:
         """Path of the values in a parquet file."""
         return ".".join((self.name, *self.fields))
 
-    @property
-    def row_key(self) -> str:
-        """Key of the values in a row."""
-        return self.path if self.is_written else self.key
-
 
 def read_parquet(path: Path, keys: Keys, budget: Budget) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the wanted values of the rows of a parquet file by key, each row with its position.
@@ -78,7 +73,7 @@ def read_batches(
     position = 0
     try:
         for batch in batches:
-            for row in _unpack(batch, where, position, budget):
+            for row in unpack(batch, where, position, budget):
                 position += 1
                 yield f" row {position}", row
     except MemoryError:  # arrow's MemoryError is an ArrowException too
@@ -178,10 +173,10 @@ def pick(batch: pyarrow.RecordBatch, columns: list[Column]) -> pyarrow.RecordBat
         compute.struct_field(batch.column(c.name), list(c.fields)) if c.fields else batch.column(c.name)
         for c in columns
     ]
-    return pyarrow.RecordBatch.from_arrays(arrays, names=[c.row_key for c in columns])
+    return pyarrow.RecordBatch.from_arrays(arrays, names=[c.path if c.is_written else c.key for c in columns])
 
 
-def _unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget) -> Iterator[dict[str, Any]]:
+def unpack(batch: pyarrow.RecordBatch, where: str, position: int, budget: Budget) -> Iterator[dict[str, Any]]:
     """Yields the rows of a batch behind `position` rows; texts are counted before they are created."""
     sizes = sum((_row_bytes(column) for column in batch.columns), numpy.zeros(batch.num_rows, numpy.int64))
     budget.spend(int(sizes.sum()), f"{where} row {position + batch.num_rows}")
