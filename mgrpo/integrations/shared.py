@@ -56,6 +56,11 @@ def credit_metrics(
     return outcome_metrics(outcome) | {"accuracy": mean(right) if right else None}
 
 
+def logged(metrics: Metrics) -> dict[str, float]:
+    """The numbers among the metrics under the names by which a host logs them."""
+    return {f"mgrpo/{k}": float(v) for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}
+
+
 def momentum_tensors(momentum: Momentum) -> dict[str, torch.Tensor]:
     """Averaged weights by name, and their Kahan terms as NAME/lost."""
     return momentum.weights | {f"{name}/lost": term for name, term in (momentum.compensation or {}).items()}

@@ -16,17 +16,16 @@ SUPPORTED = {
 }
 
 
-def require(package: str, specifier: str | None = None) -> str:
+def require(package: str) -> str:
     """The version of an installed package, if it is supported.
 
     Args:
         package: name of the distribution.
-        specifier: versions to accept, as in a requirement; those of SUPPORTED by default.
 
     Raises:
         UnsupportedVersion: the package is missing or its version is not accepted.
     """
-    specifier = specifier or SUPPORTED[package]
+    specifier = SUPPORTED[package]
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:

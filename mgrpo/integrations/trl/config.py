@@ -60,15 +60,13 @@ class MGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         """Raises ValueError with all options that are out of range or contradict another."""
         super().__post_init__()
-        problems = []
         choices = {
             "scale_rewards": tuple(ADVANTAGE),
             "monitor_on_collapse": ("warn", "stop"),
             "objective_reward": ("majority", "soft"),
         }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                problems.append(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+        given = {name: getattr(self, name) for name in choices}
+        problems = [f"{n} must be one of {choices[n]}, got {v!r}." for n, v in given.items() if v not in choices[n]]
         try:
             refused = missing_evidence(self.recipe(), host="TRL")
         except ConfigError as error:

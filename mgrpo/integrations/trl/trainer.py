@@ -26,7 +26,7 @@ from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.label_text import Label
 from mgrpo.grading.thoughts import decode_responses
-from mgrpo.integrations.shared import credit_metrics, make_truth_reader
+from mgrpo.integrations.shared import credit_metrics, logged, make_truth_reader
 from mgrpo.integrations.trl.config import MGRPOConfig
 from mgrpo.integrations.trl.momentum import MomentumCallback
 from mgrpo.integrations.versions import require
@@ -113,7 +113,8 @@ class MGRPOTrainer(_GRPOTrainer):
         _check_answer_key(args.data_answer_key, kwargs.get("train_dataset"))
         answer = self.recipe.answer
         self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers)
-        self.monitor = Monitor(self.recipe.monitor, num_prompts=args.generation_batch_size // args.num_generations)
+        num_prompts = self.args.generation_batch_size // self.num_generations
+        self.monitor = Monitor(self.recipe.monitor, num_prompts=num_prompts)
         self.momentum = MomentumCallback(self.recipe.momentum, seed=args.seed)
         self.add_callback(self.momentum)
         self._momentum_rollouts: tuple[list[list[int]], list[list[int]]] = ([], [])  # token ids of prompts, responses
@@ -232,9 +233,8 @@ class MGRPOTrainer(_GRPOTrainer):
     def _take(self, credit: GroupCredit) -> None:
         """Logs the metrics and handles alarms."""
         mode = "train" if self.model.training else "eval"
-        for name, value in credit.metrics.items():
-            if isinstance(value, int | float) and name != "step":
-                self._metrics[mode][f"mgrpo/{name}"].append(float(value))
+        for name, value in logged(credit.metrics).items():
+            self._metrics[mode][name].append(value)
         if not credit.alarms:
             return
         if self.accelerator.is_main_process:

@@ -161,20 +161,9 @@ def credit_rows(
         true_answers=true,
         checker=checker,
     )
-    return GroupCredit(
-        rewards=_by_row(credit.rewards, group),
-        advantage=_by_row(credit.advantage, group),
-        trains=_by_row(credit.trains, group),
-        credit=credit,
-        metrics=metrics,
-    )
-
-
-def _by_row(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """[R] values of the rows from the [B, G] values of the groups."""
-    out = values.new_zeros(group.numel())
-    out[group.flatten()] = values.flatten()
-    return out
+    place = group.flatten().argsort()  # of each row in the groups
+    of_rows = {name: getattr(credit, name).flatten()[place] for name in ("rewards", "advantage", "trains")}
+    return GroupCredit(**of_rows, credit=credit, metrics=metrics)
 
 
 def place_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

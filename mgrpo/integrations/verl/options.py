@@ -58,8 +58,6 @@ class Options:
     """Its groups rollout, momentum, filter, vote, answer, objective, kernels and monitor are used."""
     patch_kernels: bool
     """Whether the workers' log-probs and entropies are computed by mgrpo_kernels."""
-    num_optimizer_steps: int
-    """Optimiser steps of the whole run, for the schedule of the momentum model."""
 
 
 def read_options(config: Any, *, total_training_steps: int | None = None) -> Options:
@@ -94,11 +92,7 @@ def read_options(config: Any, *, total_training_steps: int | None = None) -> Opt
     groups["optim"] = {"num_minibatches": minibatches, "num_epochs": epochs}
     recipe = from_dict({"steps": steps, **groups})
     _check(recipe)
-    return Options(
-        recipe=recipe,
-        patch_kernels=bool(given.get(PATCH_KERNELS, False)),
-        num_optimizer_steps=recipe.num_optimizer_steps,
-    )
+    return Options(recipe=recipe, patch_kernels=bool(given.get(PATCH_KERNELS, False)))
 
 
 def _check(recipe: Config) -> None:
@@ -117,8 +111,6 @@ def _check(recipe: Config) -> None:
 def _unknown(given: Mapping[str, Any]) -> list[str]:
     """A message for each unknown key of `mgrpo`, with the nearest known one."""
     problems = []
-    groups = [field for field in dataclasses.fields(Config) if field.name in GROUPS]
-    known = {f.name: [g.name for g in dataclasses.fields(f.default_factory)] for f in groups}  # type: ignore[arg-type]
     for group, values in given.items():
         if group == PATCH_KERNELS:
             if not isinstance(values, bool):
@@ -130,12 +122,13 @@ def _unknown(given: Mapping[str, Any]) -> list[str]:
         if not isinstance(values, Mapping):
             problems.append(f"mgrpo.{group} must hold options, got {values!r}.")
             continue
+        known = [field.name for field in dataclasses.fields(getattr(Config(), group))]
         for name in values:
             if new := RENAMED.get(f"{group}.{name}"):
                 problems.append(f"mgrpo.{group}.{name} is now mgrpo.{new}.")
-            elif name not in known[group]:
-                problems.append(f"mgrpo.{group}.{name} is not a known key.{_near(name, known[group])}")
-            elif GROUPS[group] is not None and name not in GROUPS[group]:  # type: ignore[operator]
+            elif name not in known:
+                problems.append(f"mgrpo.{group}.{name} is not a known key.{_near(name, known)}")
+            elif name not in (GROUPS[group] or known):
                 problems.append(
                     f"mgrpo.{group}.{name} must be unset: it is an option of verl's own, or not offered there."
                 )

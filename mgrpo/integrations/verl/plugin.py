@@ -12,6 +12,7 @@ from typing import Any
 from mgrpo.integrations.versions import SUPPORTED, require
 
 NAME = "mgrpo"
+REGISTRIES = {"TRAINER_REGISTRY": "v1.trainer_base", "ADV_ESTIMATOR_REGISTRY": "core_algos"}  # each with its module
 # Importing them registers what they define.
 PARTS = ("advantage", "trainer")
 logger = logging.getLogger(__name__)
@@ -42,11 +43,8 @@ def load() -> None:
 
 def describe() -> dict[str, Any]:
     """State of the plug-in in this process: versions, failure and registered names."""
-    registered = []
-    for module, registry in (("v1.trainer_base", "TRAINER_REGISTRY"), ("core_algos", "ADV_ESTIMATOR_REGISTRY")):
-        known = sys.modules.get(f"verl.trainer.ppo.{module}")
-        if known is not None and NAME in getattr(known, registry):
-            registered.append(registry)
+    modules = {registry: sys.modules.get(f"verl.trainer.ppo.{name}") for registry, name in REGISTRIES.items()}
+    registered = [registry for registry, module in modules.items() if NAME in getattr(module, registry, ())]
     return {"mgrpo": _version("mgrpo"), "verl": _version("verl"), "failure": _failure, "registered": registered}
 
 
@@ -66,7 +64,7 @@ def check_processes(found: list[dict[str, Any]]) -> None:
     """
     own = describe()
     for rank, other in enumerate(found):
-        missing = {"TRAINER_REGISTRY", "ADV_ESTIMATOR_REGISTRY"} - set(other["registered"])
+        missing = REGISTRIES.keys() - set(other["registered"])
         if other["failure"] or missing:
             reason = other["failure"] or f"nothing in {', '.join(sorted(missing))}"
             raise RuntimeError(

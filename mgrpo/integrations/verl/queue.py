@@ -25,26 +25,9 @@ class Fetched:
 
     batch: Any  # KVBatchMeta
     real: list[int]  # indices of the trajectories, without padding rows
-    texts: list[str]  # [R]
-    lengths: list[int]  # [R]
-    ended: list[bool]  # [R], the last token ends the response
-    true_answers: list[Any]  # [R], raw labels, None where there is none
-    entropy: torch.Tensor  # [R, L] fp32
+    rows: Rows  # the trajectories for the vote
     mask: torch.Tensor  # [R, L] bool, tokens that the model wrote
     nested_mask: torch.Tensor  # [R, length of each], as in the queue
-
-    def rows(self, max_length: int) -> Rows:
-        """The trajectories for the vote; `max_length` is the length limit of responses in tokens."""
-        real = self.real
-        cut = [self.lengths[row] >= max_length and not self.ended[row] for row in real]
-        return Rows(
-            keys=[self.batch.keys[row] for row in real],
-            texts=[self.texts[row] for row in real],
-            entropy=self.entropy[real],
-            mask=self.mask[real],
-            truncated=torch.tensor(cut, dtype=torch.bool),
-            true_answers=[self.true_answers[row] for row in real],
-        )
 
     def write_rewards(self, credit: GroupCredit) -> None:
         """Writes rewards at the last token, and masks that exclude trajectories not in the loss.
@@ -78,30 +61,30 @@ class Fetched:
         )
 
 
-def fetch(batch: Any, tokenizer: Any) -> Fetched:
+def fetch(batch: Any, tokenizer: Any, max_length: int) -> Fetched:
     """Reads trajectories with log-probs.
 
     Args:
         batch: KVBatchMeta, whose trajectories have entropies.
         tokenizer: of the policy.
+        max_length: length limit of responses in tokens.
     """
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(FIELDS))
-    responses = [response.tolist() for response in data["responses"].unbind()]
-    prompts = [prompt.tolist() for prompt in data["prompts"].unbind()]
-    nested_mask = data["response_mask"]
-    labels = data.get("reward_model", None)
-    labels = [None] * len(responses) if labels is None else list(labels.tolist())
-    return Fetched(
-        batch=batch,
-        real=[row for row, tag in enumerate(batch.tags) if not tag.get("is_padding", False)],
-        texts=decode_responses(tokenizer, prompts, responses),
-        lengths=[len(response) for response in responses],
-        ended=[bool(response) and response[-1] == tokenizer.eos_token_id for response in responses],
-        true_answers=[_true_answer(label) for label in labels],
-        entropy=torch.nested.to_padded_tensor(data["entropy"].float(), padding=0.0),
-        mask=torch.nested.to_padded_tensor(nested_mask, padding=0).bool(),
-        nested_mask=nested_mask,
+    real = [row for row, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
+    prompts, responses = ([ids.tolist() for ids in data[name].unbind()] for name in ("prompts", "responses"))
+    labels, nested_mask = data.get("reward_model", None), data["response_mask"]
+    labels = [None] * len(responses) if labels is None else labels.tolist()
+    cut = [len(ids) >= max_length and ids[-1:] != [tokenizer.eos_token_id] for ids in responses]
+    mask = torch.nested.to_padded_tensor(nested_mask, padding=0).bool()
+    rows = Rows(
+        keys=[batch.keys[row] for row in real],
+        texts=decode_responses(tokenizer, [prompts[row] for row in real], [responses[row] for row in real]),
+        entropy=torch.nested.to_padded_tensor(data["entropy"].float(), padding=0.0)[real],
+        mask=mask[real],
+        truncated=torch.tensor(cut, dtype=torch.bool)[real],
+        true_answers=[_true_answer(labels[row]) for row in real],
     )
+    return Fetched(batch=batch, real=real, rows=rows, mask=mask, nested_mask=nested_mask)
 
 
 def _true_answer(reward_model: Any) -> Any:

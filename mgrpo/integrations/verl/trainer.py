@@ -23,6 +23,7 @@ from verl.utils.debug import marked_timer  # pyright: ignore[reportMissingImport
 
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
+from mgrpo.integrations.shared import logged
 from mgrpo.integrations.verl import plugin
 from mgrpo.integrations.verl.groups import MOMENTUM, GroupCredit, credit_rows, merge_rows
 from mgrpo.integrations.verl.options import read_options
@@ -87,7 +88,7 @@ class MGRPOTrainer(PPOTrainerSync):
                 "momentum": dataclasses.asdict(self.recipe.momentum),
                 "kernels": dataclasses.asdict(self.recipe.kernels),
                 "patch_kernels": self.options.patch_kernels,
-                "num_optimizer_steps": self.options.num_optimizer_steps,
+                "num_optimizer_steps": self.options.recipe.num_optimizer_steps,
                 "seed": self.config.actor_rollout_ref.actor.data_loader_seed,
             }
 
@@ -136,9 +137,10 @@ class MGRPOTrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         """Votes, and replaces rewards, masks and advantages."""
-        fetched = [fetch(part, self.tokenizer) for part in (batch, self._momentum_batch) if part is not None]
+        limit, parts = self.recipe.rollout.max_new_tokens, (batch, self._momentum_batch)
+        fetched = [fetch(part, self.tokenizer, limit) for part in parts if part is not None]
         credit = credit_rows(
-            merge_rows([part.rows(self.recipe.rollout.max_new_tokens) for part in fetched]),
+            merge_rows([part.rows for part in fetched]),
             self.recipe,
             extract=self.extract,
             checker=self.checker,
@@ -158,11 +160,8 @@ class MGRPOTrainer(PPOTrainerSync):
     def _observe(self, credit: GroupCredit, metrics: dict[str, Any]) -> None:
         """Logs the step and handles alarms."""
         found = credit.metrics | {"step": self.global_steps}
-        for name, value in found.items():
-            if isinstance(value, int | float) and name != "step":
-                metrics[f"mgrpo/{name}"] = float(value)
         alarms = self.monitor.observe(found)
-        metrics["mgrpo/alarms"] = float(len(alarms))
+        metrics |= logged(found) | {"mgrpo/alarms": float(len(alarms))}
         if alarms:
             logger.warning("mgrpo: step %d: %s", self.global_steps, "; ".join(alarms))
             self._stop = self.recipe.monitor.on_collapse == "stop"

@@ -29,7 +29,7 @@ def test_the_named_configuration_is_stock_verls_with_our_trainer(compose):
     options = read_options(config, total_training_steps=4)
     assert options.recipe.filter.k == 2.0 and options.recipe.vote.pool == "momentum"
     assert (options.recipe.rollout.num_policy, options.recipe.rollout.num_momentum) == (4, 2)
-    assert options.num_optimizer_steps == 4 * 2
+    assert options.recipe.num_optimizer_steps == 4 * 2
     kwargs = config.reward.custom_reward_function.reward_kwargs
     expected = {"extract": r"regex:#(\d\d)", "label_extract": "auto", "equivalence": "exact"}
     assert OmegaConf.to_container(kwargs, resolve=True) == expected

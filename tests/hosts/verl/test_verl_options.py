@@ -60,8 +60,8 @@ def test_what_verl_knows_is_taken_from_verl():
     recipe = read_options(make()).recipe
     assert (recipe.rollout.num_policy, recipe.rollout.num_prompts, recipe.rollout.max_new_tokens) == (6, 8, 64)
     # 8 prompts in minibatches of 2, thrice a step.
-    assert read_options(make(), total_training_steps=10).num_optimizer_steps == 10 * 4 * 3
-    assert read_options(make(trainer__total_training_steps=5)).num_optimizer_steps == 5 * 4 * 3
+    assert read_options(make(), total_training_steps=10).recipe.num_optimizer_steps == 10 * 4 * 3
+    assert read_options(make(trainer__total_training_steps=5)).recipe.num_optimizer_steps == 5 * 4 * 3
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def batch_of(*rows):
 
 def assign_credit(policy, momentum, config=CONFIG):
     with AnswerChecker(mode="exact") as checker:
-        rows = merge_rows([policy.rows(4), momentum.rows(4)])
+        rows = merge_rows([policy.rows, momentum.rows])
         return credit_rows(rows, config, extract=lambda text: text[0] if text else None, checker=checker)
 
 
@@ -97,8 +97,8 @@ def test_rewards_masks_and_advantages_reach_the_rows_they_are_of(queue):
         put(queue, "a_1_0", "9bcd"), put(queue, "pad0_0_0", "$", padding=True), put(queue, "a_0_0", "7b$")
     )
     momentum = batch_of(put(queue, "a-momentum_0_0", "7$"))
-    fetched = verl_queue.fetch(policy, Tokenizer()), verl_queue.fetch(momentum, Tokenizer())
-    rows = fetched[0].rows(4)
+    fetched = verl_queue.fetch(policy, Tokenizer(), 4), verl_queue.fetch(momentum, Tokenizer(), 4)
+    rows = fetched[0].rows
     assert rows.keys == ["a_1_0", "a_0_0"] and rows.texts == ["9bcd", "7b"]
     assert rows.truncated.tolist() == [True, False]
     credit = assign_credit(*fetched)
@@ -118,7 +118,7 @@ def test_rewards_masks_and_advantages_reach_the_rows_they_are_of(queue):
 def test_a_row_that_does_not_train_has_no_token_in_either_mask(queue):
     policy = batch_of(put(queue, "a_0_0", "7$"), put(queue, "a_1_0", "9bcd"))
     momentum = batch_of(put(queue, "a-momentum_0_0", "7$"))
-    fetched = verl_queue.fetch(policy, Tokenizer()), verl_queue.fetch(momentum, Tokenizer())
+    fetched = verl_queue.fetch(policy, Tokenizer(), 4), verl_queue.fetch(momentum, Tokenizer(), 4)
     masked = from_dict({"rollout": {**vars(CONFIG.rollout), "truncated": "mask"}, "filter": {"applies_to": "none"}})
     credit = assign_credit(*fetched, masked)
     fetched[0].write_rewards(credit)
@@ -130,7 +130,7 @@ def test_a_row_that_does_not_train_has_no_token_in_either_mask(queue):
 def test_tokens_that_a_tool_wrote_are_not_the_models(queue):
     policy = batch_of(put(queue, "a_0_0", "7xy$", mask=[1, 0, 0, 1]), put(queue, "a_1_0", "9$"))
     momentum = batch_of(put(queue, "a-momentum_0_0", "7$"))
-    fetched = verl_queue.fetch(policy, Tokenizer()), verl_queue.fetch(momentum, Tokenizer())
+    fetched = verl_queue.fetch(policy, Tokenizer(), 4), verl_queue.fetch(momentum, Tokenizer(), 4)
     credit = assign_credit(*fetched)
     fetched[0].write_rewards(credit)
     fetched[0].write_advantages(credit)
@@ -141,7 +141,7 @@ def test_tokens_that_a_tool_wrote_are_not_the_models(queue):
 
 def test_true_answers_are_read_where_there_are_any(queue):
     batch = batch_of(put(queue, "a_0_0", "7$", truth=7), put(queue, "a_1_0", "9$"))
-    assert verl_queue.fetch(batch, Tokenizer()).true_answers == [7, None]
+    assert verl_queue.fetch(batch, Tokenizer(), 4).rows.true_answers == [7, None]
 
 
 def test_momentum_prompts_have_names_of_their_own_and_leave_the_policys_alone():

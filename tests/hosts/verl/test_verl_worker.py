@@ -49,7 +49,7 @@ def make_worker(compose):
                 "momentum": dataclasses.asdict(options.recipe.momentum),
                 "kernels": dataclasses.asdict(options.recipe.kernels),
                 "patch_kernels": options.patch_kernels,
-                "num_optimizer_steps": options.num_optimizer_steps,
+                "num_optimizer_steps": options.recipe.num_optimizer_steps,
                 "seed": 0,
             }
         worker = MGRPOWorker(config=config.actor_rollout_ref, role="actor")
