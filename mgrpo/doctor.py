@@ -182,15 +182,13 @@ def check_needed() -> list[Check]:
         return f"{sum(p.numel() for p in loaded.model.parameters()):,} parameters"
 
     tried = {"engine transformers": generate, "answer checker": compare, "base builtin:arithmetic": load}
-    return [_try(name, action) for name, action in tried.items()]
-
-
-def _try(name: str, action: Callable[[], str]) -> Check:
-    """Runs a check; any exception is its result."""
-    try:
-        return Check(name, True, action())
-    except Exception as error:
-        return Check(name, False, f"{type(error).__name__}: {error}")
+    checks = []
+    for name, action in tried.items():
+        try:
+            checks.append(Check(name, True, action()))
+        except Exception as error:
+            checks.append(Check(name, False, f"{type(error).__name__}: {error}"))
+    return checks
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
@@ -240,32 +238,28 @@ class DoctorArgs:
 
 def check_given(model: ModelConfig, data: DataConfig) -> list[str]:
     """The problems of a run with this model and these prompts, in the words of the run."""
-    if model == ModelConfig():  # the shipped model has tokens for digits only
-        try:
+    try:
+        if model == ModelConfig():  # the shipped model has tokens for digits only
+            key = data.answer_key or "answer"
             for source in filter(None, (data.train, data.probe)):
-                for _ in read_records(
-                    source, prompt_key=data.prompt_key, answer_key=data.answer_key or "answer", split=data.split
-                ):
+                for _ in read_records(source, prompt_key=data.prompt_key, answer_key=key, split=data.split):
                     pass
-        except InputError as error:
-            return [str(error)]
-        return []
-    with tempfile.TemporaryDirectory() as folder:
-        config = Config(
-            run_dir=folder,
-            model=model,
-            data=data,
-            rollout=RolloutConfig(num_prompts=1),
-            objective=ObjectiveConfig(kl_coef=0.0),
-            log=LogConfig(backends=()),
-        )
-        try:
+            return []
+        with tempfile.TemporaryDirectory() as folder:
+            config = Config(
+                run_dir=folder,
+                model=model,
+                data=data,
+                rollout=RolloutConfig(num_prompts=1),
+                objective=ObjectiveConfig(kl_coef=0.0),
+                log=LogConfig(backends=()),
+            )
             problems = find_problems(config)
             if not problems:
                 try_start(config)
-        except (ConfigError, InputError, EngineError, StorageError) as error:
-            problems = [str(error)]
-    return problems
+            return problems
+    except (ConfigError, InputError, EngineError, StorageError) as error:
+        return [str(error)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

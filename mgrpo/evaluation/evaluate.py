@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -135,7 +134,13 @@ def evaluate(
         raise InputError(f"evaluate: samples must be at least 1, got {samples}.")
     prompts = [prompt.ids for prompt in dataset.prompts]
 
-    answers = partial(_read_answers, prompts, tokenizer=loaded.tokenizer, stop=stop, extract=extract)
+    def answers(rollouts: Rollouts) -> list[list[str | None]]:
+        """The answer of every rollout, [B][n]; None without one."""
+        n = rollouts.num_per_prompt
+        rows = [rollouts.response(row) for row in range(len(prompts) * n)]
+        texts = read_texts(loaded.tokenizer, rows, stop, prompts=[prompts[row // n] for row in range(len(rows))])
+        return [[extract(text) for text in texts[b * n : (b + 1) * n]] for b in range(len(prompts))]
+
     rollouts = engine.generate(prompts, samples, sampling, tag)
     if check:
         check(rollouts)
@@ -155,21 +160,6 @@ def evaluate(
         lengths=rollouts.lengths.view(-1, samples),
         greedy_correct=greedy_correct,
     )
-
-
-def _read_answers(
-    prompts: Sequence[Sequence[int]],
-    rollouts: Rollouts,
-    *,
-    tokenizer: Any,
-    stop: StopTexts | None,
-    extract: Callable[[str], str | None],
-) -> list[list[str | None]]:
-    """The answer of every rollout, [B][n]; None without one."""
-    n = rollouts.num_per_prompt
-    rows = [rollouts.response(row) for row in range(len(prompts) * n)]
-    texts = read_texts(tokenizer, rows, stop, prompts=[prompts[row // n] for row in range(len(rows))])
-    return [[extract(text) for text in texts[b * n : (b + 1) * n]] for b in range(len(prompts))]
 
 
 def _truths(dataset: Dataset) -> list[Label]:

@@ -124,12 +124,14 @@ class Progress:
 
     def show_samples(self, samples: list[dict[str, Any]]) -> None:
         """Shows sampled rollouts as a table."""
-        table = Table(title=f"rollouts of step {samples[0]['step']}", title_justify="left")
-        for column in ("prompt", "source", "response", "answer", "pseudo_label", "reward", "entropy", "kept"):
-            table.add_column(column)
+        texts, title = (
+            ("prompt", "source", "response", "answer", "pseudo_label"),
+            f"rollouts of step {samples[0]['step']}",
+        )
+        table = Table(*texts, "reward", "entropy", "kept", title=title, title_justify="left")
         for sample in samples:
             table.add_row(
-                *(escape(str(sample[key])) for key in ("prompt", "source", "response", "answer", "pseudo_label")),
+                *(escape(str(sample[key])) for key in texts),
                 f"{sample['reward']:.2f}",
                 f"{sample['entropy']:.3f}",
                 "yes" if sample["kept"] else "pruned",

@@ -41,7 +41,7 @@ Axis = tuple[Panel, dict[str, str]]
 
 def points(run: Run, key: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric at the steps where it is a finite number."""
-    known = [row for row in run.rows if type(v := row.get(key)) in (int, float) and math.isfinite(v)]
+    known = [row for row in run.rows if type(row.get(key)) in (int, float) and math.isfinite(row[key])]
     return [row["step"] for row in known], [float(row[key]) for row in known]
 
 

@@ -86,19 +86,14 @@ def make_html(runs: Sequence[Run], images: Sequence[tuple[str, bytes]]) -> str:
         images: title and PNG of each plot.
     """
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
-    figures = [
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts += [part for run in runs for part in _describe(run, heading=len(runs) > 1)]
+    parts.append("<h2>Plots</h2>")
+    parts += [
         f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
         for name, png in images
     ]
-    single = len(runs) == 1
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        *(part for run in runs for part in _describe(run, heading=not single)),
-        "<h2>Plots</h2>",
-        *figures,
-        "<h2>Configuration</h2>",
-        *(_configuration(run) for run in runs),
-    ]
+    parts += ["<h2>Configuration</h2>", *map(_configuration, runs)]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"

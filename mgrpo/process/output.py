@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -53,15 +54,13 @@ class Display:
 
     def _give_up(self) -> None:
         """Points the descriptor to /dev/null, also for libraries and child processes that write to it."""
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             number = self._stream.fileno()
             if number in (1, 2):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, number)
                 if null != number:
                     os.close(null)
-        except (OSError, ValueError, AttributeError):
-            pass
 
 
 def protect_output() -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from mgrpo.errors import Exit, Interrupted
@@ -34,11 +34,9 @@ class Interrupt:
     def handled(self) -> Iterator[None]:
         """Installs the handlers for the block if this is the main thread, as Python requires."""
         before = {}
-        try:
+        with suppress(ValueError):
             for number in (*REQUESTS, *_active_warnings()):
                 before[number] = signal.signal(number, self._ask)
-        except ValueError:
-            pass
         try:
             yield
         finally:

@@ -138,15 +138,10 @@ def make_base(args: BaseArgs) -> None:
     tokenizer, model = make_tokenizer(), make_model(args.seed, args.head_dim)
     rng = random.Random(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99))
-    warmup = 100
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.steps - warmup, 1)),
-        ],
-        [warmup],
-    )
+    warmup, schedules = 100, torch.optim.lr_scheduler
+    rising = schedules.LinearLR(optimizer, 1e-3, total_iters=warmup)
+    falling = schedules.CosineAnnealingLR(optimizer, max(args.steps - warmup, 1))
+    schedule = schedules.SequentialLR(optimizer, [rising, falling], [warmup])
     start = time.perf_counter()
     for step in range(args.steps):
         rows = []
