@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,13 +135,7 @@ def evaluate(
         raise InputError(f"evaluate: samples must be at least 1, got {samples}.")
     prompts = [prompt.ids for prompt in dataset.prompts]
 
-    def answers(rollouts: Rollouts) -> list[list[str | None]]:
-        """The answer of every rollout, [B][n]; None without one."""
-        n = rollouts.num_per_prompt
-        rows = [rollouts.response(row) for row in range(len(prompts) * n)]
-        texts = read_texts(loaded.tokenizer, rows, stop, prompts=[prompts[row // n] for row in range(len(rows))])
-        return [[extract(text) for text in texts[b * n : (b + 1) * n]] for b in range(len(prompts))]
-
+    answers = partial(_read_answers, prompts, partial(read_texts, loaded.tokenizer, stop=stop), extract)
     rollouts = engine.generate(prompts, samples, sampling, tag)
     if check:
         check(rollouts)
@@ -160,6 +155,19 @@ def evaluate(
         lengths=rollouts.lengths.view(-1, samples),
         greedy_correct=greedy_correct,
     )
+
+
+def _read_answers(
+    prompts: Sequence[Sequence[int]],
+    read: Callable[..., list[str]],
+    extract: Callable[[str], str | None],
+    rollouts: Rollouts,
+) -> list[list[str | None]]:
+    """The answer of every rollout, [B][n]; None without one."""
+    n = rollouts.num_per_prompt
+    rows = [rollouts.response(row) for row in range(len(prompts) * n)]
+    answers = list(map(extract, read(rows, prompts=[prompts[row // n] for row in range(len(rows))])))
+    return [answers[row : row + n] for row in range(0, len(rows), n)]
 
 
 def _truths(dataset: Dataset) -> list[Label]:
