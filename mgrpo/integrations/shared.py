@@ -70,7 +70,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     """Writes a safetensors file under a temporary name, then renames it; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, aside, metadata)
+    save_file(tensors, aside, metadata=metadata)
     os.replace(aside, path)
 
 

@@ -17,6 +17,7 @@ from verl.utils import torch_functional as stock
 from verl.utils.experimental import torch_functional as fused
 from verl.workers.engine.fsdp import transformer_impl
 
+import mgrpo_kernels as K
 from mgrpo.integrations import patch_kernels
 from mgrpo.integrations.kernels import verl as verl_kernels
 from mgrpo_kernels.testing import peaked_logits
@@ -180,8 +181,8 @@ def test_the_fused_forward_is_verls(model, dtype, tolerance):
 
 def test_the_fused_forward_is_ours_only_within_the_block(model, monkeypatch):
     calls = []
-    real = verl_kernels.K.linear_token_logprob
-    monkeypatch.setattr(verl_kernels.K, "linear_token_logprob", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = K.linear_token_logprob
+    monkeypatch.setattr(K, "linear_token_logprob", lambda *a, **k: calls.append(1) or real(*a, **k))
     ids = torch.randint(2, 17, (1, 5))
     weights = torch.ones(2, 1, 5)
     with patch_kernels(verl):

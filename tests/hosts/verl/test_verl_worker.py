@@ -209,7 +209,7 @@ def test_a_save_that_fails_leaves_the_last_one(make_worker, tmp_path, monkeypatc
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("mgrpo.integrations.verl.worker.save_file", fail)
+    monkeypatch.setattr("mgrpo.integrations.shared.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         worker.momentum.save(tmp_path)
     assert (tmp_path / file_name()).read_bytes() == before
