@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import re
@@ -152,10 +151,3 @@ def _phases(run: Run) -> dict[str, np.ndarray]:
     shown = {phase.replace("_", " "): own[phase] for phase in ranked[: len(COLOURS) - 1]}
     rest = [own[phase] for phase in ranked[len(COLOURS) - 1 :]]
     return shown | ({"others": np.sum(rest, axis=0)} if rest else {})
-
-
-def render_png(figure: Figure) -> bytes:
-    """Renders a figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -12,7 +12,7 @@ from typing import Any
 
 from mgrpo.errors import InputError
 from mgrpo.observe.catalogue import METRICS
-from mgrpo.observe.plots import Run, draw_figures, find_alarms, points, render_png
+from mgrpo.observe.plots import Run, draw_figures, find_alarms, points
 from mgrpo.observe.trackers import read_rows
 
 MAX_ALARMS = 20
@@ -51,9 +51,9 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     (out / "plots").mkdir(parents=True, exist_ok=True)
     images = []
     for name, figure in draw_figures(runs).items():
-        png = render_png(figure)
-        (out / "plots" / f"{name}.png").write_bytes(png)
-        images.append((figure.get_suptitle(), png))
+        path = out / "plots" / f"{name}.png"
+        figure.savefig(path)
+        images.append((figure.get_suptitle(), path.read_bytes()))
     report = out / "report.html"
     report.write_text(make_html(runs, images), encoding="utf-8")
     return report
