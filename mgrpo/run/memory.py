@@ -21,7 +21,7 @@ SAMPLING_BYTES = 20
 # Gradients of the largest activations that are held at a time.
 ACTIVATION_GRADIENTS = 3
 
-Phase = Literal["always", "rollout", "score", "update"]
+Phase = Literal["start", "always", "rollout", "score", "update"]
 
 
 class Part(NamedTuple):
@@ -31,6 +31,7 @@ class Part(NamedTuple):
     num_bytes: int
     phase: Phase = "always"
     on_host: bool = False
+    first_only: bool = False  # of rank 0 alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class Job:
     size: ModelSize
     longest: int  # tokens of the longest prompt and the longest response together
     ranks: int  # W
-    device_memory: int | None = None  # bytes of a GPU, of which vLLM takes a share
+    device_memory: int | None  # bytes of a GPU, of which vLLM takes a share
+    on_gpu: bool = True
 
 
 class Memory(NamedTuple):
@@ -51,19 +53,26 @@ class Memory(NamedTuple):
     @property
     def device(self) -> int:
         """The most that the device holds at a time."""
-        return self._peak(on_host=False)
+        return self._peak([part for part in self.parts if not part.on_host])
 
-    @property
-    def host(self) -> int:
-        """The most that the host holds at a time, beside the device."""
-        return self._peak(on_host=True)
+    def host(self, ranks: int) -> int:
+        """The most that the host of all ranks holds at a time, beside the devices."""
+        return self.of_all(ranks, [part for part in self.parts if part.on_host])
 
-    def _peak(self, *, on_host: bool) -> int:
-        """What is held always, and the largest of the phases."""
-        held = dict.fromkeys(("always", "rollout", "score", "update"), 0)
-        for part in self.parts:
-            held[part.phase] += part.num_bytes if part.on_host == on_host else 0
-        return held.pop("always") + max(held.values())
+    def of_all(self, ranks: int, parts: list[Part] | None = None) -> int:
+        """The most that all ranks hold together, in one memory."""
+        chosen = self.parts if parts is None else parts
+        return self._peak(
+            [part if part.first_only else part._replace(num_bytes=ranks * part.num_bytes) for part in chosen]
+        )
+
+    def _peak(self, parts: list[Part]) -> int:
+        """What is held always and the largest of the phases; at the start little else than its own is held."""
+        held = dict.fromkeys(("start", "always", "rollout", "score", "update"), 0)
+        for part in parts:
+            held[part.phase] += part.num_bytes
+        start, always = held.pop("start"), held.pop("always")
+        return max(start, always + max(held.values()))
 
 
 def plan_memory(config: Config, job: Job) -> Memory:
@@ -89,7 +98,8 @@ def state_parts(config: Config, job: Job) -> list[Part]:
     dtype, on_host = c.momentum.dtype, c.momentum.device == "cpu"
     momentum = MOMENTUM_BYTES[dtype] * trained
     published = c.engine.name == "vllm" and c.model.dtype == "bf16" and dtype == "fp32"
-    saved = (4 * parameters + 8 * trained + momentum) * (c.checkpoint.background and c.checkpoint.every > 0)
+    saved = share * (4 * parameters + 8 * trained + momentum) * (c.checkpoint.background and c.checkpoint.every > 0)
+    loaded, copied = 4 * job.size.parameters, c.engine.name != "vllm"
     return [
         Part("weights (fp32)", 4 * parameters),
         Part("gradients (fp32)", 4 * trained),
@@ -97,7 +107,9 @@ def state_parts(config: Config, job: Job) -> list[Part]:
         Part(f"momentum model ({dtype})", momentum, on_host=on_host),
         Part("momentum model, copy for the engine (bf16)", 2 * trained * published, on_host=on_host),
         Part(f"initial weights ({c.model.dtype})", compute_bytes(c) * parameters * needs_initial(c)),
-        Part("copy of a checkpoint to write", saved, on_host=True),
+        Part("copy of a checkpoint to write" + ", of rank 0" * (job.ranks > 1), saved, on_host=True, first_only=True),
+        Part("whole weights (fp32)", loaded * job.on_gpu, "start", on_host=True),
+        Part("whole weights and a copy for the engine (fp32)", loaded * (1 + copied), "start"),
     ]
 
 
@@ -139,7 +151,7 @@ def _vllm_parts(c: Config, job: Job, weights: int) -> list[Part]:
     if c.engine.servers or c.engine.devices:
         return [Part("weights on their way to vLLM", 2 * weights, "rollout", on_host=True)]
     engines = 2 if c.engine.placement == "two-engines" else 1
-    if c.engine.kv_cache_gib or not job.device_memory:
+    if c.engine.kv_cache_gib or not job.on_gpu or job.device_memory is None:
         cache = int((c.engine.kv_cache_gib or 1) * 2**30)
     else:
         cache = max(int(c.engine.gpu_memory * job.device_memory) - weights, 0)

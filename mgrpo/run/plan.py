@@ -36,7 +36,13 @@ OPS = (
     "grpo_loss",
     "ema_update_",
 )
-PHASES = {"always": "", "rollout": "in rollouts", "score": "in scoring", "update": "in updates"}
+PHASES = {
+    "start": "at the start",
+    "always": "",
+    "rollout": "in rollouts",
+    "score": "in scoring",
+    "update": "in updates",
+}
 
 
 class Plan(NamedTuple):
@@ -67,7 +73,7 @@ def print_plan(config: Config) -> Plan:
         console.print(table("memory", [("parameters", "not known before the model is loaded")]))
         return Plan([], reason_untried(config, 0))
     longest = max(len(prompt.ids) for prompt in data.prompts) + config.rollout.max_new_tokens
-    job = Job(size=size, longest=longest, ranks=ranks, device_memory=limits.device)
+    job = Job(size=size, longest=longest, ranks=ranks, device_memory=limits.device, on_gpu=limits.on_gpu)
     title = f"memory of each of {ranks} ranks" if ranks > 1 else "memory"
     console.print(table(title, memory_rows(config, job, limits)))
     return Plan(memory_problems(config, job, limits), reason_untried(config, size.parameters))
@@ -123,11 +129,12 @@ def memory_rows(config: Config, job: Job, limits: Limits) -> list[tuple[str, str
         place = "on the host" if part.on_host and limits.on_gpu else ""
         rows.append((part.name, as_bytes(part.num_bytes), ", ".join(filter(None, (PHASES[part.phase], place)))))
     most = "most at a time" + ", without activations" * (job.size.activations is None)
+    together = f" of {job.ranks} ranks" if job.ranks > 1 else ""
     if limits.on_gpu:
-        sums = [(most, memory.device, "of the GPU"), (most, memory.host, "of the host")]
+        sums = [(most, memory.device, "of the GPU"), (most + together, memory.host(job.ranks), "of the host")]
         sums += [("there is", limits.device, "of the GPU"), ("there is", limits.host, "of the host")]
     else:
-        sums = [(most, memory.device + memory.host, ""), ("there is", limits.device, "of the host")]
+        sums = [(most + together, memory.of_all(job.ranks), ""), ("there is", limits.device, "of the host")]
     return rows + [(name, as_bytes(num_bytes), where) for name, num_bytes, where in sums if num_bytes]
 
 

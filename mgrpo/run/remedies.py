@@ -24,7 +24,7 @@ class Limits:
 
     def needed(self, memory: Memory, ranks: int) -> int:
         """What `device` has to hold: of one rank on a GPU, of all of them without one."""
-        return memory.device if self.on_gpu else ranks * (memory.device + memory.host)
+        return memory.device if self.on_gpu else memory.of_all(ranks)
 
 
 class Remedy(NamedTuple):
@@ -48,13 +48,15 @@ def memory_problems(config: Config, job: Job, limits: Limits) -> list[str]:
         problems.append(
             f"memory: {what} {as_bytes(limits.device)}, got {as_bytes(needed)}." + _advice(found, needed, limits.device)
         )
-    needed = job.ranks * memory.host
+    needed = memory.host(job.ranks)
     if limits.on_gpu and limits.host is not None and needed > limits.host:
-        found = [(r.flag, r.ranks * plan_memory(r.config, job).host) for r in host_remedies(config, job)]
-        problems.append(
-            f"memory: the host's part of {job.ranks} ranks must fit into its {as_bytes(limits.host)}, "
-            f"got {as_bytes(needed)}." + _advice(found, needed, limits.host)
-        )
+        found = [
+            (r.flag, plan_memory(r.config, replace(job, ranks=r.ranks)).host(r.ranks))
+            for r in host_remedies(config, job)
+        ]
+        ranks = f" of {job.ranks} ranks" * (job.ranks > 1)
+        what = f"memory: the host's part{ranks} must fit into its {as_bytes(limits.host)}, got {as_bytes(needed)}."
+        problems.append(what + _advice(found, needed, limits.host))
     return problems
 
 
@@ -127,6 +129,9 @@ def host_remedies(config: Config, job: Job) -> Iterator[Remedy]:
         changed = _changed(config, group, **values)
         if changed:
             yield Remedy(flag, changed, job.ranks)
+    fewer = _changed(config, "distributed", processes=job.ranks // 2) if job.ranks > 1 else None
+    if fewer:
+        yield Remedy(f"--distributed.processes {job.ranks // 2}", fewer, job.ranks // 2)
 
 
 def _changed(config: Config, group: str, **values: object) -> Config | None:
