@@ -57,6 +57,8 @@ def shard_model(model: Any, world: World, *, dtype: torch.dtype, tree: bool) -> 
             if tree:
                 module.set_custom_reduce_scatter(TreeReduceScatter())
     register_fsdp_forward_method(model, "run_whole")
+    if in_bf16:  # the residual stream stays in fp32, as under autocast; otherwise each layer would round it
+        embedding.register_forward_hook(lambda _module, _inputs, output: output.float())
 
 
 def layers_of(model: Any) -> list[torch.nn.Module]:
@@ -189,6 +191,12 @@ def rows_of(tensor: torch.Tensor) -> slice:
     size = -(-len(tensor) // mesh.size(shard))
     start = min(mesh.get_local_rank(shard) * size, len(tensor))
     return slice(start, min(start + size, len(tensor)))
+
+
+def offset_of(tensor: torch.Tensor) -> int:
+    """Index of this rank's first element in the whole tensor."""
+    start = rows_of(tensor).start
+    return start * math.prod(tensor.shape[1:]) if start else 0
 
 
 @torch.no_grad()

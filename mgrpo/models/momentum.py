@@ -11,7 +11,7 @@ import torch
 
 import mgrpo_kernels as K
 from mgrpo.config import KernelsConfig, MomentumConfig
-from mgrpo.distributed.sharding import fill, local
+from mgrpo.distributed.sharding import fill, local, offset_of
 
 
 def decay_at(config: MomentumConfig, step: int, num_steps: int) -> float:
@@ -75,6 +75,7 @@ class Momentum:
             rounding="stochastic" if self.config.dtype == "bf16-stochastic" else "nearest",
             compensation=listed(self.compensation),
             publish=listed(self.engine_weights),
+            offsets=[offset_of(self.weights[name]) for name in names],
             seed=self.seed,
             step=step,
             backend=self.backend,

@@ -48,7 +48,14 @@ class Setting:
     """A learner on a small sharded model with random responses."""
 
     def __init__(
-        self, world: World, *, reduce: str = "tree", tied: bool = True, checkpointing: bool = False, **options
+        self,
+        world: World,
+        *,
+        reduce: str = "tree",
+        tied: bool = True,
+        checkpointing: bool = False,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
     ):
         torch.manual_seed(0)
         shape = {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
@@ -76,7 +83,7 @@ class Setting:
             momentum=momentum,
         )
         loaded = LoadedModel(
-            model=self.model, tokenizer=None, eos_ids=(EOS,), pad_id=PAD, context_length=128, dtype=torch.float32
+            model=self.model, tokenizer=None, eos_ids=(EOS,), pad_id=PAD, context_length=128, dtype=dtype
         )
         kernels, tree = self.config.kernels, reduce == "tree"
         self.forward = Forward(
@@ -88,7 +95,7 @@ class Setting:
             world=world,
             tree=tree,
         )
-        shard_model(self.model, world, dtype=torch.float32, tree=tree)
+        shard_model(self.model, world, dtype=dtype, tree=tree)
         self.momentum = Momentum(self.model, momentum, seed=3, kernels=kernels)
         self.learner = Learner(self.config, loaded, self.momentum, self.forward, Timer(), world)
         self.trajectories = random_trajectories(LENGTHS, num_prompts=NUM_PROMPTS, num_policy=2, vocabulary=VOCABULARY)
@@ -165,6 +172,23 @@ def check_one_micro_batch_is_split(world: World) -> Any:
     return steps(Setting(world, reduce="default", micro_batch_tokens=4096), 1)
 
 
+def check_bf16_error(world: World) -> Any:
+    """Relative error of the gradient against fp32; weights are gathered in bf16, gradients summed in fp32."""
+    found: list[torch.Tensor] = []
+    batch = Setting(world, reduce="default").batch
+    for dtype in (torch.float32, torch.bfloat16):
+        setting = Setting(world, reduce="default", dtype=dtype)
+        setting.learner.backward(setting.trajectories, batch, torch.arange(len(LENGTHS)))
+        grads = [p.grad for p in setting.model.parameters()]
+        assert all(grad is not None and grad.dtype == torch.float32 for grad in grads)
+        found.append(torch.cat([whole(grad).flatten() for grad in grads if grad is not None]))
+    return float((found[1] - found[0]).norm() / found[0].norm())
+
+
+def check_tree_bf16(world: World) -> Any:
+    return steps(Setting(world, dtype=torch.bfloat16))
+
+
 def check_mutant_factor_on_the_root_alone(world: World) -> Any:
     setting = Setting(world, reduce="default")
     for module in setting.model.modules():
@@ -176,7 +200,7 @@ def check_mutant_factor_on_the_root_alone(world: World) -> Any:
 def check_momentum_storages(world: World) -> Any:
     """Scoring passes leave the groups as the EMA needs them."""
     found = {}
-    for dtype in ("fp32", "bf16-kahan"):
+    for dtype in ("fp32", "bf16-kahan", "bf16-stochastic"):
         setting = Setting(world, momentum=MomentumConfig(decay=0.9, dtype=dtype))
         for _ in range(2):
             setting.update()
