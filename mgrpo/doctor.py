@@ -48,7 +48,9 @@ EXTRAS = {
     "math_verify": "pip install 'mgrpo[train]'",
     "wandb": "pip install 'mgrpo[wandb]'",
     "trackio": "pip install 'mgrpo[trackio]'",
-    "flash_attn": "pip install flash-attn --no-build-isolation (needs a GPU)",
+    "peft": "pip install 'mgrpo[lora]'",
+    "vllm": "pip install 'mgrpo[vllm]'",
+    "flash_attn": "pip install 'mgrpo[flash-attn]' --no-build-isolation (needs a GPU)",
 }
 # The large inputs exceed the caches, as in a training run.
 T, D, V, B, G = 256, 64, 65536, 128, 16

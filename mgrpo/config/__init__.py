@@ -10,6 +10,7 @@ from mgrpo.config.eval import EvalConfig
 from mgrpo.config.filter import FilterConfig
 from mgrpo.config.kernels import KernelsConfig
 from mgrpo.config.log import LogConfig
+from mgrpo.config.lora import LoraConfig
 from mgrpo.config.model import ModelConfig
 from mgrpo.config.momentum import MomentumConfig
 from mgrpo.config.monitor import MonitorConfig
@@ -35,6 +36,7 @@ __all__ = [
     "HomeText",
     "KernelsConfig",
     "LogConfig",
+    "LoraConfig",
     "ModelConfig",
     "MomentumConfig",
     "MonitorConfig",

@@ -20,6 +20,7 @@ from mgrpo.config.eval import EvalConfig
 from mgrpo.config.filter import FilterConfig
 from mgrpo.config.kernels import KernelsConfig
 from mgrpo.config.log import LogConfig
+from mgrpo.config.lora import LoraConfig
 from mgrpo.config.model import ModelConfig
 from mgrpo.config.momentum import MomentumConfig
 from mgrpo.config.monitor import MonitorConfig
@@ -61,6 +62,7 @@ class Config:
     """With --dry-run, memory of a GPU to plan for instead of this machine's, such as `80GB` or `80GiB`; with
     `--model.device cpu`, of a host."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     answer: AnswerConfig = field(default_factory=AnswerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -119,6 +121,11 @@ def _combination_problems(config: Config) -> list[str]:
         not c.optim.offload or processes in (None, 1, "auto"),
         f"--optim.offload needs one process, got --distributed.processes {processes}.",
     )
+    problems += adapter_problems(c.momentum) if c.lora.rank else []
+    require(
+        not c.lora.rank or processes in (None, 1, "auto"),
+        f"--lora.rank needs one process, got --distributed.processes {processes}.",
+    )
     problems += stop_problems(c.rollout.stop)
     require(
         c.vote.num_train is None or c.vote.num_train <= c.rollout.num_policy,
@@ -148,6 +155,17 @@ def _combination_problems(config: Config) -> list[str]:
     require(c.dry_run or c.dry_run_memory is None, "--dry-run-memory needs --dry-run.")
     require(c.resume or not c.resume_extend, "--resume-extend needs --resume.")
     return problems
+
+
+def adapter_problems(momentum: MomentumConfig) -> list[str]:
+    """A message for each option of the momentum model that does not apply to a momentum adapter."""
+    wanted = {"dtype": ("fp32", momentum.dtype), "device": ("same", momentum.device)}
+    return [
+        f"config: --momentum.{name} must be {fit} with LoRA, whose momentum model is a second adapter in the policy's "
+        f"model, got {got}."
+        for name, (fit, got) in wanted.items()
+        if got != fit
+    ]
 
 
 def engine_problems(engine: EngineConfig) -> list[str]:

@@ -33,10 +33,11 @@ def silence() -> Iterator[None]:
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BUILTIN = "builtin:"
 # Files whose damage transformers ignores, or reports without the file's name.
 SMALL = (
-    *(CONFIG, GENERATION, "tokenizer_config.json"),
+    *(CONFIG, GENERATION, ADAPTER, "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", INDEX),
 )
 LARGE = ("tokenizer.json", "vocab.json")
@@ -44,7 +45,7 @@ NAMED_TENSORS = 5  # in messages
 
 
 def check_folder(path: str) -> None:
-    """Raises InputError for the folder of a run instead of a model, an adapter, or a damaged JSON file."""
+    """Raises InputError for the folder of a run, a model and an adapter in one, or a damaged file of JSON."""
     folder = Path(path)
     if folder.is_dir():
         if not _is_model(folder) and (found := _find_models(folder)):
@@ -52,19 +53,29 @@ def check_folder(path: str) -> None:
                 f"model: --model.path must be a model folder, {path} is the folder of {found[0]}. "
                 f"Name {' or '.join(map(str, found[1:]))}."
             )
-        # transformers ignores it beside a model, unless peft is installed.
-        if (folder / ADAPTER).is_file():
-            raise InputError(
-                f"model: --model.path must be a whole model, {path} holds an adapter, {ADAPTER}. "
-                "Merge it into its model and name that folder."
-            )
         _refuse_damaged(folder, SMALL)
+        if (folder / ADAPTER).is_file():
+            _refuse_adapter(folder)
         if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
             _refuse_index(folder)
 
 
+def _refuse_adapter(folder: Path) -> None:
+    """Raises InputError for an adapter beside a whole model, or one without readable weights."""
+    # Beside a model transformers ignores it, unless peft is installed.
+    if beside := [name for name in (CONFIG, WEIGHTS, INDEX) if (folder / name).is_file()]:
+        raise InputError(
+            f"model: --model.path must be a whole model or an adapter, {folder} holds both, {beside[0]} and {ADAPTER}. "
+            "Move one of them away."
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise InputError(f"model: {folder} must hold {ADAPTER_WEIGHTS} beside {ADAPTER}, got none. Save it with peft.")
+
+
 def _is_model(folder: Path) -> bool:
-    """Whether a folder holds the configuration of a model; the directory of a run has a config.json of its own."""
+    """Whether a folder is of a model or an adapter; the directory of a run has a config.json of its own."""
+    if (folder / ADAPTER).is_file():
+        return True
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -82,14 +93,19 @@ def _find_models(folder: Path) -> list[Any]:
         return ["a run, whose newest models are in the last checkpoint", *names]
     if (folder / "checkpoints").is_dir() and (folder / CONFIG).is_file():
         return ["a run without a checkpoint", "another folder"]
-    names = [folder / source for source in ("policy", "momentum") if (folder / source / CONFIG).is_file()]
+    names = [folder / source for source in ("policy", "momentum") if _is_loadable(folder / source)]
     if names:
         return ["a checkpoint", *names]
     try:
-        inner = sorted(path for path in folder.iterdir() if (path / CONFIG).is_file() and _is_model(path))
+        inner = sorted(path for path in folder.iterdir() if _is_loadable(path) and _is_model(path))
     except OSError:
         return []
     return ["several models", *inner[-2:]] if inner else []
+
+
+def _is_loadable(folder: Path) -> bool:
+    """Whether a folder has the configuration of a model or an adapter."""
+    return any((folder / name).is_file() for name in (CONFIG, ADAPTER))
 
 
 def _refuse_damaged(folder: Path, names: tuple[str, ...]) -> None:

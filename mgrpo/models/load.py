@@ -15,8 +15,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mgrpo.config import ModelConfig
-from mgrpo.errors import InputError
+from mgrpo.config import LoraConfig, ModelConfig
+from mgrpo.errors import CheckpointError, InputError
+from mgrpo.models.adapter import POLICY, Adapter
+from mgrpo.models.adapter_folder import base_of, choose_config, is_adapter, read_config
 from mgrpo.models.determinism import make_deterministic
 from mgrpo.models.device import pick_device
 from mgrpo.models.files import (
@@ -26,7 +28,7 @@ from mgrpo.models.files import (
     refuse_lost,
     silence,
 )
-from mgrpo.models.save import make_savable
+from mgrpo.models.save import make_savable, save_model
 from mgrpo.models.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -39,7 +41,10 @@ SPECIAL_TOKENS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A causal LM with fp32 weights, its tokenizer and its special tokens."""
+    """A causal LM with fp32 weights, its tokenizer and its special tokens.
+
+    With an adapter, only that is trained and saved.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
@@ -47,14 +52,51 @@ class LoadedModel:
     pad_id: int
     context_length: int
     dtype: torch.dtype  # of forward passes and rollouts
+    adapter: Adapter | None = None
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of the policy; tied weights are one object."""
+        return dict(self.adapter.weights(POLICY)) if self.adapter else self.model.state_dict(keep_vars=True)
+
+    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Writes weights as a model in the transformers layout, or as an adapter in peft's."""
+        if self.adapter is None:
+            save_model(folder, self.model, weights, self.tokenizer)
+        else:
+            self.adapter.save(folder, weights)
+            self.tokenizer.save_pretrained(folder)
+
+    def read(self, folder: Path, *, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
+        """Reads what `save` wrote, in fp32; raises CheckpointError where one is an adapter and the other is not."""
+        if is_adapter(str(folder)) != (self.adapter is not None):
+            held, trained = ("a whole model", "an adapter") if self.adapter else ("an adapter", "all weights")
+            remedy = "Leave --lora.* out." if self.adapter else "Set --lora.rank as in that run."
+            raise CheckpointError(f"resume: {folder} holds {held}, this run trains {trained}. {remedy}")
+        if self.adapter:
+            return self.adapter.read(folder)
+        return load_weights(folder, trust_remote_code=trust_remote_code)
 
 
-def load_model(config: ModelConfig) -> LoadedModel:
-    """Loads tokenizer and model; raises InputError for a folder that cannot be trained."""
+def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, seed: int = 0) -> LoadedModel:
+    """Loads tokenizer and model.
+
+    Args:
+        config: the model, or an adapter, which is loaded into its base.
+        lora: the adapter to train. None trains none: the adapter that `config` names is merged into its base.
+        seed: of a new adapter.
+
+    Raises:
+        ConfigError: the model cannot have the adapter, or the options of the adapter contradict its folder.
+        InputError: the folder cannot be used.
+    """
     tokenizer = load_tokenizer(config)
+    adapter = (
+        choose_config(config.path, lora) if lora else read_config(config.path) if is_adapter(config.path) else None
+    )
+    base = resolve_path(base_of(config.path))
     model = _read_model(
-        resolve_path(config.path),
-        config.path,
+        base,
+        config.path if base == resolve_path(config.path) else base,
         attention=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
@@ -74,6 +116,11 @@ def load_model(config: ModelConfig) -> LoadedModel:
             "Leave it out."
         ) from error
     torch.nn.Module.to(model, pick_device(config.device))
+    folder = Path(config.path) if is_adapter(config.path) else None
+    held = Adapter(model, adapter, seed=seed, folder=folder, trained=lora is not None) if adapter else None
+    if held and lora is None:
+        held.merge()
+        held = None
     return LoadedModel(
         model=model,
         tokenizer=tokenizer.tokenizer,
@@ -81,6 +128,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         pad_id=tokenizer.pad_id,
         context_length=min(tokenizer.context_length, _num_positions(model)),
         dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32,
+        adapter=held,
     )
 
 

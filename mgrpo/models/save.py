@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def try_save(folder: Path, model: Any, weights: Mapping[str, Mapping[str, torch.
         InputError: transformers refuses to write the model or the tokenizer.
         StorageError: the disk refuses the write.
     """
-    try:
+    with saving(folder):
         for name, tensors in weights.items():
             thin = {key: _first_column(tensor) for key, tensor in tensors.items()}
             try:
@@ -44,6 +45,13 @@ def try_save(folder: Path, model: Any, weights: Mapping[str, Mapping[str, torch.
                 full = {key: t if local(t) is t else torch.zeros(t.shape, dtype=t.dtype) for key, t in tensors.items()}
                 model.save_pretrained(folder / name, state_dict=full)
         tokenizer.save_pretrained(folder / next(iter(weights)))
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Turns every error of a trial save into StorageError, or into InputError where the disk is not its cause."""
+    try:
+        yield
     except Exception as error:
         if is_of_storage(error):
             raise StorageError(f"run: {folder.parent} must take what is written, got: {whole(error)}.") from error

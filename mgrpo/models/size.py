@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TYPE_CHECKING, Any
+
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from mgrpo.models.adapter import Adapter
+
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftConfig
 
 
 def count_parameters(model_config: PretrainedConfig, *, trust_remote_code: bool) -> int | None:
     """Number of parameters of the model that a configuration describes; None if it cannot be built from that alone."""
+    model = _without_weights(model_config, trust_remote_code=trust_remote_code)
+    return None if model is None else sum(p.numel() for p in model.parameters())
+
+
+def count_trained(model_config: PretrainedConfig, adapter: PeftConfig, *, trust_remote_code: bool) -> int | None:
+    """Number of parameters of an adapter of that model; raises ConfigError for targets that it does not have."""
+    model = _without_weights(model_config, trust_remote_code=trust_remote_code)
+    if model is None:
+        return None
+    Adapter(model, copy.deepcopy(adapter), seed=0, trained=False)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _without_weights(model_config: PretrainedConfig, *, trust_remote_code: bool) -> Any:
+    """The model that a configuration describes, on the meta device; None if it cannot be built from that alone."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
-        return sum(p.numel() for p in model.parameters())
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     except Exception:  # loading the model reports any error
         return None
 

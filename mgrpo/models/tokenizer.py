@@ -17,7 +17,9 @@ from transformers import (
 
 from mgrpo.config import ModelConfig
 from mgrpo.errors import InputError
+from mgrpo.models.adapter_folder import base_of
 from mgrpo.models.files import (
+    BUILTIN,
     CONFIG,
     GENERATION,
     check_folder,
@@ -26,7 +28,8 @@ from mgrpo.models.files import (
     token_ids,
 )
 
-BUILTIN = "builtin:"
+# Either of these makes a folder one of a tokenizer.
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +55,20 @@ def resolve_path(path: str) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
-    """Loads the tokenizer and the configuration beside it; no weights are read."""
+    """Loads the tokenizer and the configuration beside it; no weights are read.
+
+    An adapter has the configuration of its base, and its tokenizer too unless its own folder holds one.
+    """
     path, trusted = resolve_path(config.path), config.trust_remote_code
     check_folder(path)
+    holder, path = path, resolve_path(base_of(path))
+    if holder != path:
+        check_folder(path)
+    holder = holder if any((Path(holder) / name).is_file() for name in TOKENIZERS) else path
     with reading(path, CONFIG):
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-    with reading(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
+    with reading(holder):
+        tokenizer = AutoTokenizer.from_pretrained(holder, trust_remote_code=trusted)
         tokenizer("0")
     if not trusted:
         _refuse_code(config.path, tokenizer, model_config)

@@ -121,6 +121,7 @@ METRICS: dict[str, Metric] = {
     "loss": Metric("loss", None, {"loss": "loss"}, **_SUMMARY),
     "grad_norm": Metric("gradient norm", None, {"grad_norm": "before clipping"}, **_SUMMARY),
     "lr": Metric("learning rate", None, {"lr": "learning rate"}, always=True),
+    "trained_parameters": Metric("trained parameters, of LoRA"),
     "ratio_mean": Metric("mean importance ratio"),
     "clip_low_share": Metric("share of tokens at the lower clip"),
     "clip_high_share": Metric("share of tokens at the upper clip"),

@@ -111,6 +111,8 @@ def _describe(run: Run, *, heading: bool) -> list[str]:
         "steps": f"{last} of {_setting(run, 'steps')}",
         "seed": _setting(run, "seed"),
     }
+    if trained := run.rows[-1].get("trained_parameters"):
+        facts["trained parameters (LoRA)"] = f"{trained:,}"
     listed = " · ".join(f"{name} <b>{html.escape(value)}</b>" for name, value in facts.items())
     parts.append(f"<p>{listed}</p>")
     if alarms := list(find_alarms(run)):

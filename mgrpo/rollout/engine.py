@@ -6,7 +6,7 @@ Letters: B prompts, n rollouts a prompt, L longest response in tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +15,20 @@ from mgrpo.types import Rollouts, Sampling, WeightTag
 
 Shapes = Mapping[str, tuple[int, ...]]
 Weights = Sequence[tuple[str, torch.Tensor]]
+
+
+class NamedWeights(Sequence[tuple[str, torch.Tensor]]):
+    """Names and tensors of a state dict in an order; a tensor is read when its turn comes."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], names: Sequence[str]):
+        self._weights, self._names = weights, names
+
+    def __getitem__(self, index: Any) -> Any:
+        name = str(self._names[index])
+        return name, self._weights[name].detach()
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Engine(Protocol):

@@ -12,11 +12,13 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import groupby
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from mgrpo.distributed.sharding import whole
+from mgrpo.models.adapter import adapted_layers
 from mgrpo.rollout.decoding_trial import choose_way, tolerates_cast, trial_logprobs
 from mgrpo.rollout.draws import uniform
 from mgrpo.rollout.engine import Engine, check_tag, check_weights
@@ -42,10 +44,15 @@ class TransformersEngine(Engine):
         batch_size: int,
         stop: StopTexts | None = None,
     ):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        # The frozen weights of a model with adapters are the caller's own, and no update replaces them.
+        own = [] if not adapted_layers(model) else [p for p in model.parameters() if not p.requires_grad]
+        self.fixed = {id(p): p for p in own}
+        self.model = copy.deepcopy(model, dict[int, Any](self.fixed)).eval().requires_grad_(False)
         self.device = next(model.parameters()).device
         self.way = choose_way(self.model, pad_id)
-        self.autocast = None if dtype == torch.float32 else self._cast(model, pad_id, dtype)
+        self.autocast = None if dtype == torch.float32 else dtype
+        if self.autocast and not self.fixed:
+            self.autocast = self._cast(model, pad_id, dtype)
         self.stop = stop
         ends = {*eos_ids, *(stop.token_ids if stop else ())}
         self.eos_ids = torch.tensor(sorted(ends), device=self.device)
@@ -65,8 +72,13 @@ class TransformersEngine(Engine):
         return dtype
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
-        """Shares the given tensors where dtype and device agree, copies them elsewhere, and gathers sharded ones."""
-        own = self.model.state_dict(keep_vars=True)
+        """Shares the given tensors where dtype and device agree, copies them elsewhere, and gathers sharded ones.
+
+        Of a model with adapters these are A and B, under the names of the policy's parameters.
+        """
+        own: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
+        if self.fixed:  # then buffers do not change either
+            own = {name: p for name, p in self.model.named_parameters() if id(p) not in self.fixed}
         check_weights(weights, {name: tuple(target.shape) for name, target in own.items()})
         for target, name in {target: name for name, target in own.items()}.items():  # a tied weight once
             target.data = whole(weights[name].detach()).to(device=target.device, dtype=target.dtype)

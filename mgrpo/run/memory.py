@@ -43,6 +43,7 @@ class Job:
     ranks: int  # W
     device_memory: int | None  # bytes of a GPU, of which vLLM takes a share
     on_gpu: bool = True
+    adapter: int | None = None  # parameters of a LoRA adapter; the model's own are then frozen and shared
 
 
 class Memory(NamedTuple):
@@ -94,28 +95,31 @@ def compute_bytes(config: Config) -> int:
 def state_parts(config: Config, job: Job) -> list[Part]:
     """Weights, gradients, moments and momentum model, each divided by S."""
     c, share = config, shards(config, job)
-    parameters, trained = (-(-count // share) for count in (job.size.parameters, trained_parameters(c, job.size)))
+    full = job.adapter is None
+    frozen = 0 if full else job.size.parameters
+    trained = job.adapter if job.adapter is not None else -(-job.size.parameters // share)
     dtype, on_host = c.momentum.dtype, c.momentum.device == "cpu"
     momentum = MOMENTUM_BYTES[dtype] * trained
-    published = c.engine.name == "vllm" and c.model.dtype == "bf16" and dtype == "fp32"
-    saved = share * (4 * parameters + 8 * trained + momentum) * (c.checkpoint.background and c.checkpoint.every > 0)
-    loaded, copied = 4 * job.size.parameters, c.engine.name != "vllm"
+    published = full and c.engine.name == "vllm" and c.model.dtype == "bf16" and dtype == "fp32"
+    saved = (12 * trained + momentum) * (share if full else 1) * (c.checkpoint.background and c.checkpoint.every > 0)
+    loaded = 4 * job.size.parameters
+    copied = 1 + (c.engine.name != "vllm") if full else c.model.dtype == "bf16"  # frozen weights are cast after that
     return [
-        Part("weights (fp32)", 4 * parameters),
+        Part(f"frozen weights ({c.model.dtype})", compute_bytes(c) * frozen),
+        Part("weights (fp32)", 4 * trained),
         Part("gradients (fp32)", 4 * trained),
         Part("AdamW moments (fp32)", 8 * trained, on_host=c.optim.offload),
         Part(f"momentum model ({dtype})", momentum, on_host=on_host),
         Part("momentum model, copy for the engine (bf16)", 2 * trained * published, on_host=on_host),
-        Part(f"initial weights ({c.model.dtype})", compute_bytes(c) * parameters * needs_initial(c)),
+        Part(f"initial weights ({c.model.dtype})", compute_bytes(c) * trained * (full and needs_initial(c))),
         Part("copy of a checkpoint to write" + ", of rank 0" * (job.ranks > 1), saved, on_host=True, first_only=True),
         Part("whole weights (fp32)", loaded * job.on_gpu, "start", on_host=True),
-        Part("whole weights and a copy for the engine (fp32)", loaded * (1 + copied), "start"),
+        Part(
+            "whole weights and a copy for the engine (fp32)" if full else "loaded weights (fp32)",
+            loaded * copied,
+            "start",
+        ),
     ]
-
-
-def trained_parameters(config: Config, size: ModelSize) -> int:
-    """Parameters that have a gradient."""
-    return size.parameters
 
 
 def engine_parts(config: Config, job: Job) -> list[Part]:
@@ -126,7 +130,7 @@ def engine_parts(config: Config, job: Job) -> list[Part]:
         return _vllm_parts(c, job, weights)
     sequences = decoded_together(c, job)
     # In fp32 one process generates with the trainer's own weights; a momentum model stored otherwise is copied.
-    shared = number == 4 and job.ranks == 1
+    shared = (number == 4 and job.ranks == 1) or job.adapter is not None
     copied = shared and _stored_otherwise(c)
     cache = number * size.cache_numbers * job.longest * sequences
     return [
@@ -172,7 +176,7 @@ def pass_parts(config: Config, job: Job) -> list[Part]:
     """What the passes over one micro-batch add to the state."""
     c, size, share = config, job.size, shards(config, job)
     tokens = min(max(c.optim.micro_batch_tokens, job.longest), job.longest * num_rollouts(c))
-    copied = _stored_otherwise(c) or (needs_initial(c) and c.model.dtype == "bf16")
+    copied = _stored_otherwise(c) or (job.adapter is None and needs_initial(c) and c.model.dtype == "bf16")
     whole = _whole_weights(c, job, gradient=0)
     return [
         *(part._replace(phase="update") for part in _whole_weights(c, job, gradient=4)),
@@ -192,6 +196,8 @@ def _whole_weights(c: Config, job: Job, *, gradient: int) -> list[Part]:
     """Weights gathered by FSDP, or cast to bf16 in one process, with `gradient` bytes of each number's gradient."""
     size, number = job.size, compute_bytes(c)
     beside = " and gradient" * (gradient > 0)
+    if job.adapter is not None:  # frozen weights are in bf16 already, and have no gradient
+        return []
     if job.ranks == 1:
         casts = 2 * (number == 2)
         return [

@@ -22,6 +22,7 @@ from mgrpo.models.tokenizer import Tokenizer, load_tokenizer, resolve_path
 from mgrpo.process.memory import host_memory
 from mgrpo.rollout.stop import make_stop
 from mgrpo.run.memory import Job, plan_memory
+from mgrpo.run.preflight import count_adapter
 from mgrpo.run.remedies import Limits, as_bytes, memory_problems
 from mgrpo_kernels.backends import resolve
 
@@ -73,10 +74,12 @@ def print_plan(config: Config) -> Plan:
         console.print(table("memory", [("parameters", "not known before the model is loaded")]))
         return Plan([], reason_untried(config, 0))
     longest = max(len(prompt.ids) for prompt in data.prompts) + config.rollout.max_new_tokens
-    job = Job(size=size, longest=longest, ranks=ranks, device_memory=limits.device, on_gpu=limits.on_gpu)
+    adapter = count_adapter(config, tokenizer)
+    place = {"device_memory": limits.device, "on_gpu": limits.on_gpu}
+    job = Job(size=size, longest=longest, ranks=ranks, **place, adapter=adapter)
     title = f"memory of each of {ranks} ranks" if ranks > 1 else "memory"
     console.print(table(title, memory_rows(config, job, limits)))
-    return Plan(memory_problems(config, job, limits), reason_untried(config, size.parameters))
+    return Plan(memory_problems(config, job, limits), reason_untried(config, size.parameters, adapter))
 
 
 def measure(config: Config, model_config: Any, ranks: int) -> ModelSize | None:
@@ -125,6 +128,8 @@ def memory_rows(config: Config, job: Job, limits: Limits) -> list[tuple[str, str
     """The table of memory: part, bytes, where and when it is held; the last rows are sums and limits."""
     memory = plan_memory(config, job)
     rows = [("parameters", f"{job.size.parameters:,}", "")]
+    if job.adapter is not None:
+        rows.append(("trained parameters (LoRA)", f"{job.adapter:,}", ""))
     for part in memory.parts:
         place = "on the host" if part.on_host and limits.on_gpu else ""
         rows.append((part.name, as_bytes(part.num_bytes), ", ".join(filter(None, (PHASES[part.phase], place)))))
@@ -138,7 +143,7 @@ def memory_rows(config: Config, job: Job, limits: Limits) -> list[tuple[str, str
     return rows + [(name, as_bytes(num_bytes), where) for name, num_bytes, where in sums if num_bytes]
 
 
-def reason_untried(config: Config, num_parameters: int) -> str | None:
+def reason_untried(config: Config, num_parameters: int, adapter: int | None = None) -> str | None:
     """Why the model cannot be loaded and tried here; None if it can."""
     path = resolve_path(config.model.path)
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
@@ -148,8 +153,9 @@ def reason_untried(config: Config, num_parameters: int) -> str | None:
     if config.distributed.processes not in (None, 1, "auto"):
         return f"the plan is for {config.distributed.processes} processes"
     free = host_memory().free
-    # In fp32 the model, the engine's copy, the gradient and the momentum model.
-    if free is not None and 16 * num_parameters > free:
+    # In fp32 the model, the engine's copy, the gradient and the momentum model, or the model and all of an adapter.
+    needed = 16 * num_parameters if adapter is None else 4 * num_parameters + 16 * adapter
+    if free is not None and needed > free:
         return "it needs more than the free memory of this machine"
     return None
 

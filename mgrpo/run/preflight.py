@@ -11,18 +11,21 @@ import torch
 
 from mgrpo.algorithm.reward import needs_labels
 from mgrpo.config import Config
+from mgrpo.config.run import adapter_problems
 from mgrpo.data.load import load_prompts, require_answers, require_prompts
 from mgrpo.distributed.together import on_first
 from mgrpo.distributed.world import find_world
 from mgrpo.errors import ConfigError
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.labels import make_label_reader
+from mgrpo.models.adapter_folder import choose_config, is_adapter
 from mgrpo.models.device import pick_backend, pick_device
-from mgrpo.models.files import running
+from mgrpo.models.files import check_folder, running
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.packing import pack
-from mgrpo.models.save import try_save
-from mgrpo.models.tokenizer import load_tokenizer
+from mgrpo.models.save import saving, try_save
+from mgrpo.models.size import count_trained
+from mgrpo.models.tokenizer import Tokenizer, load_tokenizer
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.stop import make_stop
 from mgrpo.run.directory import directory_of, refuse_directory, require_room, trial_folder
@@ -48,6 +51,7 @@ def find_problems(config: Config) -> list[str]:
     attempt(lambda: make_label_reader(config.answer.label_extract))
     tokenizer = attempt(lambda: load_tokenizer(config.model))
     if tokenizer:
+        attempt(lambda: count_adapter(config, tokenizer))
         attempt(lambda: make_stop(config.rollout.stop, config.data.template, tokenizer.tokenizer))
         data = attempt(lambda: load_prompts(config, tokenizer, config.data.train))
         if data and needs_labels(config.objective.reward):
@@ -61,6 +65,13 @@ def find_problems(config: Config) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
+def count_adapter(config: Config, tokenizer: Tokenizer) -> int | None:
+    """Number of trained parameters of a run with LoRA, None of another; raises ConfigError for wrong targets."""
+    adapter = choose_config(config.model.path, config.lora)
+    trusted = config.model.trust_remote_code
+    return adapter and count_trained(tokenizer.model_config, adapter, trust_remote_code=trusted)
+
+
 def refuse_machine(config: Config, run_dir: Path) -> None:
     """Raises ConfigError with all problems of this machine: processes, run directory, device, kernels, engine."""
     problems: list[str] = []
@@ -70,6 +81,7 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
         lambda: refuse_directory(run_dir, config),
         lambda: pick_backend(config.kernels.backend, pick_device(config.model.device)),
         lambda: _refuse_engine(config),
+        lambda: _refuse_adapter(config),
     ):
         try:
             step()
@@ -89,6 +101,14 @@ def _refuse_engine(config: Config) -> None:
     """Raises ConfigError if vLLM has to run here and is not installed."""
     if config.engine.name == "vllm" and config.engine.placement != "server" and find_spec("vllm") is None:
         raise ConfigError(["config: --engine.name vllm needs the package vllm, it is not installed. pip install vllm."])
+
+
+def _refuse_adapter(config: Config) -> None:
+    """Raises ConfigError or InputError for an adapter that cannot be trained."""
+    check_folder(config.model.path)
+    choose_config(config.model.path, config.lora)
+    if is_adapter(config.model.path) and (problems := adapter_problems(config.momentum)):
+        raise ConfigError(problems)
 
 
 def try_start(config: Config) -> None:
@@ -124,8 +144,12 @@ def _try_save(trainer: Trainer, run_dir: Path) -> None:
     """Tries to save policy and momentum model where there is room for checkpoints."""
     require_room(run_dir, trainer.config, checkpoint_bytes(trainer))
     with trial_folder(run_dir) as folder:
-        weights = {"policy": trainer.model.state_dict(), "momentum": trainer.momentum.state_dict()}
-        try_save(folder, trainer.model, weights, trainer.loaded.tokenizer)
+        if trainer.loaded.adapter:
+            with saving(folder):
+                trainer.loaded.save(folder / "policy", trainer.loaded.weights())
+        else:
+            weights = {"policy": trainer.model.state_dict(), "momentum": trainer.momentum.state_dict()}
+            try_save(folder, trainer.model, weights, trainer.loaded.tokenizer)
 
 
 def _try_token(trainer: Trainer) -> Rollouts:
@@ -170,6 +194,6 @@ def _try_gradient(trainer: Trainer, rollouts: Rollouts) -> None:
 
 def checkpoint_bytes(trainer: Trainer) -> int:
     """Bytes of a checkpoint: policy and AdamW's two moments in fp32, and the momentum state in its own dtype."""
-    trained = sum(p.numel() for p in trainer.model.parameters())
+    saved = trainer.learner.parameters if trainer.loaded.adapter else trainer.model.parameters()
     momentum = [*trainer.momentum.weights.values(), *(trainer.momentum.compensation or {}).values()]
-    return 12 * trained + sum(tensor.nbytes for tensor in momentum)
+    return 12 * sum(p.numel() for p in saved) + sum(tensor.nbytes for tensor in momentum)

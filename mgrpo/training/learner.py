@@ -61,8 +61,8 @@ class Learner:
         self.world = world
         self.tree = config.distributed.reduce == "tree"
         self.timer = timer  # times `update`, and `ema` within
-        named = list(self.model.named_parameters())
-        self.names = [name for name, _ in named]
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         # Norms and biases, of one dimension, have no weight decay.
         groups = [{"params": [p], "weight_decay": config.optim.weight_decay if p.ndim > 1 else 0.0} for _, p in named]
         optimizer = HostAdamW if config.optim.offload else torch.optim.AdamW
@@ -160,7 +160,7 @@ class Learner:
         c = self.config
         divisor = normalizer(batch.mask[rows], c.objective.reduce, c.rollout.max_new_tokens)
         kl_cov = kl_cov_tokens(batch, rows, c.objective.kl_cov) if c.objective.kl_cov else None
-        gradients = Gradients(self.model.parameters(), LANES // self.world.size if self.tree else None)
+        gradients = Gradients(self.parameters, LANES // self.world.size if self.tree else None)
         plan = self.forward.plan(trajectories, rows[has_gradient(batch.advantage[rows], c.objective)])
         device = next(self.model.parameters()).device
         results = torch.zeros(len(plan), 1 + len(_LOSS_METRICS), device=device)
@@ -190,8 +190,8 @@ class Learner:
         """Scales the gradients down to `grad_clip`; returns their norm before."""
         most = self.config.optim.grad_clip
         if self.tree or self.world.size > 1:
-            return clip_by_rows(list(self.model.parameters()), most, self.world)
-        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), most))
+            return clip_by_rows(self.parameters, most, self.world)
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, most))
 
     def state_dict(self) -> dict[str, int]:
         """The counters; Checkpointer writes weights and moments."""

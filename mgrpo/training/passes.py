@@ -5,7 +5,8 @@ Letters: B prompts, G = M + N rollouts a prompt, R = B * G trajectories, L respo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from mgrpo.algorithm.credit import needed_evidence
 from mgrpo.config import Config
 from mgrpo.models.forward import Forward, TokenLogProbs
 from mgrpo.models.load import LoadedModel
-from mgrpo.models.momentum import Momentum, borrowed_weights
+from mgrpo.models.momentum import Momentum
 from mgrpo.observe.step import mean
 from mgrpo.observe.timer import Timer
 from mgrpo.rollout.engine import Engine
@@ -58,7 +59,7 @@ class Passes:
         momentum: the momentum model.
         forward: runs a forward pass.
         engine: its log-probs are compared with these.
-        initial: weights at the start of the run; None if not needed.
+        initial: lets the policy compute with the weights at the start of the run.
         timer: times `score`.
     """
 
@@ -70,7 +71,7 @@ class Passes:
         forward: Forward,
         engine: Engine,
         *,
-        initial: Mapping[str, torch.Tensor] | None,
+        initial: Callable[[], AbstractContextManager[None]],
         timer: Timer,
     ):
         self.config, self.loaded, self.momentum, self.forward = config, loaded, momentum, forward
@@ -93,8 +94,7 @@ class Passes:
         initial = reference = kl_initial = None
         uses_reference = c.objective.kl_coef > 0
         if (uses_reference and c.objective.kl_reference == "initial") or is_due(c.log.kl_initial_every, step, c.steps):
-            assert self.initial is not None
-            with borrowed_weights(self.loaded.model, self.initial):
+            with self.initial():
                 initial = self.logprobs(t).logprob
             difference = (initial - policy.logprob)[t.by_policy]
             kl_initial = mean(difference.exp() - difference - 1)

@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 from mgrpo.data.sampler import Sampler
 from mgrpo.distributed.sharding import fill, sharded_like, whole
 from mgrpo.errors import CheckpointError, EngineError
-from mgrpo.models.load import LoadedModel, load_weights
+from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
-from mgrpo.models.save import save_model
 from mgrpo.training.learner import Learner
 from mgrpo.training.offload import HostAdamW
 
@@ -102,11 +101,7 @@ class Checkpointer:
         Args:
             take: returns the tensors to write for given ones: copies, or the same.
         """
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        weights = {
-            "policy": take(model.state_dict(keep_vars=True)),
-            "momentum": take(self.momentum.state_dict()),
-        }
+        weights = {"policy": take(self.loaded.weights()), "momentum": take(self.momentum.state_dict())}
         tensors = {"optimizer": take(optimizer_tensors(self.learner.optimizer, self.learner.names))}
         if self.momentum.compensation:
             tensors["momentum_compensation"] = take(self.momentum.compensation)
@@ -116,7 +111,7 @@ class Checkpointer:
 
         def write(folder: Path) -> None:
             for source, values in weights.items():
-                save_model(folder / source, model, values, tokenizer)
+                self.loaded.save(folder / source, values)
             for name, values in tensors.items():
                 contiguous = {key: value.cpu().contiguous() for key, value in values.items()}
                 save_file(contiguous, folder / f"{name}.safetensors")
@@ -128,18 +123,19 @@ class Checkpointer:
         """Restores what `snapshot` wrote; raises CheckpointError if data or base model differ."""
         state = _as_parts(json.loads((folder / "state.json").read_text()))
         for name, current in self.fingerprints.items():
-            if None not in (current, saved := state["fingerprints"][name]) and saved != current:
+            if None not in (current, saved := state["fingerprints"].get(name)) and saved != current:
                 option, content = name.split("/")
                 raise CheckpointError(
                     f"resume: --{option} must hold the {content} that {folder} was trained with, got others."
                 )
-        policy = load_weights(folder / "policy", trust_remote_code=self.trusted)
+        policy = self.loaded.read(folder / "policy", trust_remote_code=self.trusted)
         with torch.no_grad():
             for name, parameter in self.loaded.model.named_parameters():
-                fill(parameter, policy[name])
+                if name in policy:  # all of them, or those of the adapter
+                    fill(parameter, policy[name])
         compensation = folder / "momentum_compensation.safetensors"
         self.momentum.load(
-            load_weights(folder / "momentum", trust_remote_code=self.trusted),
+            self.loaded.read(folder / "momentum", trust_remote_code=self.trusted),
             load_file(compensation) if self.momentum.compensation else None,
         )
         load_optimizer(folder / "optimizer.safetensors", self.learner.optimizer, self.learner.names)
@@ -192,7 +188,8 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: list[str
     optimizer.state.clear()
     for key, value in load_file(path).items():
         name, entry = key.rsplit("/", 1)
-        parameter = by_name[name]
+        if (parameter := by_name.get(name)) is None:
+            continue  # a frozen weight, whose moments earlier releases saved
         # AdamW counts its steps on the CPU.
         on_host = entry == "step" or isinstance(optimizer, HostAdamW)
         optimizer.state[parameter][entry] = value if on_host else sharded_like(parameter, value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from mgrpo.data.prompts import Dataset
 from mgrpo.data.sampler import Sampler
 from mgrpo.distributed.sharding import shard_model
 from mgrpo.distributed.world import ALONE, World
+from mgrpo.errors import ConfigError
+from mgrpo.models.adapter import INITIAL, POLICY, AdapterMomentum
 from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel, load_model
-from mgrpo.models.momentum import Momentum
+from mgrpo.models.momentum import Momentum, borrowed_weights
 from mgrpo.observe.retention import Retention
 from mgrpo.observe.step import mean, step_metrics
 from mgrpo.observe.timer import Timer
@@ -52,7 +55,9 @@ class Trainer:
     ):
         self.config, self.world, self.timer = config, world, Timer()
         tree = config.distributed.reduce == "tree"
-        self.loaded = load_model(config.model)
+        self.loaded = load_model(config.model, config.lora, seed=config.seed)
+        if self.loaded.adapter and self.world.size > 1:
+            raise ConfigError([f"config: LoRA is trained in one process, got {self.world.size}. Start one."])
         self.model = self.loaded.model
         stop = make_stop(config.rollout.stop, config.data.template, self.loaded.tokenizer)
         self.data, self.probe = self._load_data()
@@ -69,13 +74,7 @@ class Trainer:
         )
         self.engine = self._start_engine(make_engine, stop)
         shard_model(self.model, self.world, dtype=self.loaded.dtype, tree=tree)  # after the engine has copied it
-        self.momentum = Momentum(
-            self.model,
-            config.momentum,
-            seed=config.seed,
-            kernels=config.kernels,
-            engine_dtype=None if self.engine.weights_are_shared else self.loaded.dtype,
-        )
+        self.momentum = self._make_momentum()
         self.learner = Learner(config, self.loaded, self.momentum, self.forward, self.timer, self.world)
         self.generator = Generator(
             self.engine, config.rollout, weights=self.weights, seed=config.seed, timer=self.timer
@@ -86,9 +85,15 @@ class Trainer:
         self.source = RolloutsNow(
             self.data, self.sampler, self.generator, requests=self.watch.requests, timer=self.timer
         )
-        initial = self._copy_initial() if needs_initial(config) else None
+        initial = self._copy_initial() if needs_initial(config) and not self.loaded.adapter else None
         self.passes = Passes(
-            config, self.loaded, self.momentum, self.forward, self.engine, initial=initial, timer=self.timer
+            config,
+            self.loaded,
+            self.momentum,
+            self.forward,
+            self.engine,
+            initial=self._as_initial(initial),
+            timer=self.timer,
         )
         self.evaluator = Evaluator(config, self.loaded, self.probe, self.generator, self.grader)
         self.describer = Describer(config, self.loaded.tokenizer)
@@ -130,6 +135,8 @@ class Trainer:
         metrics |= {"kl_initial": logprobs.kl_initial, "rollbacks": self.state.rollbacks} | logprobs.parity
         metrics |= self.watch.after(result.batch, result.credit) | dict(self.engine.stats())
         metrics["logprob_gap"] = mean((logprobs.old - t.rollout_logprob).abs()[t.by_policy])
+        if self.loaded.adapter:
+            metrics["trained_parameters"] = sum(p.numel() for p in self.learner.parameters)
         if is_due(self.config.eval.every, result.step, self.config.steps):
             with self.timer("eval"):
                 self.evaluator.after(result)
@@ -140,8 +147,12 @@ class Trainer:
 
     def weights(self, source: Source) -> tuple[Mapping[str, torch.Tensor], WeightTag]:
         """A source's weights for the engine, and their tag."""
-        held = self.model.state_dict() if source == "policy" else self.momentum.state_dict(for_engine=True)
-        return held, WeightTag(source, self.learner.step)
+        adapter, tag = self.loaded.adapter, WeightTag(source, self.learner.step)
+        if adapter and not self.engine.weights_are_shared:
+            return adapter.merged(source, self.loaded.dtype), tag
+        if source == "momentum":
+            return self.momentum.state_dict(for_engine=True), tag
+        return adapter.weights(POLICY) if adapter else self.model.state_dict(), tag
 
     def save(self, folder: Path) -> None:
         """Writes all state that the next step depends on into a checkpoint folder."""
@@ -202,6 +213,22 @@ class Trainer:
         datasets = [self.data, *([self.probe] if self.probe else [])]
         return max(len(prompt.ids) for data in datasets for prompt in data.prompts) + self.config.rollout.max_new_tokens
 
+    def _make_momentum(self) -> Momentum:
+        """The momentum model: a copy of the policy's weights, or a second adapter of its model."""
+        c, adapter = self.config, self.loaded.adapter
+        if adapter is None:
+            engine_dtype = None if self.engine.weights_are_shared else self.loaded.dtype
+            return Momentum(self.model, c.momentum, seed=c.seed, kernels=c.kernels, engine_dtype=engine_dtype)
+        if self.loaded.dtype != torch.float32:  # only now, because the engine compares ways of decoding in fp32
+            adapter.cast_base(self.loaded.dtype)
+        return AdapterMomentum(adapter, c.momentum, seed=c.seed, kernels=c.kernels)
+
+    def _as_initial(self, initial: Mapping[str, torch.Tensor] | None) -> Callable[[], AbstractContextManager[None]]:
+        """Returns a function that lets the policy compute as at the start of the run, given a copy of the weights."""
+        if self.loaded.adapter:
+            return partial(self.loaded.adapter.using, INITIAL)
+        return partial(borrowed_weights, self.model, initial or {})
+
     def _copy_initial(self) -> dict[str, torch.Tensor]:
         """A copy of the starting weights, in the precision of forward passes."""
         return {name: p.detach().to(self.loaded.dtype, copy=True) for name, p in self.model.named_parameters()}
@@ -212,12 +239,16 @@ class Trainer:
         def of_answers(data: Dataset) -> str:
             return digest(json.dumps([prompt.answer for prompt in data.prompts]).encode())
 
+        adapter = self.loaded.adapter
+        initial = adapter.base_weights() if adapter else initial  # which no checkpoint holds
+
         return {
             "data.train/prompts": self.data.fingerprint,
             "data.train/labels": of_answers(self.data) if needs_labels(self.config.objective.reward) else None,
             "data.probe/prompts": self.probe.fingerprint if self.probe else None,
             "data.probe/answers": of_answers(self.probe) if self.probe else None,
             "model.path/weights": digest_tensors(initial) if initial else None,
+            "model.path/adapter": digest_tensors(adapter.start) if adapter and adapter.start else None,
         }
 
 

@@ -64,7 +64,7 @@ LAYERS = (
     *("errors types inputs config presets process", "distributed", "tasks", "grading", "algorithm", "models"),
     *("data", "observe", "rollout", "evaluation", "training", "run"),
 )
-COMMANDS = {"train", "evaluate", "report", "doctor"}
+COMMANDS = {"train", "evaluate", "export", "report", "doctor"}
 BASE = set(LAYERS[0].split())
 PLUG_INS_IMPORT = BASE | {"distributed", "grading", "algorithm", "models", "data", "observe", "integrations"}
 # Who may import transformers, beside the plug-ins.
@@ -97,6 +97,8 @@ def test_transformers_is_known_in_one_layer_only(name):
     known = top_level(SOURCES[name])
     if not name.startswith((*KNOW_TRANSFORMERS, "mgrpo.integrations.")):
         assert "transformers" not in known
+    if not name.startswith("mgrpo.models.adapter"):
+        assert "peft" not in known
     if not name.startswith(("mgrpo.rollout.vllm.", "mgrpo.rollout.weights.", "mgrpo.integrations.")):
         assert "vllm" not in known
 

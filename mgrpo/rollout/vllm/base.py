@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from mgrpo.errors import EngineError
-from mgrpo.rollout.engine import Engine, Weights, check_tag, check_weights
+from mgrpo.models.adapter import plain_state_dict
+from mgrpo.rollout.engine import Engine, NamedWeights, Weights, check_tag, check_weights
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.types import Rollouts, Sampling, WeightTag
 
@@ -45,7 +46,7 @@ class CheckedEngine(Engine, ABC):
 
     def __init__(self, model: torch.nn.Module, *, eos_ids: Sequence[int], pad_id: int, stop: StopTexts | None = None):
         self.eos_ids, self.pad_id, self.stop = sorted({*eos_ids, *(stop.token_ids if stop else ())}), pad_id, stop
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in plain_state_dict(model).items()}
         self.vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
         self.held: WeightTag | None = None
         self.redrawn = 0
@@ -58,7 +59,7 @@ class CheckedEngine(Engine, ABC):
         # Their non-finite keys and values would stay in vLLM's KV cache and spoil later rollouts.
         if infinite := _not_finite(weights):
             raise EngineError(f"update_weights: weights must be finite, {infinite} is not.")
-        self._send_weights([(name, weights[name].detach()) for name in self.shapes], str(tag))
+        self._send_weights(NamedWeights(weights, list(self.shapes)), str(tag))
         self.held = tag
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:

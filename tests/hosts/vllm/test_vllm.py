@@ -16,7 +16,7 @@ import pytest
 import torch
 from engine_contract import CHECKS
 
-from mgrpo.config import Config
+from mgrpo.config import Config, LoraConfig
 from mgrpo.errors import EngineError, Exit, StaleWeightsError
 from mgrpo.models.load import load_model
 from mgrpo.presets import make_preset
@@ -237,6 +237,22 @@ def test_twenty_steps_of_the_arithmetic_preset(tmp_path):
     for row in rows:
         assert row["parity_policy"] < BOUNDS[torch.float32] and row["parity_momentum"] < BOUNDS[torch.float32]
         assert row["time_publish_s"] > 0 and row["time_rollout_momentum_s"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_adapters_reach_vllm_merged(tmp_path, dtype):
+    config = run_config(tmp_path, 3)
+    config = replace(config, lora=LoraConfig(rank=4), optim=replace(config.optim, lr=1e-2))
+    trainer = Trainer(replace(config, model=replace(config.model, dtype=dtype)))
+    try:
+        rows = list(trainer.train(3))
+    finally:
+        trainer.close()
+    bound = BOUNDS[trainer.loaded.dtype]
+    for row in rows:
+        assert row["parity_policy"] < bound and row["parity_momentum"] < bound
+    policy, momentum = trainer.loaded.weights(), trainer.momentum.state_dict()
+    assert not any(torch.equal(policy[name], momentum[name]) for name in policy)
 
 
 def test_bf16_agrees_within_its_rounding(tmp_path):

@@ -10,7 +10,7 @@ from helpers import ARCHITECTURES, tiny_model
 from transformers import MambaConfig, Qwen3Config
 
 from bench.scale import LONGEST_PROMPT, PRESETS, planned
-from mgrpo.config import Config
+from mgrpo.config import Config, LoraConfig
 from mgrpo.inputs import read_bytes
 from mgrpo.models.measure import ModelSize, measure_size
 from mgrpo.models.plain import plain_hidden
@@ -75,6 +75,16 @@ def test_memory_of_a_rank_by_hand(big):
     assert found(parts, "activations") == inputs + 16384 * kept.per_token // 36
     plain = replace(config, model=replace(config.model, gradient_checkpointing=False))
     assert found(parts_of(plain, job), "activations") == 16384 * kept.per_token > 10 * found(parts, "activations")
+
+
+def test_an_adapter_alone_is_trained_and_the_frozen_weights_are_shared(big):
+    config, job = alone(big)
+    config = replace(config, lora=LoraConfig(rank=16), objective=replace(config.objective, kl_reference="initial"))
+    parts, p = parts_of(config, replace(job, adapter=1000)), job.size.parameters
+    assert found(parts, "frozen weights (bf16)") == 2 * p
+    assert found(parts, "weights (fp32)") == found(parts, "gradients (fp32)") == found(parts, "momentum model") == 4000
+    assert found(parts, "AdamW") == 8000 and found(parts, "copy of a checkpoint") == 16000
+    assert not [name for name in parts if name.startswith(("initial", "engine: weights", "layers cast", "head"))]
 
 
 def test_the_sum_is_what_is_held_always_and_the_largest_phase(big):

@@ -249,10 +249,10 @@ def test_an_index_of_weights_must_name_files_that_are_there(refused, folder, nam
     assert message in line and index.name in line
 
 
-def test_an_adapter_is_no_model(refused, folder):
+def test_a_model_and_an_adapter_in_one_folder_are_refused(refused, folder):
     (folder / "adapter_config.json").write_text("{}")
     line = refused({"model.path": folder})
-    assert line.startswith(f"model: --model.path must be a whole model, {folder} holds an adapter")
+    assert line.startswith(f"model: --model.path must be a whole model or an adapter, {folder} holds both, config.json")
 
 
 def test_tied_names_and_tensors_too_many_are_no_loss(launch, folder):
