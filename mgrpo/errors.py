@@ -69,6 +69,14 @@ class Interrupted(BaseException):
     exit_code = Exit.INTERRUPTED
 
 
+class Ended(Exception):
+    """A run of several processes ends; its cause, if it has one, is the error to show."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"exit code {exit_code}")
+        self.exit_code = exit_code
+
+
 class UnsupportedVersion(ImportError):
     """A package is absent, or its version is unknown to the plug-in."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
-from mgrpo.process.output import protect_output
+from mgrpo.process.output import protect_output, silence_output
 from mgrpo.process.signals import end_early, ignore_warnings
 
 if __name__ == "__main__":  # the imports below take seconds
@@ -17,16 +18,18 @@ if __name__ == "__main__":  # the imports below take seconds
 
 # isort: split
 import tyro
-from rich.console import Console
 
 from mgrpo.config import Config
 from mgrpo.config.renamed import RENAMED, refuse_renamed
-from mgrpo.errors import CheckpointError, ConfigError, EngineError, Exit, InputError, StorageError
+from mgrpo.distributed.ending import leave
+from mgrpo.distributed.world import World, find_world
+from mgrpo.errors import ConfigError, Exit
 from mgrpo.models.files import quiet_transformers
 from mgrpo.presets import PRESETS, make_preset
 from mgrpo.run.loop import run
 from mgrpo.run.plan import print_plan
 from mgrpo.run.preflight import find_problems, try_start
+from mgrpo.run.processes import CLEAR, count_processes, show, start, take_part
 from mgrpo.run.resume import check_resumable, resumed_config
 
 DESCRIPTION = f"""M-GRPO: label-free reinforcement learning of language models with a momentum anchor.
@@ -77,26 +80,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     protect_output()
     quiet_transformers()
+    arguments, world = sys.argv[1:] if arguments is None else arguments, find_world()
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        config = _parse_once(arguments, world)
         if config.dry_run:
-            if problems := find_problems(config):
-                raise ConfigError(problems)
-            plan = print_plan(config)
-            if plan.problems:
-                raise ConfigError(plan.problems)
-            if plan.untried:
-                print(f"The model is not loaded and tried: {plan.untried}.")
-            else:
-                try_start(config)
-            return Exit.DONE
+            return _rehearse(config) if world.is_first else Exit.DONE
+        if world.size > 1:
+            return take_part(config)
+        if (processes := count_processes(config)) > 1:
+            return start(config, arguments, processes)
         return run(config)
-    except (ConfigError, InputError, CheckpointError, EngineError, StorageError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    except CLEAR as error:
+        if world.is_first:
+            show(error, world)
         return error.exit_code
+
+
+def _parse_once(arguments: Sequence[str], world: World) -> Config:
+    """Parses the arguments; of several processes with the same ones only the first says what is wrong with them."""
+    if world.is_first:
+        return parse(arguments)
+    silence_output()
+    with open(os.devnull, "w") as null, redirect_stderr(null):
+        return parse(arguments)
+
+
+def _rehearse(config: Config) -> int:
+    """Checks everything and starts nothing."""
+    if problems := find_problems(config):
+        raise ConfigError(problems)
+    plan = print_plan(config)
+    if plan.problems:
+        raise ConfigError(plan.problems)
+    if plan.untried:
+        print(f"The model is not loaded and tried: {plan.untried}.")
+    else:
+        try_start(config)
+    return Exit.DONE
 
 
 if __name__ == "__main__":
     code = main()
     ignore_warnings()
-    sys.exit(code)
+    leave(code)

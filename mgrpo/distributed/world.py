@@ -102,11 +102,6 @@ class World:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-    def require_one(self) -> None:
-        """Raises ConfigError if a launcher has started several processes."""
-        if self.size != 1:
-            raise ConfigError([f"run: WORLD_SIZE must be 1, got {self.size}. A run is one process, without torchrun."])
-
 
 ALONE = World()
 """A run of one process."""

@@ -63,6 +63,14 @@ class Display:
                     os.close(null)
 
 
+def silence_output() -> None:
+    """Discards standard output from here on, also that of libraries and child processes."""
+    sys.stdout.flush()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
 def protect_output() -> None:
     """Replaces standard output and error by a Display for the rest of the process; idempotent."""
     for number in range(3):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +30,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.asked = False
         self._deferred = False
+        self._finished = False
         self._first: tuple[int, float] | None = None  # the first, and its time
 
     @contextmanager
@@ -35,13 +38,14 @@ class Interrupt:
         """Installs the handlers for the block if this is the main thread, as Python requires."""
         before = {}
         with suppress(ValueError):
-            for number in (*REQUESTS, *_active_warnings()):
+            for number in (*REQUESTS, *active_warnings()):
                 before[number] = signal.signal(number, self._ask)
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+                after = signal.SIG_IGN if self._finished else handler
+                signal.signal(number, signal.SIG_DFL if after is None else after)
 
     def defer(self) -> None:
         """Makes later signals wait for the end of a step."""
@@ -49,7 +53,13 @@ class Interrupt:
         if self.asked:  # its Interrupted was swallowed by a destructor
             raise Interrupted
 
+    def finish(self) -> None:
+        """Ignores later signals, also after the block: everything is saved, and the process ends with its own code."""
+        self._finished = True
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._finished:
+            return
         if number in REQUESTS:
             now = time.monotonic()
             if self._first and not (number == self._first[0] == signal.SIGTERM and now - self._first[1] < REPEAT_S):
@@ -60,15 +70,21 @@ class Interrupt:
             raise Interrupted
 
 
-def _active_warnings() -> list[int]:
+def active_warnings() -> list[int]:
     """Warnings that are not ignored; nohup makes its command ignore hang-ups."""
     return [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def end_early() -> None:
     """Makes signals end the process at once, with exit code 75, before training is set up."""
-    for number in (*REQUESTS, *_active_warnings()):
+    for number in (*REQUESTS, *active_warnings()):
         signal.signal(number, lambda *_: os._exit(Exit.INTERRUPTED))
+
+
+def end_with_parent() -> None:
+    """Asks Linux to send this process SIGTERM once its parent is gone, even by kill -9."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def ignore_warnings() -> None:

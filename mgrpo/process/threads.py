@@ -26,15 +26,19 @@ def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["GOMP_SPINCOUNT"] = "50000"
 
 
-def limit_threads(threads: int | None = None) -> None:
+def limit_threads(threads: int | None = None, *, sharing: int = 1) -> None:
     """Sets torch's number of threads.
 
     None limits it to the available CPUs, unless OMP_NUM_THREADS or MKL_NUM_THREADS is set.
+
+    Args:
+        threads: number of threads of this process.
+        sharing: processes of the run on this machine, of which each takes its share of the CPUs.
     """
     import torch
 
     if threads is None and not any(name in os.environ for name in COUNTS):
-        threads = min(torch.get_num_threads(), available_cpus())
+        threads = min(torch.get_num_threads(), max(1, available_cpus() // sharing))
     if threads and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mgrpo.config import Config
+from mgrpo.distributed.ending import EXIT_FILE
+from mgrpo.distributed.world import World
 from mgrpo.errors import ConfigError, StorageError
 from mgrpo.process.disk import FULL
 
@@ -24,10 +26,11 @@ def directory_of(config: Config) -> Path:
 
 
 def content_of(run_dir: Path) -> list[str]:
-    """Names in a run directory, without the lock and the folders of trials."""
+    """Names in a run directory, without those of the lock, the exit code and trials."""
     if not run_dir.is_dir():
         return []
-    return [path.name for path in run_dir.iterdir() if path.name != LOCK and not path.name.startswith(TRIAL)]
+    names = {path.name for path in run_dir.iterdir()} - {LOCK, EXIT_FILE}
+    return sorted(name for name in names if not name.startswith(TRIAL))
 
 
 def refuse_directory(run_dir: Path, config: Config) -> None:
@@ -92,8 +95,18 @@ def held(run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and not content_of(run_dir):
+            if is_new and not content_of(run_dir) and not (run_dir / EXIT_FILE).exists():
                 shutil.rmtree(run_dir)
+
+
+def require_shared(run_dir: Path, world: World) -> None:
+    """Raises ConfigError on every rank if one of them does not see the lock of rank 0. Collective."""
+    blind = [rank for rank, sees in enumerate(world.gather_json((run_dir / LOCK).exists())) if not sees]
+    if blind:
+        ranks = ", ".join(map(str, blind))
+        raise ConfigError(
+            [f"run: --run-dir must be on a disk that every machine shares, {run_dir} is not seen by rank {ranks}."]
+        )
 
 
 @contextmanager

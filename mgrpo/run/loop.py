@@ -12,6 +12,8 @@ from typing import Any, Self
 
 from mgrpo.config import Config, to_dict
 from mgrpo.data.load import describe_data
+from mgrpo.distributed.ending import begin, claim, end_together, ending
+from mgrpo.distributed.world import ALONE, World
 from mgrpo.errors import EngineError, Exit, Interrupted, StaleWeightsError
 from mgrpo.observe.catalogue import require_known
 from mgrpo.observe.collapse import Monitor
@@ -22,7 +24,7 @@ from mgrpo.process.disk import storage_errors, write_aside
 from mgrpo.process.signals import Interrupt
 from mgrpo.process.threads import limit_threads
 from mgrpo.run import checkpoint
-from mgrpo.run.directory import directory_of, held
+from mgrpo.run.directory import directory_of, held, require_shared
 from mgrpo.run.preflight import refuse_machine, rehearse
 from mgrpo.run.resume import check_resumable, resume, resumed_config
 from mgrpo.training.observers import StepResult
@@ -31,39 +33,74 @@ from mgrpo.training.trainer import Trainer
 from mgrpo.types import Metrics
 
 MAX_FAULTS = 20
+INTERRUPTED = "interrupted before the first step"
 
 
-def run(config: Config) -> Exit:
-    """Trains from step 0, or from the newest checkpoint, to the last step; returns the exit code."""
-    run_dir = directory_of(config)
-    refuse_machine(config, run_dir)
-    limit_threads(config.threads)
-    interrupt = Interrupt()
+def run(config: Config, world: World = ALONE) -> Exit:
+    """Trains from step 0, or from the newest checkpoint, to the last step; returns the exit code.
+
+    With several processes it is collective; any error is raised as Ended.
+    """
+    run_dir, interrupt = directory_of(config), Interrupt()
+    limit_threads(config.threads, sharing=world.local_size)
     try:
-        with interrupt.handled(), storage_errors(), held(run_dir):
+        with ExitStack() as stack:
+            stack.enter_context(storage_errors())
+            _take_directory(config, world, run_dir, stack, interrupt)
+            closing = stack.enter_context(ExitStack())  # before it the first error is told to the other processes
+            stack.enter_context(ending(world, run_dir))
+            stack.enter_context(storage_errors())
+            require_shared(run_dir, world)
+            trainer = Trainer(config, world=world)
+            closing.callback(trainer.close)
+            rehearse(trainer, run_dir)
+            outcome = _train(trainer, run_dir, interrupt)
+            _end(world, run_dir, outcome, interrupt)
+            return outcome
+    except Interrupted:
+        print(f"{INTERRUPTED}; start with --resume --run-dir {run_dir}")
+        return Exit.INTERRUPTED
+
+
+def _take_directory(config: Config, world: World, run_dir: Path, stack: ExitStack, interrupt: Interrupt) -> None:
+    """Checks the machine and the options and locks the run directory, on rank 0 for all; handles signals from here."""
+    error = None
+    try:
+        if world.is_first:
+            refuse_machine(config, run_dir)
+        stack.enter_context(interrupt.handled())
+        if world.is_first:
+            stack.enter_context(held(run_dir))
             if config.resume and (before := resumed_config(run_dir)):
                 check_resumable(config, before)
-            trainer = Trainer(config)
-            try:
-                rehearse(trainer, run_dir)
-                return _train(trainer, run_dir, interrupt)
-            finally:
-                trainer.close()
-    except Interrupted:
-        print(f"interrupted before the first step; start with --resume --run-dir {run_dir}")
-        return Exit.INTERRUPTED
+    except Exception as failure:
+        error = failure
+    end_together(world, error)
+    begin(world, run_dir)
+
+
+def _end(world: World, run_dir: Path, outcome: Exit, interrupt: Interrupt) -> None:
+    """Leaves the exit code in the run directory and waits for rank 0, which may still write a checkpoint."""
+    if world.size == 1:
+        return
+    interrupt.finish()  # a launcher ends the others once the first of them is gone
+    if world.is_first:
+        claim(run_dir, outcome, rank=0)
+    world.barrier()
 
 
 def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
     """Takes the steps, shows and saves them; returns the exit code."""
-    config = trainer.config
+    config, world = trainer.config, trainer.world
     rows = resume(trainer, run_dir) if config.resume else []
-    write_aside(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
+    if world.is_first:
+        write_aside(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
     last_step = min(config.stop_after or config.steps, config.steps)
     outcome, stop, checker = Exit.DONE, trainer.grader.stop, trainer.grader.checker
     with (
         Session(trainer, run_dir, rows) as session,
         Progress(config, run_dir, trainer.step, last_step, stop.texts if stop else ()) as progress,
+        ending(world, run_dir),  # here too: a checkpoint in progress delays the end of the session
     ):
         for message in describe_data(trainer.data):
             progress.note(message)
@@ -74,20 +111,23 @@ def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
                 result = session.take_step()
             except EngineError as error:
                 # The end of a job may stop its vLLM servers first; the last step is already saved.
-                if not interrupt.asked or isinstance(error, StaleWeightsError):
+                if world.size > 1 or not interrupt.asked or isinstance(error, StaleWeightsError):
                     raise
                 outcome = Exit.INTERRUPTED
                 break
-            row = result.metrics
-            progress.show(row)
-            if result.samples:
-                write_samples(result.samples, run_dir, trainer.step)
-                progress.show_samples(result.samples)
-            if row["alarm"] and config.monitor.on_collapse == "rollback" and (message := session.roll_back()):
-                progress.rewind(trainer.step, f"{message}: {'; '.join(row['alarm'])}")
+            if world.is_first:
+                progress.show(result.metrics)
+                if result.samples:
+                    write_samples(result.samples, run_dir, trainer.step)
+                    progress.show_samples(result.samples)
+            asked = world.any(interrupt.asked)
+            decision = session.decide(result.metrics, last_step, interrupted=asked)
+            if decision["rollback"]:
+                message = session.roll_back(Path(decision["rollback"]))
+                progress.rewind(trainer.step, f"{message}: {'; '.join(decision['alarm'])}")
                 continue
-            outcome = _outcome(trainer, row, interrupt.asked and trainer.step < last_step)
-            if outcome or trainer.step == last_step or is_due(config.checkpoint.every, trainer.step, last_step):
+            outcome = Exit(decision["outcome"])
+            if decision["save"]:
                 session.save()
         session.writer.wait()
         report = write_report([run_dir]) if session.rows else None
@@ -107,6 +147,8 @@ def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:
 class Session:
     """Takes the steps of a run, logs their metrics, saves checkpoints and rolls back.
 
+    With several processes every rank calls its methods; rank 0 alone keeps rows, decides and writes.
+
     As a context manager, it waits at its end for the checkpoint in progress and closes the trackers.
     """
 
@@ -115,11 +157,16 @@ class Session:
         self.config = trainer.config
         self.first_step = trainer.step  # of this process
         self.monitor = make_monitor(self.config, rows)
-        self.trackers = make_trackers(self.config, run_dir, trainer.step)
+        self.trackers = make_trackers(self.config, run_dir, trainer.step) if trainer.world.is_first else []
         self.writer = checkpoint.Writer(run_dir, background=self.config.checkpoint.background)
         self.checkpoint_s: float | None = None  # seconds that the last step's checkpoint delayed training
         if self.config.monitor.on_collapse == "rollback" and trainer.step == 0:
             self.save()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.trainer.world.is_first
 
     def __enter__(self) -> Self:
         return self
@@ -139,9 +186,17 @@ class Session:
         except StaleWeightsError:
             raise
         except EngineError as error:
-            if before == self.first_step:
+            if before == self.first_step or self.trainer.world.size > 1:  # others may be in the middle of the step
                 raise
             raise self._saved(error) from error
+        if self.is_first:
+            self._log(result)
+        if self.trainer.world.any(result.engine_error is not None):
+            raise self._saved(result.engine_error or EngineError("The rollout engine of another rank has failed."))
+        return result
+
+    def _log(self, result: StepResult) -> None:
+        """Passes the metrics of a step to the monitor and the trackers, and writes down a fault."""
         row = result.metrics
         row["alarm"], row["time_checkpoint_s"] = self.monitor.observe(row) or None, self.checkpoint_s
         self.checkpoint_s = None
@@ -151,9 +206,19 @@ class Session:
         self.rows.append(row)
         if result.fault:
             write_fault(self.run_dir, result.fault)
-        if result.engine_error:
-            raise self._saved(result.engine_error)
-        return result
+
+    def decide(self, row: Metrics, last_step: int, *, interrupted: bool) -> dict[str, Any]:
+        """What follows the step, by rank 0: path of the checkpoint to go back to, or exit code and whether to save."""
+        return self.trainer.world.broadcast(self._decide(row, last_step, interrupted) if self.is_first else None)
+
+    def _decide(self, row: Metrics, last_step: int, interrupted: bool) -> dict[str, Any]:
+        trainer, config = self.trainer, self.config
+        if row["alarm"] and config.monitor.on_collapse == "rollback" and (found := self._good_checkpoint()):
+            return {"rollback": str(found), "alarm": row["alarm"]}
+        step, is_last = trainer.step, trainer.step == last_step
+        outcome = _outcome(trainer, row, interrupted and not is_last)
+        is_saved = bool(outcome) or is_last or is_due(config.checkpoint.every, step, last_step)
+        return {"rollback": None, "outcome": int(outcome), "save": is_saved}
 
     def _saved(self, error: EngineError) -> EngineError:
         """Saves the state after the last whole step and returns the engine's error with a note of it."""
@@ -164,7 +229,11 @@ class Session:
     def save(self) -> None:
         """Starts a checkpoint of this step."""
         start, c, step = time.perf_counter(), self.config.checkpoint, self.trainer.step
-        write = self.trainer.snapshot() if c.background else self.trainer.save
+        # Taking the state is collective with several processes, so that no thread may do it.
+        aside = c.background or self.trainer.world.size > 1
+        write = self.trainer.snapshot() if aside else self.trainer.save
+        if not self.is_first:
+            return
         # A checkpoint in progress is not listed yet, and would not count among the best.
         self.writer.wait()
         steps = [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(self.run_dir)]
@@ -177,33 +246,43 @@ class Session:
         self.writer.save(step, write, keep_last=c.keep_last, best=best)
         self.checkpoint_s = time.perf_counter() - start
 
-    def roll_back(self) -> str | None:
-        """Restores the last good checkpoint and returns a message; None if there is none or no rollback is left.
+    def _good_checkpoint(self) -> Path | None:
+        """The last good checkpoint; None if there is none or no rollback is left."""
+        self.writer.wait()
+        found, _ = checkpoint.newest_valid(self.run_dir, up_to=self.monitor.good_before())
+        return found if self.trainer.state.rollbacks < self.config.monitor.max_rollbacks else None
+
+    def roll_back(self, folder: Path) -> str:
+        """Restores a checkpoint and returns a message.
 
         Weights, momentum, optimiser and metrics are those of the checkpoint. The sampler keeps its position, so that
         the prompts since then are not drawn again before the next epoch.
         """
-        trainer, monitor = self.trainer, self.config.monitor
-        self.writer.wait()
-        found, _ = checkpoint.newest_valid(self.run_dir, up_to=self.monitor.good_before())
-        if found is None or trainer.state.rollbacks >= monitor.max_rollbacks:
-            return None
+        trainer = self.trainer
         alarm_step, rollbacks, place = trainer.step, trainer.state.rollbacks + 1, trainer.sampler.state_dict()
-        trainer.restore(found)
+        trainer.restore(folder)
         trainer.state.rollbacks = rollbacks
         trainer.sampler.load_state_dict(place)
+        trainer.world.barrier()  # every rank has read it before others are deleted
+        if self.is_first:
+            self._forget()
+        self.save()  # so that a run that is killed now does not repeat the steps
+        most = self.config.monitor.max_rollbacks
+        return f"rollback {rollbacks} of {most}, from step {alarm_step} to {trainer.step}"
+
+    def _forget(self) -> None:
+        """Deletes checkpoints and rows of the steps that a rollback has undone."""
+        step = self.trainer.step
         for folder in reversed(checkpoint.list_checkpoints(self.run_dir)):
-            if checkpoint.step_of(folder) > trainer.step:
+            if checkpoint.step_of(folder) > step:
                 shutil.rmtree(folder)
-        dropped = [row for row in self.rows if row["step"] > trainer.step]
-        self.rows[:] = [row for row in self.rows if row["step"] <= trainer.step]
+        dropped = [row for row in self.rows if row["step"] > step]
+        self.rows[:] = [row for row in self.rows if row["step"] <= step]
         with (self.run_dir / "rolled_back.jsonl").open("a") as file:
             file.writelines(to_json(row) + "\n" for row in dropped)
         for tracker in self.trackers:
             tracker.rewind(self.rows)
         self.monitor = make_monitor(self.config, self.rows)
-        self.save()  # so that a run that is killed now does not repeat the steps
-        return f"rollback {rollbacks} of {monitor.max_rollbacks}, from step {alarm_step} to {trainer.step}"
 
 
 def make_monitor(config: Config, rows: list[Metrics]) -> Monitor:

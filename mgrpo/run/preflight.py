@@ -14,7 +14,6 @@ from mgrpo.config import Config
 from mgrpo.config.run import adapter_problems
 from mgrpo.data.load import load_prompts, require_answers, require_prompts
 from mgrpo.distributed.together import on_first
-from mgrpo.distributed.world import find_world
 from mgrpo.errors import ConfigError
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.labels import make_label_reader
@@ -73,11 +72,9 @@ def count_adapter(config: Config, tokenizer: Tokenizer) -> int | None:
 
 
 def refuse_machine(config: Config, run_dir: Path) -> None:
-    """Raises ConfigError with all problems of this machine: processes, run directory, device, kernels, engine."""
+    """Raises ConfigError with all problems of this machine: run directory, device, kernels, engine."""
     problems: list[str] = []
     for step in (
-        find_world().require_one,
-        lambda: _refuse_processes(config),
         lambda: refuse_directory(run_dir, config),
         lambda: pick_backend(config.kernels.backend, pick_device(config.model.device)),
         lambda: _refuse_engine(config),
@@ -89,12 +86,6 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-
-
-def _refuse_processes(config: Config) -> None:
-    """Raises ConfigError if the command is to start several processes."""
-    if not config.dry_run and config.distributed.processes not in (None, 1, "auto"):
-        raise ConfigError([f"config: --distributed.processes must be 1, got {config.distributed.processes}."])
 
 
 def _refuse_engine(config: Config) -> None:

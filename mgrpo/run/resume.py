@@ -26,26 +26,23 @@ RESUMABLE = set(resumable_names(Config))
 
 
 def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
-    """Restores the newest valid checkpoint and truncates metrics.jsonl to it; returns the rows up to it."""
-    checkpoint.sweep(run_dir)
-    folder, complaints = checkpoint.newest_valid(run_dir)
-    for complaint in complaints.values():
-        print(f"resume: skipped {complaint}")
-    if folder is None:
-        # A run that ended before its first checkpoint has its configuration and maybe some rows.
-        was_started = (run_dir / "config.json").is_file() and not any((run_dir / "checkpoints").glob("*step_*"))
-        if not was_started and content_of(run_dir):
-            raise checkpoint.CheckpointError(
-                f"resume: {run_dir} must hold a valid checkpoint or nothing, got neither. Start in another directory."
-            )
-        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        print(f"resume: {run_dir} holds no checkpoint, starting from step 0")
+    """Restores the newest valid checkpoint and truncates metrics.jsonl to it; returns the rows up to it.
+
+    With several processes rank 0 chooses the checkpoint for all, and the others return no rows.
+    """
+    world = trainer.world
+    folder, complaints = None, {}
+    if world.is_first:
+        checkpoint.sweep(run_dir)
+        folder, complaints = checkpoint.newest_valid(run_dir)
+        for complaint in complaints.values():
+            print(f"resume: skipped {complaint}")
+        _require_start(run_dir, folder)
+    if (chosen := world.broadcast(folder and str(folder))) is None:
         return []
-    if not (run_dir / "config.json").is_file():
-        raise checkpoint.CheckpointError(
-            f"resume: {run_dir} must hold the config.json that it was started with, got none. Put it back."
-        )
-    trainer.restore(folder)
+    trainer.restore(Path(chosen))
+    if not world.is_first:
+        return []
     for damaged in complaints:  # renamed, so that it never counts as a valid one
         aside = damaged.with_name("damaged_" + damaged.name)
         shutil.rmtree(aside, ignore_errors=True)  # from an earlier resume
@@ -60,6 +57,23 @@ def resume(trainer: Trainer, run_dir: Path) -> list[Metrics]:
         )
     print(f"resume: step {trainer.step} of {trainer.config.steps}, weights, optimiser and sampler from {folder}")
     return rows
+
+
+def _require_start(run_dir: Path, folder: Path | None) -> None:
+    """Raises CheckpointError if the directory holds neither a checkpoint with its configuration nor a new run."""
+    if folder is None:
+        # A run that ended before its first checkpoint has its configuration and maybe some rows.
+        was_started = (run_dir / "config.json").is_file() and not any((run_dir / "checkpoints").glob("*step_*"))
+        if not was_started and content_of(run_dir):
+            raise checkpoint.CheckpointError(
+                f"resume: {run_dir} must hold a valid checkpoint or nothing, got neither. Start in another directory."
+            )
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+        print(f"resume: {run_dir} holds no checkpoint, starting from step 0")
+    elif not (run_dir / "config.json").is_file():
+        raise checkpoint.CheckpointError(
+            f"resume: {run_dir} must hold the config.json that it was started with, got none. Put it back."
+        )
 
 
 def resumed_config(run_dir: Path) -> Config | None:

@@ -158,10 +158,10 @@ def test_tokenizer_without_eos_is_refused(launch, tmp_path, capsys):
     assert f"the tokenizer of {folder} must have an EOS token, got none." in said(capsys)
 
 
-def test_launchers_of_many_processes_are_refused(launch, monkeypatch, capsys):
+def test_a_world_without_its_launcher_is_refused(launch, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch() == 2
-    assert "WORLD_SIZE must be 1, got 2." in said(capsys)
+    assert "WORLD_SIZE is 2, so RANK, MASTER_ADDR, MASTER_PORT must be set too." in said(capsys)
 
 
 def test_a_run_directory_in_use_is_refused(launch, resume, tmp_path, rows_of, monkeypatch, capsys):

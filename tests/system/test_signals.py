@@ -77,6 +77,21 @@ def test_a_run_that_was_hung_up_goes_on_to_the_same_rows(launch, resume, sending
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
 
 
+def test_signals_after_the_end_are_ignored_for_good():
+    """A launcher ends the other processes once one has ended; they keep their exit code."""
+    before = [signal.getsignal(one) for one in ALL]
+    try:
+        handler = interrupt.Interrupt()
+        with handler.handled():
+            handler.defer()
+            handler.finish()
+            send(TERM, TERM, INT, USR1)
+        assert not handler.asked and {signal.getsignal(one) for one in ALL} == {signal.SIG_IGN}
+    finally:
+        for one, former in zip(ALL, before, strict=True):
+            signal.signal(one, former)
+
+
 @pytest.mark.fault("signals again and again")
 @pytest.mark.parametrize("numbers", [[HUP] * 3, [HUP, TERM], [USR1, TERM, HUP, USR1], [TERM, TERM], [INT, USR1]])
 def test_warnings_and_one_request_save(launch, sending, tmp_path, numbers):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from mgrpo.errors import EngineError
-from mgrpo.process.signals import WARNINGS
+from mgrpo.process.signals import WARNINGS, end_with_parent
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm.client import HttpClient
 from mgrpo.rollout.vllm.local import describe_model, require_vllm
@@ -110,10 +109,4 @@ def _before_start() -> None:
     """Ignores the warning signals that a scheduler sends to every process of a job; the trainer handles them."""
     for number in WARNINGS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        _die_with_parent()
-
-
-def _die_with_parent() -> None:
-    """Asks Linux to end this process with SIGTERM once its parent is gone, even by kill -9."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    end_with_parent()

@@ -120,6 +120,20 @@ def test_this_machine():
     assert 1 <= available_cpus() <= (os.cpu_count() or 1)
 
 
+@pytest.mark.parametrize(("threads", "sharing", "expected"), [(None, 2, 4), (None, 3, 2), (None, 16, 1), (5, 2, 5)])
+def test_processes_share_the_cpus(monkeypatch, threads, sharing, expected):
+    for name in COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("mgrpo.process.threads.available_cpus", lambda: 8)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        limit_threads(threads, sharing=sharing)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("variables", "threads", "cpus", "expected"),
     [

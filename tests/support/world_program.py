@@ -1,0 +1,68 @@
+"""A small program of several processes for tests of the launcher: python world_program.py FOLDER MODE [ARGUMENTS].
+
+Each process writes its environment and arguments to FOLDER/ATTEMPT-RANK.json, and then does what MODE says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from mgrpo.process.signals import end_with_parent
+
+RANK, ATTEMPT = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def end(number: int, frame: object) -> None:
+    """Ends as a run that has saved."""
+    sys.exit(75)
+
+
+def wait() -> None:
+    """Waits for a signal; an end by SIGTERM is noted."""
+    (folder / f"{ATTEMPT}-{RANK}.waits").touch()
+    time.sleep(120)
+
+
+def count_ranks() -> None:
+    """Meets the others on gloo, where rank 1 of the first attempt is killed."""
+    import torch
+
+    from mgrpo.distributed.world import join_world
+
+    world = join_world("cpu", timeout_s=15)
+    if (RANK, ATTEMPT) == (1, 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    total = world.sum_(torch.ones(1)).item()
+    if world.is_first:
+        (folder / "total").write_text(str(total))
+    world.barrier()
+    world.close()
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGUSR1, end)
+    place = {name: os.environ[name] for name in NAMES} | {"pid": os.getpid(), "arguments": sys.argv[3:]}
+    place["store is shared"] = os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+    (folder / f"{ATTEMPT}-{RANK}.json").write_text(json.dumps(place))
+    if mode == "gloo":
+        count_ranks()
+    elif mode == "wait" or (mode in ("kill", "fail") and RANK != 1):
+        wait()
+    elif mode == "hang":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        wait() if RANK else sys.exit(5)
+    elif mode == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif mode == "fail":
+        sys.exit(1 if ATTEMPT == 0 else 4)
+    else:
+        sys.exit(int(mode))
