@@ -60,18 +60,20 @@ def start(config: Config, arguments: Sequence[str], processes: int) -> int:
 
 def take_part(config: Config) -> int:
     """Runs as one of the processes that a launcher has started, and returns the exit code."""
-    world = find_world()
+    world, run_dir = find_world(), str(directory_of(config))
     end_with_parent()
     try:
         world = _join(config, world)
-        run_dir = world.broadcast(str(directory_of(config)))
+        run_dir = world.broadcast(run_dir)
         # After a restart the run goes on.
         again = number("TORCHELASTIC_RESTART_COUNT", 0) > 0 and (Path(run_dir) / "config.json").is_file()
         code = run(replace(config, run_dir=run_dir, resume=config.resume or again), world)
         world.close()
         return code
     except Ended as end:
-        if end.__cause__:
+        if isinstance(end.__cause__, Interrupted):
+            print(f"{INTERRUPTED}; start with --resume --run-dir {run_dir}", file=sys.stderr)
+        elif end.__cause__:
             show(end.__cause__, world)
         return end.exit_code
     except Exception as error:  # before the processes share a run directory
@@ -101,8 +103,6 @@ def show(error: BaseException, world: World) -> None:
     console = Console(stderr=True)
     if isinstance(error, CLEAR):
         text = str(error)
-    elif isinstance(error, Interrupted):
-        text = INTERRUPTED
     else:
         text = f"rank {world.rank} of {world.size}:\n{''.join(traceback.format_exception(error))}".rstrip()
     console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
