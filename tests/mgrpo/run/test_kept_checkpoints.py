@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mgrpo.distributed.world import ALONE
 from mgrpo.run import checkpoint
 from mgrpo.run.loop import Session
 
@@ -33,7 +34,7 @@ def slow_disk(monkeypatch):
 def kept(small, run_dir: Path, rows: list[dict], changes: dict) -> list[int]:
     """Steps whose checkpoints are left of a run with such rows, one saved at every step."""
     coming = iter(rows)
-    trainer = SimpleNamespace(config=small(changes), step=0, save=write)
+    trainer = SimpleNamespace(config=small(changes), world=ALONE, step=0, save=write)
     trainer.snapshot = lambda: write
 
     def train_step() -> SimpleNamespace:
