@@ -225,8 +225,8 @@ def test_a_process_that_cannot_start_says_why_and_leaves_none(model, monkeypatch
 
 ORPHAN = """
 import subprocess, sys
-from mgrpo.rollout.vllm.process import _die_with_parent
-child = subprocess.Popen(["sleep", "60"], start_new_session=True, preexec_fn=_die_with_parent)
+from mgrpo.process.signals import end_with_parent
+child = subprocess.Popen(["sleep", "60"], start_new_session=True, preexec_fn=end_with_parent)
 print(child.pid, flush=True)
 sys.stdin.read()
 """
