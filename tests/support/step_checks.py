@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from helpers import EOS, PAD, random_trajectories
 from ranks import main
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -170,6 +171,18 @@ def check_default_untied(world: World) -> Any:
 
 def check_one_micro_batch_is_split(world: World) -> Any:
     return steps(Setting(world, reduce="default", micro_batch_tokens=4096), 1)
+
+
+def check_default_replicated(world: World) -> Any:
+    """On four ranks two copies, each in two shards: as one copy in four."""
+    if world.size == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        world = replace(world, replicate=2, mesh=mesh)
+    setting = Setting(world, reduce="default")
+    found = steps(setting, 2)
+    with setting.momentum.swapped():
+        found["under_momentum"] = setting.forward.run(setting.model, setting.trajectories).logprob.flatten().tolist()
+    return found
 
 
 def check_bf16_error(world: World) -> Any:

@@ -9,7 +9,7 @@ from ranks import run_script
 from step_checks import CHECKS
 
 EXACT = [name for name in CHECKS if name.startswith(("tree", "momentum", "scoring", "uneven", "a_step"))]
-ROUNDED = ["default", "default_untied", "one_micro_batch_is_split"]
+ROUNDED = ["default", "default_replicated", "default_untied", "one_micro_batch_is_split"]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,7 @@ def test_the_step_is_that_of_one_process(found, name):
         other = found[size][name]
         assert other["gradients"] == pytest.approx(one["gradients"], rel=1e-4, abs=1e-6)
         assert other["metrics"][0] == pytest.approx(one["metrics"][0], rel=1e-4, abs=1e-6)
+        assert other.get("under_momentum", []) == pytest.approx(one.get("under_momentum", []), rel=1e-3, abs=1e-3)
 
 
 def test_bf16_is_as_near_to_fp32_as_in_one_process(found):

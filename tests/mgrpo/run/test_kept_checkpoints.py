@@ -18,9 +18,9 @@ def slow_disk(monkeypatch):
     """A disk that finishes a checkpoint only once somebody waits for it: the slowest that a run can meet."""
     waited, save, wait = threading.Event(), checkpoint.save_checkpoint, checkpoint.Writer.wait
 
-    def late(*arguments):
+    def late(*arguments, **options):
         assert waited.wait(60)
-        return save(*arguments)
+        return save(*arguments, **options)
 
     def waiting(self):
         waited.set()
