@@ -29,6 +29,11 @@ class DistributedConfig:
     timeout_s: float = option(1800.0, above=0, resumable=True)
     """Longest wait for another process in seconds; beyond it the run ends."""
 
+    @property
+    def tree(self) -> bool:
+        """Whether the bits must not depend on the number of processes."""
+        return self.reduce == "tree"
+
 
 def world_problems(size: int, *, replicate: int, reduce: str = "default") -> list[str]:
     """A message for each option that does not fit a number of processes."""

@@ -16,6 +16,7 @@ from mgrpo.errors import InputError, StorageError, whole
 
 def save_model(folder: Path, model: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:
     """Writes weights in the transformers layout, loadable by AutoModelForCausalLM."""
+    model.should_save_on_this_rank = bool  # of `is_main_process`, True; transformers would write on rank 0 alone
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 

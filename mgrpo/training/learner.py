@@ -59,7 +59,7 @@ class Learner:
     ):
         self.config, self.model, self.momentum, self.forward = config, loaded.model, momentum, forward
         self.world = world
-        self.tree = config.distributed.reduce == "tree"
+        self.tree = config.distributed.tree
         self.timer = timer  # times `update`, and `ema` within
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mgrpo.data.sampler import Sampler
 from mgrpo.distributed.sharding import fill, sharded_like, whole
+from mgrpo.distributed.world import ALONE, World
 from mgrpo.errors import CheckpointError, EngineError
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
@@ -76,6 +77,7 @@ class Checkpointer:
         parts: objects with further state, by name.
         fingerprints: digests of inputs that a resumed run must find unchanged, by option and content; None if unused.
         trusted: whether a model folder may run its own code.
+        world: of the run.
 
     Attributes:
         threads: CPU threads of the process that wrote the restored checkpoint; None before.
@@ -90,32 +92,45 @@ class Checkpointer:
         parts: Mapping[str, Stateful],
         fingerprints: Mapping[str, str | None],
         trusted: bool,
+        world: World = ALONE,
     ):
         self.loaded, self.momentum, self.learner, self.parts = loaded, momentum, learner, parts
-        self.fingerprints, self.trusted = fingerprints, trusted
+        self.fingerprints, self.trusted, self.world = fingerprints, trusted, world
         self.threads: int | None = None
 
-    def snapshot(self, take: Callable[[Tensors], Tensors]) -> Callable[[Path], None]:
-        """Returns a function that writes the current state into a folder.
+    def snapshot(self, *, copy: bool) -> Callable[[Path], None]:
+        """Returns a function that writes the current state into a folder; of several ranks this rank's part of it.
+
+        Policy, momentum model and optimiser are gathered and written by different ranks. Every rank must call it.
 
         Args:
-            take: returns the tensors to write for given ones: copies, or the same.
+            copy: copy the tensors to the host, so that the function may be called after the next step.
         """
-        weights = {"policy": take(self.loaded.weights()), "momentum": take(self.momentum.state_dict())}
-        tensors = {"optimizer": take(optimizer_tensors(self.learner.optimizer, self.learner.names))}
-        if self.momentum.compensation:
-            tensors["momentum_compensation"] = take(self.momentum.compensation)
+        tensors = {
+            "policy": self.loaded.weights(),
+            "momentum": self.momentum.state_dict(),
+            "optimizer": optimizer_tensors(self.learner.optimizer, self.learner.names),
+            "momentum_compensation": self.momentum.compensation or {},
+        }
+        own: dict[str, Tensors] = {}
+        for owner, (name, values) in enumerate(tensors.items()):
+            is_own = owner % self.world.size == self.world.rank
+            taken = copy_tensors(values, keep=is_own) if copy or self.world.size > 1 else values
+            if is_own and values:
+                own[name] = taken
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"threads": torch.get_num_threads(), "fingerprints": dict(self.fingerprints), "rng": rng_state()}
         text = json.dumps(state)
 
         def write(folder: Path) -> None:
-            for source, values in weights.items():
-                self.loaded.save(folder / source, values)
-            for name, values in tensors.items():
-                contiguous = {key: value.cpu().contiguous() for key, value in values.items()}
-                save_file(contiguous, folder / f"{name}.safetensors")
-            (folder / "state.json").write_text(text)
+            for name, values in own.items():
+                if name in ("policy", "momentum"):
+                    self.loaded.save(folder / name, values)
+                else:
+                    contiguous = {key: value.cpu().contiguous() for key, value in values.items()}
+                    save_file(contiguous, folder / f"{name}.safetensors")
+            if self.world.is_first:
+                (folder / "state.json").write_text(text)
 
         return write
 

@@ -39,7 +39,7 @@ from mgrpo.training.learner import Learner
 from mgrpo.training.observers import Describer, Evaluator, RetentionWatch, StepResult
 from mgrpo.training.passes import Passes
 from mgrpo.training.schedule import is_due
-from mgrpo.training.state import Checkpointer, Stateful, TrainState, copy_tensors, digest, digest_tensors
+from mgrpo.training.state import Checkpointer, Stateful, TrainState, digest, digest_tensors
 from mgrpo.types import Metrics, Source, WeightTag
 
 
@@ -54,7 +54,6 @@ class Trainer:
         make_engine: Callable[[LoadedModel, Config], Engine] | None = None,
     ):
         self.config, self.world, self.timer = config, world, Timer()
-        tree = config.distributed.reduce == "tree"
         self.loaded = load_model(config.model, config.lora, seed=config.seed)
         if self.loaded.adapter and self.world.size > 1:
             raise ConfigError([f"config: LoRA is trained in one process, got {self.world.size}. Start one."])
@@ -70,10 +69,10 @@ class Trainer:
             micro_batch_tokens=config.optim.micro_batch_tokens,
             packed=config.optim.packing == "packed",
             world=self.world,
-            tree=tree,
+            tree=config.distributed.tree,
         )
         self.engine = self._start_engine(make_engine, stop)
-        shard_model(self.model, self.world, dtype=self.loaded.dtype, tree=tree)  # after the engine has copied it
+        shard_model(self.model, self.world, dtype=self.loaded.dtype, tree=config.distributed.tree)
         self.momentum = self._make_momentum()
         self.learner = Learner(config, self.loaded, self.momentum, self.forward, self.timer, self.world)
         self.generator = Generator(
@@ -105,6 +104,7 @@ class Trainer:
             parts=self._parts(),
             fingerprints=self._fingerprints(initial),
             trusted=config.model.trust_remote_code,
+            world=self.world,
         )
 
     @property
@@ -159,13 +159,11 @@ class Trainer:
         self.snapshot(copy=False)(folder)
 
     def snapshot(self, *, copy: bool = True) -> Callable[[Path], None]:
-        """Copies that state to the host; the returned function writes it, from any thread, on rank 0.
+        """Copies that state to the host; the returned function writes it, from any thread.
 
-        Every rank must call it. Without `copy`, the function must be called before the next step.
+        Every rank must call it, and writes its part. Without `copy`, that must be before the next step.
         """
-        if copy or self.world.size > 1:
-            return self.checkpointer.snapshot(partial(copy_tensors, keep=self.world.is_first))
-        return self.checkpointer.snapshot(dict)
+        return self.checkpointer.snapshot(copy=copy)
 
     def restore(self, folder: Path) -> None:
         """Restores what `save` wrote; raises CheckpointError if data or base model differ."""
@@ -184,7 +182,7 @@ class Trainer:
             engine = make_engine(self.loaded, self.config)
         else:
             engine = start_engine(self.loaded, self.config.engine, stop=stop, max_length=self._longest())
-        tree = self.config.distributed.reduce == "tree"
+        tree = self.config.distributed.tree
         return RankedEngine(engine, self.world, tree=tree) if tree or self.world.size > 1 else engine
 
     def _load_data(self) -> tuple[Dataset, Dataset | None]:

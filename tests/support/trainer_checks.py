@@ -1,6 +1,6 @@
 """A run of the trainer on several ranks: python trainer_checks.py SIZE PORT FOLDER.
 
-Rank 0 writes what it found to FOLDER/found.json, and a checkpoint to FOLDER/saved. With FOLDER/../saved1, a checkpoint
+Rank 0 writes what it found to FOLDER/found.json, and all of them a checkpoint. With FOLDER/../saved1, a checkpoint
 of one process, it continues that one too.
 """
 
@@ -18,6 +18,7 @@ from step_checks import digest
 from mgrpo.config import DistributedConfig, EvalConfig, LogConfig, OptimConfig, RolloutConfig
 from mgrpo.distributed.world import World
 from mgrpo.presets import make_preset
+from mgrpo.run.checkpoint import Writer, verify_checkpoint
 from mgrpo.tasks.arithmetic import make_problems
 from mgrpo.training.trainer import Trainer
 from mgrpo.types import Metrics
@@ -90,13 +91,12 @@ def run(world: World, folder: Path) -> None:
     trainer = make_trainer(world)
     found["rows"] = [comparable(row) for row in trainer.train(STEPS)]
     found["state"] = state(trainer)
-    saved, given = folder / "saved", folder.parent / "saved1"
-    write = trainer.snapshot()
-    if world.is_first:
-        saved.mkdir()
-        write(saved)
-        found["files"] = files(saved)
+    saved, given = folder / "checkpoints" / f"step_{STEPS}", folder.parent / "saved1"
+    with Writer(folder, world=world) as writer:
+        writer.save(STEPS, trainer.snapshot(), keep_last=2, best=[])
     world.barrier()
+    assert verify_checkpoint(saved) == STEPS
+    found["files"] = files(saved)
     found["next"] = [comparable(row) for row in trainer.train(STEPS + 2)] + state(trainer)
     for name, source in {"own": saved, "of one process": given}.items():
         if source.exists():
