@@ -147,7 +147,7 @@ def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:
 class Session:
     """Takes the steps of a run, logs their metrics, saves checkpoints and rolls back.
 
-    With several processes every rank calls its methods; rank 0 alone keeps rows, decides and writes.
+    With several processes every rank calls its methods; rank 0 alone keeps rows and decides, all write checkpoints.
 
     As a context manager, it waits at its end for the checkpoint in progress and closes the trackers.
     """
@@ -158,7 +158,10 @@ class Session:
         self.first_step = trainer.step  # of this process
         self.monitor = make_monitor(self.config, rows)
         self.trackers = make_trackers(self.config, run_dir, trainer.step) if trainer.world.is_first else []
-        self.writer = checkpoint.Writer(run_dir, background=self.config.checkpoint.background)
+        c = self.config
+        self.writer = checkpoint.Writer(
+            run_dir, background=c.checkpoint.background, world=trainer.world, timeout_s=c.distributed.timeout_s
+        )
         self.checkpoint_s: float | None = None  # seconds that the last step's checkpoint delayed training
         if self.config.monitor.on_collapse == "rollback" and trainer.step == 0:
             self.save()
@@ -232,19 +235,22 @@ class Session:
         # Taking the state is collective with several processes, so that no thread may do it.
         aside = c.background or self.trainer.world.size > 1
         write = self.trainer.snapshot() if aside else self.trainer.save
-        if not self.is_first:
-            return
         # A checkpoint in progress is not listed yet, and would not count among the best.
         self.writer.wait()
+        best = self._best(step) if self.is_first else []
+        self.writer.save(step, write, keep_last=c.keep_last, best=best)
+        self.checkpoint_s = time.perf_counter() - start
+
+    def _best(self, step: int) -> list[int]:
+        """Steps of the checkpoints that are kept, with one of `step`, beside the last ones."""
         steps = [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(self.run_dir)]
         steps = sorted({*steps, step})
-        best = best_steps(self.rows, steps, self.monitor, c.keep_best)
+        best = best_steps(self.rows, steps, self.monitor, self.config.checkpoint.keep_best)
         if self.config.monitor.on_collapse == "rollback":
             # The newest good checkpoint, and those that turn out good if later steps raise no alarm.
             good = self.monitor.good_before()
             best += [s for s in steps if s <= good][-1:] + [s for s in steps if s > good]
-        self.writer.save(step, write, keep_last=c.keep_last, best=best)
-        self.checkpoint_s = time.perf_counter() - start
+        return best
 
     def _good_checkpoint(self) -> Path | None:
         """The last good checkpoint; None if there is none or no rollback is left."""

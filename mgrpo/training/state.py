@@ -110,13 +110,14 @@ class Checkpointer:
             "policy": self.loaded.weights(),
             "momentum": self.momentum.state_dict(),
             "optimizer": optimizer_tensors(self.learner.optimizer, self.learner.names),
-            "momentum_compensation": self.momentum.compensation or {},
         }
+        if self.momentum.compensation:
+            tensors["momentum_compensation"] = self.momentum.compensation
         own: dict[str, Tensors] = {}
         for owner, (name, values) in enumerate(tensors.items()):
             is_own = owner % self.world.size == self.world.rank
             taken = copy_tensors(values, keep=is_own) if copy or self.world.size > 1 else values
-            if is_own and values:
+            if is_own:
                 own[name] = taken
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"threads": torch.get_num_threads(), "fingerprints": dict(self.fingerprints), "rng": rng_state()}
