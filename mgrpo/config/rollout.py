@@ -29,5 +29,9 @@ class RolloutConfig:
     None is the label before the prompt in a `data.template` of text, as '\\nQuestion:'; '' is no text."""
     truncated: Literal["train", "mask"] = "train"
     """Whether rollouts cut at the length limit are in the loss, or only vote."""
+    ahead: int = option(0, least=0, most=1)
+    """1 samples the rollouts of the next step while this one trains, with weights that are one step older; for vLLM in
+    other processes."""
     parity_every: int = option(50, least=0, resumable=True)
-    """Steps between comparisons of the engine's log-probs with the trainer's; the first two steps always compare."""
+    """Steps between comparisons of the engine's log-probs with the trainer's; the first two steps
+    always compare, and with `ahead` the third, the first under other weights."""

@@ -114,7 +114,7 @@ def _combination_problems(config: Config) -> list[str]:
         c.engine.placement == "one-engine" or c.rollout.num_momentum > 0 or len(c.engine.servers) == 1,
         "--rollout.num-momentum 0 needs one engine or one server.",
     )
-    problems += engine_problems(c.engine)
+    problems += engine_problems(c.engine) + (ahead_problems(c) if c.rollout.ahead else [])
     if isinstance(processes := c.distributed.processes, int):
         problems += world_problems(processes, replicate=c.distributed.replicate, reduce=c.distributed.reduce)
     require(
@@ -166,6 +166,32 @@ def adapter_problems(momentum: MomentumConfig) -> list[str]:
         for name, (fit, got) in wanted.items()
         if got != fit
     ]
+
+
+def ahead_problems(config: Config) -> list[str]:
+    """A message for each option that does not go with --rollout.ahead 1."""
+    c, problems = config, []
+
+    def refuse(condition: bool, needed: str) -> None:
+        if condition:
+            problems.append(f"config: --rollout.ahead 1 needs {needed}.")
+
+    place = c.engine.placement
+    refuse(place == "one-engine", f"--engine.placement two-engines or server, got {place}")
+    refuse(
+        len(c.engine.servers) == 1 and c.rollout.num_momentum > 0,
+        "two --engine.servers, or --rollout.num-momentum 0: one server takes weights in the middle of a batch",
+    )
+    refuse(c.engine.sleep, "--engine.no-sleep: the engine is never idle")
+    num_steps = c.optim.num_minibatches * c.optim.num_epochs
+    refuse(
+        num_steps > 1,
+        f"one optimiser step a batch, each one more makes rollouts older, got {num_steps} "
+        "(--optim.num-minibatches times --optim.num-epochs)",
+    )
+    processes = c.distributed.processes
+    refuse(processes not in (None, 1, "auto"), f"one process, got --distributed.processes {processes}")
+    return problems
 
 
 def engine_problems(engine: EngineConfig) -> list[str]:

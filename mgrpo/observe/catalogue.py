@@ -127,6 +127,7 @@ METRICS: dict[str, Metric] = {
     "clip_high_share": Metric("share of tokens at the upper clip"),
     "tis_mean": Metric("mean truncated importance weight", always=True),
     "tis_clipped_share": Metric("share of tokens at the cap of the importance weight", "less", always=True),
+    "rollout_age": Metric("optimiser steps between the policy that generated and the one that trains", always=True),
     "logprob_gap": Metric("log-probs of engine and trainer, mean difference, nats", "less", always=True),
     "parity_policy": Metric("log-probs of the engine, policy, mean difference, nats", "less"),
     "parity_momentum": Metric("log-probs of the engine, momentum, mean difference, nats", "less"),

@@ -70,9 +70,11 @@ class Retention:
             if answer is not None and share >= MIN_SHARE and checker.is_correct(own, answer):
                 self.answers.setdefault(index, answer)
 
-    def measure(self, greedy: Sequence[str | None], checker: AnswerChecker) -> float:
-        """The share of remembered answers that equal `greedy`, the answers to the prompts of `asks`."""
-        kept = [checker.is_correct(own, was) for own, was in zip(greedy, self.answers.values(), strict=True)]
+    def measure(self, greedy: Mapping[int, str | None], checker: AnswerChecker) -> float | None:
+        """The share of remembered answers that equal `greedy`, answers by prompt index; None if none is remembered."""
+        kept = [checker.is_correct(own, self.answers[i]) for i, own in greedy.items() if i in self.answers]
+        if not kept:
+            return None
         self.newest = sum(kept) / len(kept)
         return self.newest
 

@@ -10,7 +10,7 @@ from mgrpo.types import Metrics
 
 
 class Timer:
-    """Sums wall-clock seconds by phase; `metrics()` returns `step_s` and `time_<phase>_s`."""
+    """Sums wall-clock seconds by phase; `metrics()` returns `step_s` and those of `phases()`."""
 
     def __init__(self) -> None:
         self.restart()
@@ -31,6 +31,8 @@ class Timer:
 
     def metrics(self) -> Metrics:
         """Seconds of the step and of each phase so far."""
-        return {"step_s": time.perf_counter() - self._start} | {
-            f"time_{phase}_s": seconds for phase, seconds in self.seconds.items()
-        }
+        return {"step_s": time.perf_counter() - self._start} | self.phases()
+
+    def phases(self) -> Metrics:
+        """Seconds of each phase so far, by `time_<phase>_s`."""
+        return {f"time_{phase}_s": seconds for phase, seconds in self.seconds.items()}

@@ -14,6 +14,7 @@ from mgrpo.rollout.engine import Engine
 from mgrpo.types import Rollouts, Sampling, Source, TrajectoryBatch, WeightTag, join
 
 Prompts = Sequence[Sequence[int]]
+Tags = Mapping[Source, WeightTag]
 
 
 class Generator:
@@ -40,6 +41,8 @@ class Generator:
         timer: Timer,
     ):
         self.engine, self.config, self.weights, self.seed, self.timer = engine, config, weights, seed, timer
+        counts: dict[Source, int] = {"momentum": config.num_momentum, "policy": config.num_policy}
+        self.counts: dict[Source, int] = {source: n for source, n in counts.items() if n}  # rollouts a prompt
 
     def update_weights(self, source: Source) -> WeightTag:
         """Updates the engine with a source's current weights; returns their tag."""
@@ -50,23 +53,31 @@ class Generator:
 
     def roll_out(self, prompts: Prompts, step: int) -> TrajectoryBatch:
         """N momentum rollouts and M policy rollouts of each of B prompts, as token ids."""
-        counts: dict[Source, int] = {"momentum": self.config.num_momentum, "policy": self.config.num_policy}
-        sources: list[Source] = [source for source, n in counts.items() if n]
-        if self.engine.num_weight_slots == 1:
-            found = {s: self._sample(prompts, counts[s], step, self.update_weights(s)) for s in sources}
-        else:
-            tags: dict[Source, WeightTag] = {source: self.update_weights(source) for source in sources}
-            with ThreadPoolExecutor(len(tags)) as pool:
-                asked = {s: pool.submit(self._sample, prompts, counts[s], step, tag) for s, tag in tags.items()}
-            found = {source: future.result() for source, future in asked.items()}
+        if self.engine.num_weight_slots > 1:
+            return self.sample(prompts, step, self.publish(), self.timer)
+        found = {
+            source: self._sample(prompts, n, step, self.update_weights(source), self.timer)
+            for source, n in self.counts.items()
+        }
         return join(prompts, found["policy"], found.get("momentum"))
 
-    def answer(self, prompts: Prompts) -> list[list[int]]:
-        """Greedy responses of the policy, whose weights the engine must hold."""
+    def publish(self) -> Tags:
+        """Updates an engine that has a slot for each model; returns the tags of the weights that it holds."""
+        return {source: self.update_weights(source) for source in self.counts}
+
+    def sample(self, prompts: Prompts, step: int, tags: Tags, timer: Timer) -> TrajectoryBatch:
+        """See roll_out; under weights that the engine holds, of both models concurrently."""
+        with ThreadPoolExecutor(len(tags)) as pool:
+            asked = {s: pool.submit(self._sample, prompts, self.counts[s], step, tag, timer) for s, tag in tags.items()}
+        found = {source: future.result() for source, future in asked.items()}
+        return join(prompts, found["policy"], found.get("momentum"))
+
+    def answer(self, prompts: Prompts, version: int) -> list[list[int]]:
+        """Greedy responses of the policy of a version, whose weights the engine must hold."""
         if not prompts:
             return []
         sampling = Sampling(temperature=0.0, max_new_tokens=self.config.max_new_tokens)
-        rollouts = self.engine.generate(prompts, 1, sampling, self.weights("policy")[1])
+        rollouts = self.engine.generate(prompts, 1, sampling, WeightTag("policy", version))
         return [rollouts.response(row) for row in range(len(prompts))]
 
     def sampling(self, step: int, stream: str) -> Sampling:
@@ -79,9 +90,9 @@ class Generator:
             seed=derive_seed(self.seed, step, stream),
         )
 
-    def _sample(self, prompts: Prompts, n: int, step: int, tag: WeightTag) -> Rollouts:
+    def _sample(self, prompts: Prompts, n: int, step: int, tag: WeightTag, timer: Timer) -> Rollouts:
         """N rollouts a prompt under weights that the engine holds."""
-        with self.timer(f"rollout_{tag.source}"):
+        with timer(f"rollout_{tag.source}"):
             return self.engine.generate(prompts, n, self.sampling(step, tag.source), tag)
 
 

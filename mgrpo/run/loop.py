@@ -265,16 +265,14 @@ class Session:
         the prompts since then are not drawn again before the next epoch.
         """
         trainer = self.trainer
-        alarm_step, rollbacks, place = trainer.step, trainer.state.rollbacks + 1, trainer.sampler.state_dict()
-        trainer.restore(folder)
-        trainer.state.rollbacks = rollbacks
-        trainer.sampler.load_state_dict(place)
+        alarm_step = trainer.step
+        trainer.roll_back(folder)
         trainer.world.barrier()  # every rank has read it before others are deleted
         if self.is_first:
             self._forget()
         self.save()  # so that a run that is killed now does not repeat the steps
         most = self.config.monitor.max_rollbacks
-        return f"rollback {rollbacks} of {most}, from step {alarm_step} to {trainer.step}"
+        return f"rollback {trainer.state.rollbacks} of {most}, from step {alarm_step} to {trainer.step}"
 
     def _forget(self) -> None:
         """Deletes checkpoints and rows of the steps that a rollback has undone."""

@@ -155,6 +155,7 @@ def _try_token(trainer: Trainer) -> Rollouts:
 class NoEngine(Engine):
     """A stand-in for an engine that is not started; every response is an end of text."""
 
+    num_weight_slots = 2
     has_model_logprobs = False
 
     def __init__(self, loaded: LoadedModel, config: Config):

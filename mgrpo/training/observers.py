@@ -35,6 +35,7 @@ class StepResult:
     """The results of one step; the observers fill in the last four."""
 
     step: int
+    age: int  # optimiser steps between the policy that generated the batch and the one that it trains
     batch: RolloutBatch
     logprobs: LogProbs
     credit: Outcome
@@ -59,12 +60,15 @@ class RetentionWatch:
         """The share of unchanged answers; None at a step without requests."""
         retention, checker = self.retention, self.grader.checker
         with self.timer("monitor"):
-            greedy = self.grader.read([prompt.ids for prompt in batch.asked], batch.replies)
+            read = self.grader.read([prompt.ids for prompt in batch.asked], batch.replies)
+            greedy = {prompt.index: answer for prompt, answer in zip(batch.asked, read, strict=True)}
             if batch.step <= retention.last_collected:
                 shares, indices = credit.vote.share.tolist(), [prompt.index for prompt in batch.prompts]
-                retention.collect(indices, greedy, credit.labels, shares, checker)
+                # A batch that was in flight under other options of a run that is resumed was asked for others.
+                own = [greedy.get(index) for index in indices]
+                retention.collect(indices, own, credit.labels, shares, checker)
                 return {"retention": None}
-            return {"retention": retention.measure(greedy, checker) if greedy else None}
+            return {"retention": retention.measure(greedy, checker)}
 
 
 class Evaluator:

@@ -26,7 +26,7 @@ from mgrpo.rollout.source import RolloutBatch
 from mgrpo.training.schedule import is_due
 from mgrpo.types import Metrics, Source, TrajectoryBatch, WeightTag
 
-# The parity of engine and trainer is checked at each of the first steps.
+# The parity of engine and trainer is checked under each of the first versions of the weights.
 PARITY_STEPS = 2
 PARITY_ROWS = 8
 
@@ -111,20 +111,40 @@ class Passes:
             entropy=self._per_trajectory(policy.entropy, t),
             filter_entropy=self._per_trajectory(filter_entropy, t, reduce=c.filter.entropy),
             self_certainty=None if certainty is None else self._per_trajectory(certainty, t),
-            parity=self._compare(step, t, policy.logprob),
+            parity=self._compare(t, policy.logprob) if not c.rollout.ahead and self._checks(step) else {},
         )
+
+    @torch.no_grad()
+    def check_engine(self, step: int, sample: Callable[[], TrajectoryBatch]) -> Metrics:
+        """Compares log-probs of the engine before the weights change, where that is due for the batch of `step`.
+
+        Args:
+            step: whose rollouts the engine is about to generate.
+            sample: generates rollouts under the weights of now.
+
+        Raises:
+            StaleWeightsError: they were generated with others.
+        """
+        if not self._checks(step):
+            return {}
+        trajectories = sample()
+        with self.timer("score"):
+            return self._compare(trajectories, self.logprobs(trajectories).logprob)
 
     def logprobs(self, trajectories: TrajectoryBatch, **options: Any) -> TokenLogProbs:
         """Log-probs and entropies under the model's current weights."""
         return self.forward.run(self.loaded.model, trajectories, **options)
 
-    def _compare(self, step: int, t: TrajectoryBatch, old: torch.Tensor) -> Metrics:
-        """Compares log-probs of the engine under both models with the trainer's; {} if no check is due."""
+    def _checks(self, step: int) -> bool:
+        """Whether the engine's log-probs are compared at a step."""
         c, engine = self.config.rollout, self.engine
-        due = step <= PARITY_STEPS or (c.parity_every > 0 and step % c.parity_every == 0)
+        due = step - c.ahead <= PARITY_STEPS or (c.parity_every > 0 and step % c.parity_every == 0)
         # Under nucleus sampling vLLM divides by a probability mass that the trainer does not know.
-        if not due or not engine.has_model_logprobs or (c.top_p < 1 and not engine.weights_are_shared):
-            return {}
+        return due and engine.has_model_logprobs and (c.top_p == 1 or engine.weights_are_shared)
+
+    def _compare(self, t: TrajectoryBatch, old: torch.Tensor) -> Metrics:
+        """Differences of the engine's log-probs under both models from the trainer's, of rollouts by those of now."""
+        c, engine = self.config.rollout, self.engine
 
         def compare(rows: torch.Tensor, expected: torch.Tensor, source: Source) -> float:
             return check_parity(

@@ -17,16 +17,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from mgrpo.data.sampler import Sampler
 from mgrpo.distributed.sharding import fill, sharded_like, whole
 from mgrpo.distributed.world import ALONE, World
 from mgrpo.errors import CheckpointError, EngineError
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
+from mgrpo.rollout.source import RolloutSource, Tensors
 from mgrpo.training.learner import Learner
 from mgrpo.training.offload import HostAdamW
-
-Tensors = dict[str, torch.Tensor]
 
 
 class Stateful(Protocol):
@@ -49,15 +47,14 @@ class TrainState:
         self.rollbacks = 0
 
     @contextmanager
-    def next_step(self, sampler: Sampler) -> Iterator[int]:
-        """Number of the next step; if the engine fails within the block, the counter and the sampler are reset."""
-        place = sampler.state_dict()
+    def next_step(self, source: RolloutSource) -> Iterator[int]:
+        """Number of the next step; if the engine fails within the block, the counter and the source are reset."""
         self.step += 1
         try:
             yield self.step
         except EngineError:
             self.step -= 1
-            sampler.load_state_dict(place)
+            source.undo()
             raise
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,6 +71,7 @@ class Checkpointer:
 
     Args:
         loaded, momentum, learner: owners of the tensors.
+        source: has the batch in flight.
         parts: objects with further state, by name.
         fingerprints: digests of inputs that a resumed run must find unchanged, by option and content; None if unused.
         trusted: whether a model folder may run its own code.
@@ -88,13 +86,14 @@ class Checkpointer:
         loaded: LoadedModel,
         momentum: Momentum,
         learner: Learner,
+        source: RolloutSource,
         *,
         parts: Mapping[str, Stateful],
         fingerprints: Mapping[str, str | None],
         trusted: bool,
         world: World = ALONE,
     ):
-        self.loaded, self.momentum, self.learner, self.parts = loaded, momentum, learner, parts
+        self.loaded, self.momentum, self.learner, self.source, self.parts = loaded, momentum, learner, source, parts
         self.fingerprints, self.trusted, self.world = fingerprints, trusted, world
         self.threads: int | None = None
 
@@ -113,6 +112,9 @@ class Checkpointer:
         }
         if self.momentum.compensation:
             tensors["momentum_compensation"] = self.momentum.compensation
+        rollouts, in_flight = self.source.state()  # before the sampler: it moves back if the generation has failed
+        if rollouts:
+            tensors["rollouts"] = in_flight
         own: dict[str, Tensors] = {}
         for owner, (name, values) in enumerate(tensors.items()):
             is_own = owner % self.world.size == self.world.rank
@@ -120,6 +122,8 @@ class Checkpointer:
             if is_own:
                 own[name] = taken
         state = {name: part.state_dict() for name, part in self.parts.items()}
+        if rollouts:
+            state["rollouts"] = rollouts
         state |= {"threads": torch.get_num_threads(), "fingerprints": dict(self.fingerprints), "rng": rng_state()}
         text = json.dumps(state)
 
@@ -155,6 +159,8 @@ class Checkpointer:
             load_file(compensation) if self.momentum.compensation else None,
         )
         load_optimizer(folder / "optimizer.safetensors", self.learner.optimizer, self.learner.names)
+        rollouts = state.get("rollouts")
+        self.source.restore(rollouts, load_file(folder / "rollouts.safetensors") if rollouts else {})
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.threads = state.get("threads")

@@ -28,11 +28,12 @@ from mgrpo.models.momentum import Momentum, borrowed_weights
 from mgrpo.observe.retention import Retention
 from mgrpo.observe.step import mean, step_metrics
 from mgrpo.observe.timer import Timer
+from mgrpo.rollout.ahead import RolloutsAhead
 from mgrpo.rollout.build import start_engine
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.generator import Generator
 from mgrpo.rollout.ranks import RankedEngine
-from mgrpo.rollout.source import RolloutsNow
+from mgrpo.rollout.source import RolloutsNow, RolloutSource
 from mgrpo.rollout.stop import StopTexts, make_stop
 from mgrpo.training.grader import Grader
 from mgrpo.training.learner import Learner
@@ -81,9 +82,6 @@ class Trainer:
         anchored = config.rollout.num_momentum > 0
         self.retention = Retention(config.monitor, num_prompts=config.rollout.num_prompts, anchored=anchored)
         self.watch = RetentionWatch(self.retention, self.grader, self.timer)
-        self.source = RolloutsNow(
-            self.data, self.sampler, self.generator, requests=self.watch.requests, timer=self.timer
-        )
         initial = self._copy_initial() if needs_initial(config) and not self.loaded.adapter else None
         self.passes = Passes(
             config,
@@ -94,6 +92,7 @@ class Trainer:
             initial=self._as_initial(initial),
             timer=self.timer,
         )
+        self.source = self._make_source()
         self.evaluator = Evaluator(config, self.loaded, self.probe, self.generator, self.grader)
         self.describer = Describer(config, self.loaded.tokenizer)
         self.state = TrainState()
@@ -101,6 +100,7 @@ class Trainer:
             self.loaded,
             self.momentum,
             self.learner,
+            self.source,
             parts=self._parts(),
             fingerprints=self._fingerprints(initial),
             trusted=config.model.trust_remote_code,
@@ -120,12 +120,15 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One step of M-GRPO."""
         self.timer.restart()
-        with self.state.next_step(self.sampler) as step:  # an engine that dies leaves the state of the step before
+        with self.state.next_step(self.source) as step:  # an engine that dies leaves the state of the step before
             batch = self.source.next(step)  # rollouts of both models
+            age = self.learner.step - batch.trajectories.version
             logprobs = self.passes.run(batch)  # old and reference log-probs, entropies
             credit = self.grader.assign_credit(batch, logprobs)  # answers, filter, vote, reward, advantage
             update = self.learner.learn(batch.trajectories, logprobs, credit)  # optimiser steps, each before an EMA
-        return self.observe(StepResult(step=step, batch=batch, logprobs=logprobs, credit=credit, update=update))
+        return self.observe(
+            StepResult(step=step, age=age, batch=batch, logprobs=logprobs, credit=credit, update=update)
+        )
 
     def observe(self, result: StepResult) -> StepResult:
         """Adds metrics, samples and the report of faults to the result of a step."""
@@ -133,11 +136,13 @@ class Trainer:
         metrics |= step_metrics(result.step, result.credit) | result.update.metrics
         metrics["kl"] = metrics["kl"] if logprobs.reference is not None else None
         metrics |= {"kl_initial": logprobs.kl_initial, "rollbacks": self.state.rollbacks} | logprobs.parity
-        metrics |= self.watch.after(result.batch, result.credit) | dict(self.engine.stats())
+        metrics |= self.watch.after(result.batch, result.credit) | result.batch.metrics | {"rollout_age": result.age}
         metrics["logprob_gap"] = mean((logprobs.old - t.rollout_logprob).abs()[t.by_policy])
         if self.loaded.adapter:
             metrics["trained_parameters"] = sum(p.numel() for p in self.learner.parameters)
         if is_due(self.config.eval.every, result.step, self.config.steps):
+            if self.probe:
+                self.source.settle()
             with self.timer("eval"):
                 self.evaluator.after(result)
         self.describer.after(result)
@@ -169,10 +174,23 @@ class Trainer:
         """Restores what `save` wrote; raises CheckpointError if data or base model differ."""
         self.checkpointer.restore(folder)
 
+    def roll_back(self, folder: Path) -> None:
+        """Restores what `save` wrote, but goes on with the next prompts and counts the rollback.
+
+        Rollouts in flight are dropped, those of now and those of the checkpoint: they belong to undone steps.
+        """
+        self.source.drop()
+        rollbacks, place = self.state.rollbacks + 1, self.sampler.state_dict()
+        self.restore(folder)
+        self.source.drop()
+        self.state.rollbacks = rollbacks
+        self.sampler.load_state_dict(place)
+
     def close(self) -> None:
         """Ends the worker processes and closes the engine."""
         self.grader.checker.close()
         self.engine.close()
+        self.source.close()
 
     def _start_engine(
         self, make_engine: Callable[[LoadedModel, Config], Engine] | None, stop: StopTexts | None
@@ -184,6 +202,18 @@ class Trainer:
             engine = start_engine(self.loaded, self.config.engine, stop=stop, max_length=self._longest())
         tree = self.config.distributed.tree
         return RankedEngine(engine, self.world, tree=tree) if tree or self.world.size > 1 else engine
+
+    def _make_source(self) -> RolloutSource:
+        """Rollouts of now, or of the step before."""
+        options = {"requests": self.watch.requests, "timer": self.timer}
+        if not self.config.rollout.ahead:
+            return RolloutsNow(self.data, self.sampler, self.generator, **options)
+        if self.world.size > 1:
+            raise ConfigError([f"config: --rollout.ahead 1 needs one process, got {self.world.size}."])
+        last_step = self.config.steps
+        return RolloutsAhead(
+            self.data, self.sampler, self.generator, **options, check=self.passes.check_engine, last_step=last_step
+        )
 
     def _load_data(self) -> tuple[Dataset, Dataset | None]:
         """Prompts to train on, and the eval set."""

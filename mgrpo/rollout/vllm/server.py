@@ -152,8 +152,9 @@ class ServerEngine(CheckedEngine):
         return [json.loads(state) if isinstance(state, str) else state for state in reply["results"]]
 
     def close(self) -> None:
-        """Ends the server if it was started here."""
+        """Ends waiting calls, and the server if it was started here."""
         super().close()
+        self._http.hang_up()
         if self.process is not None:
             self.process.close()
 

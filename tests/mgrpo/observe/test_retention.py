@@ -48,11 +48,11 @@ def test_answers_that_slip_are_asked_four_times_as_often(anchored, drop):
     retention, checker = make(anchored, retention_drop=drop), AnswerChecker(mode="exact")
     fill(retention)
     kept = [str(index) for index in range(MIN_ANSWERS)]
-    assert retention.measure(kept, checker) == 1.0
+    assert retention.measure(dict(enumerate(kept)), checker) == 1.0
     assert [step for step in range(3, 13) if retention.asks(step, [])] == [4, 8, 12]
-    assert retention.measure([None, "x", "", "99", *kept[4:]], checker) == 1 - 4 / MIN_ANSWERS
+    assert retention.measure(dict(enumerate([None, "x", "", "99", *kept[4:]])), checker) == 1 - 4 / MIN_ANSWERS
     assert [step for step in range(3, 13) if retention.asks(step, [])] == [4, 8, 12]  # an eighth is the half of 0.25
-    assert retention.measure([None] * 5 + kept[5:], checker) < 0.875
+    assert retention.measure(dict(enumerate([None] * 5 + kept[5:])), checker) < 0.875
     assert [step for step in range(3, 13) if retention.asks(step, [])] == [*range(3, 13)]
 
 
@@ -60,7 +60,7 @@ def test_what_slips_is_restored_with_the_answers():
     """A run that is resumed while answers slip goes on asking as often."""
     retention, checker = make(retention_drop=0.25), AnswerChecker(mode="exact")
     fill(retention)
-    retention.measure([None] * MIN_ANSWERS, checker)
+    retention.measure(dict.fromkeys(range(MIN_ANSWERS)), checker)
     resumed = make(retention_drop=0.25)
     resumed.load_state_dict(json.loads(json.dumps(retention.state_dict())))
     assert [step for step in range(3, 8) if resumed.asks(step, [])] == [3, 4, 5, 6, 7]

@@ -319,7 +319,7 @@ def test_the_probe_and_greedy_answers_stop_too(small, trained, stop):
     trainer, _ = trained(small(options), 0)
     evaluation = trainer.evaluator.evaluate("policy", 0)
     prompts = [prompt.ids for prompt in trainer.data.prompts[:6]]
-    answers = trainer.grader.read(prompts, trainer.generator.answer(prompts))
+    answers = trainer.grader.read(prompts, trainer.generator.answer(prompts, 0))
     assert [answer is None for answer in answers] == [stop is not None] * 6
     assert evaluation.unparseable_share == (1 if stop else 0) and evaluation.truncated_share == 0
 
