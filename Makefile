@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := CMakeLists.txt setup.py mgrpo_kernels/_sources.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*)
 
-.PHONY: train test test-vllm test-verl chaos chaos-full lint format bench bench-peers fuzz emulate old-cpus sanitize gpu study clean
+.PHONY: train test test-scale chaos-scale test-vllm test-verl chaos chaos-full lint format bench bench-peers fuzz emulate old-cpus sanitize gpu study clean
 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
@@ -36,6 +36,13 @@ $(VERL)/.made: requirements-verl.txt pyproject.toml
 	$(VERL)/bin/python -m pip install --quiet --no-deps --requirement requirements-verl.txt
 	MGRPO_SKIP_NATIVE=1 $(VERL)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# Runs of several processes: steps, checkpoints, launcher; chaos-scale the faults alone, in full.
+test-scale: $(VENV)/.built
+	$(BIN)/python -m pytest tests/mgrpo/distributed $(ARGS)
+
+chaos-scale: $(VENV)/.built
+	$(BIN)/python -m pytest tests/mgrpo/distributed -m fault --fault-table --full $(ARGS)
 
 # Injects every fault that a run must survive, with one line for each. chaos-full adds tests that take minutes.
 chaos: $(VENV)/.built
