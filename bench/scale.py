@@ -15,6 +15,8 @@ from transformers import Qwen3Config
 from bench.training.cost_model import Hardware, assumptions, table
 from mgrpo.config import Config
 from mgrpo.inputs import read_bytes
+from mgrpo.models.adapter_folder import choose_config
+from mgrpo.models.size import count_trained
 from mgrpo.presets import make_preset
 from mgrpo.run.memory import Job
 from mgrpo.run.plan import measure, memory_rows
@@ -29,6 +31,7 @@ _0_6B = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16
 # Preset: its model's config.json, GPUs, and the memory of each.
 PRESETS = {
     "mgrpo_qwen3_4b_math": (_4B, 8, "80GB"),
+    "mgrpo_qwen3_4b_lora": (_4B, 1, "80GB"),
     "mgrpo_qwen3_0_6b": (_0_6B, 1, "24GB"),
 }
 
@@ -38,11 +41,15 @@ def planned(name: str) -> tuple[Config, Job, Limits]:
     numbers, ranks, memory = PRESETS[name]
     config = make_preset(name)
     config = replace(config, distributed=replace(config.distributed, processes=ranks))
-    size = measure(config, Qwen3Config(**numbers), ranks)  # pyright: ignore[reportArgumentType]
+    model = Qwen3Config(**numbers)  # pyright: ignore[reportArgumentType]
+    size = measure(config, model, ranks)
     assert size is not None
+    adapter = None
+    if lora := choose_config(config.model.path, config.lora):
+        adapter = count_trained(model, lora, trust_remote_code=False)
     limits = Limits(device=read_bytes(memory), host=None, on_gpu=True)
     longest = LONGEST_PROMPT + config.rollout.max_new_tokens
-    return config, Job(size=size, longest=longest, ranks=ranks, device_memory=limits.device), limits
+    return config, Job(size=size, longest=longest, ranks=ranks, device_memory=limits.device, adapter=adapter), limits
 
 
 def memory_table(name: str) -> Iterator[str]:

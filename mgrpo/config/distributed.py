@@ -44,4 +44,6 @@ def world_problems(size: int, *, replicate: int, reduce: str = "default") -> lis
         )
     if reduce == "tree" and LANES % size:
         problems.append(f"config: --distributed.reduce tree needs 1, 2, 4 or 8 processes, got {size}.")
+    if reduce == "tree" and replicate > 1:
+        problems.append(f"config: --distributed.reduce tree needs --distributed.replicate 1, got {replicate}.")
     return problems

@@ -115,17 +115,9 @@ def _combination_problems(config: Config) -> list[str]:
         "--rollout.num-momentum 0 needs one engine or one server.",
     )
     problems += engine_problems(c.engine) + (ahead_problems(c) if c.rollout.ahead else [])
-    if isinstance(processes := c.distributed.processes, int):
-        problems += world_problems(processes, replicate=c.distributed.replicate, reduce=c.distributed.reduce)
-    require(
-        not c.optim.offload or processes in (None, 1, "auto"),
-        f"--optim.offload needs one process, got --distributed.processes {processes}.",
-    )
+    if isinstance(c.distributed.processes, int):
+        problems += process_problems(c, c.distributed.processes)
     problems += adapter_problems(c.momentum) if c.lora.rank else []
-    require(
-        not c.lora.rank or processes in (None, 1, "auto"),
-        f"--lora.rank needs one process, got --distributed.processes {processes}.",
-    )
     problems += stop_problems(c.rollout.stop)
     require(
         c.vote.num_train is None or c.vote.num_train <= c.rollout.num_policy,
@@ -189,8 +181,17 @@ def ahead_problems(config: Config) -> list[str]:
         f"one optimiser step a batch, each one more makes rollouts older, got {num_steps} "
         "(--optim.num-minibatches times --optim.num-epochs)",
     )
-    processes = c.distributed.processes
-    refuse(processes not in (None, 1, "auto"), f"one process, got --distributed.processes {processes}")
+    return problems
+
+
+def process_problems(config: Config, size: int) -> list[str]:
+    """A message for each option that does not fit a number of processes."""
+    c = config
+    problems = world_problems(size, replicate=c.distributed.replicate, reduce=c.distributed.reduce)
+    alone = {"--optim.offload": c.optim.offload, "--lora.rank": c.lora.rank > 0, "--rollout.ahead": c.rollout.ahead > 0}
+    for name, is_set in alone.items():
+        if is_set and size > 1:
+            problems.append(f"config: {name} needs one process, got {size}.")
     return problems
 
 

@@ -31,7 +31,7 @@ class Part(NamedTuple):
     num_bytes: int
     phase: Phase = "always"
     on_host: bool = False
-    first_only: bool = False  # of rank 0 alone
+    once: bool = False  # of all ranks together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,7 @@ class Memory(NamedTuple):
     def of_all(self, ranks: int, parts: list[Part] | None = None) -> int:
         """The most that all ranks hold together, in one memory."""
         chosen = self.parts if parts is None else parts
-        return self._peak(
-            [part if part.first_only else part._replace(num_bytes=ranks * part.num_bytes) for part in chosen]
-        )
+        return self._peak([part if part.once else part._replace(num_bytes=ranks * part.num_bytes) for part in chosen])
 
     def _peak(self, parts: list[Part]) -> int:
         """What is held always and the largest of the phases; at the start little else than its own is held."""
@@ -112,7 +110,7 @@ def state_parts(config: Config, job: Job) -> list[Part]:
         Part(f"momentum model ({dtype})", momentum, on_host=on_host),
         Part("momentum model, copy for the engine (bf16)", 2 * trained * published, on_host=on_host),
         Part(f"initial weights ({c.model.dtype})", compute_bytes(c) * trained * (full and needs_initial(c))),
-        Part("copy of a checkpoint to write" + ", of rank 0" * (job.ranks > 1), saved, on_host=True, first_only=True),
+        Part("copy of a checkpoint to write" + ", of all ranks" * (job.ranks > 1), saved, on_host=True, once=True),
         Part("whole weights (fp32)", loaded * job.on_gpu, "start", on_host=True),
         Part(
             "whole weights and a copy for the engine (fp32)" if full else "loaded weights (fp32)",

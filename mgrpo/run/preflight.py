@@ -11,9 +11,10 @@ import torch
 
 from mgrpo.algorithm.reward import needs_labels
 from mgrpo.config import Config
-from mgrpo.config.run import adapter_problems
+from mgrpo.config.run import adapter_problems, process_problems
 from mgrpo.data.load import load_prompts, require_answers, require_prompts
 from mgrpo.distributed.together import on_first
+from mgrpo.distributed.world import find_world
 from mgrpo.errors import ConfigError
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.labels import make_label_reader
@@ -73,7 +74,7 @@ def count_adapter(config: Config, tokenizer: Tokenizer) -> int | None:
 
 def refuse_machine(config: Config, run_dir: Path) -> None:
     """Raises ConfigError with all problems of this machine: run directory, device, kernels, engine."""
-    problems: list[str] = []
+    problems = process_problems(config, find_world().size)
     for step in (
         lambda: refuse_directory(run_dir, config),
         lambda: pick_backend(config.kernels.backend, pick_device(config.model.device)),

@@ -210,7 +210,6 @@ def test_an_engine_that_cannot_hold_older_weights_of_both_models_is_refused(smal
         ({"engine.sleep": True}, "--engine.no-sleep"),
         ({"optim.num_minibatches": 2}, "one optimiser step a batch, .*, got 2"),
         ({"optim.num_epochs": 3}, "one optimiser step a batch, .*, got 3"),
-        ({"distributed.processes": 2}, "one process, got --distributed.processes 2"),
     ],
 )
 def test_options_that_do_not_go_with_it_are_refused_by_name(small, changes, message):
@@ -218,6 +217,11 @@ def test_options_that_do_not_go_with_it_are_refused_by_name(small, changes, mess
     with pytest.raises(ConfigError, match=f"config: --rollout.ahead 1 needs .*{message}"):
         small(OPTIONS | servers | changes)
     small(OPTIONS | servers | changes | {"rollout.ahead": 0})
+
+
+def test_it_needs_one_process(small):
+    with pytest.raises(ConfigError, match="config: --rollout.ahead needs one process, got 2"):
+        small(OPTIONS | {"distributed.processes": 2})
 
 
 def test_one_server_is_enough_without_a_momentum_model(small):
