@@ -74,6 +74,13 @@ def _call(_model: Any, function: Callable[..., Any], *args: Any, **options: Any)
     return function(*args, **options)
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Frees the weights that FSDP2 keeps whole after a pass, which would hide later changes of their shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def run_whole(model: Any, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Calls a function that uses the decoder and the weight of the head."""
     return getattr(model, "run_whole", MethodType(_call, model))(function, *args, **options)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mgrpo.algorithm.credit import Credit, needed_evidence
 from mgrpo.config import Config
+from mgrpo.distributed.sharding import fill, local, whole
 from mgrpo.errors import InputError
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.label_text import Label, label_text
@@ -72,6 +74,26 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     aside = path.with_name(f".{path.name}.tmp")
     save_file(tensors, aside, metadata=metadata)
     os.replace(aside, path)
+
+
+def load_tensors(targets: dict[str, torch.Tensor], path: Path) -> None:
+    """Fills whole or sharded tensors from a file of whole ones; raises ValueError unless it holds exactly these."""
+    with safe_open(path, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+        if found != wanted:
+            different = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+            raise ValueError(
+                f"mgrpo: {path} must hold the {len(wanted)} tensors of this model and momentum_dtype, got {len(found)},"
+                f" of which {different[0]} differs. Resume with the options of the run."
+            )
+        for name, target in targets.items():
+            fill(target, file.get_tensor(name).to(local(target).device))
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be sharded, on the host; every process must call it."""
+    return whole(tensor.detach()).cpu().contiguous()
 
 
 def missing_evidence(config: Config, *, host: str) -> list[str]:

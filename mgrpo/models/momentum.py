@@ -11,7 +11,7 @@ import torch
 
 import mgrpo_kernels as K
 from mgrpo.config import KernelsConfig, MomentumConfig
-from mgrpo.distributed.sharding import fill, local, offset_of
+from mgrpo.distributed.sharding import fill, local, offset_of, reshard
 
 
 def decay_at(config: MomentumConfig, step: int, num_steps: int) -> float:
@@ -40,6 +40,7 @@ class Momentum:
     ):
         self.config, self.seed, self.backend = config, seed, kernels.backend
         self.policy = policy
+        reshard(policy)
         dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
         device = torch.device("cpu") if config.device == "cpu" else None
         # named_parameters() yields a tied weight once, so it is averaged once. Frozen weights never change.
@@ -62,6 +63,7 @@ class Momentum:
         """Averages the policy in after optimiser step `step` (from 0) of `num_steps`."""
         if (step + 1) % self.config.every:
             return
+        reshard(self.policy)
         names = list(self.weights)
         parameters = dict(self.policy.named_parameters())
 
@@ -86,6 +88,7 @@ class Momentum:
 
         With `for_engine`, the weights are in the engine's dtype if a copy in it is kept.
         """
+        reshard(self.policy)
         weights = self.engine_weights if for_engine and self.engine_weights else self.weights
         parameters = self.policy.named_parameters()
         averaged = {id(parameter): weights[name] for name, parameter in parameters if name in weights}
@@ -112,25 +115,45 @@ def borrowed_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]
 
     Of a sharded model the shards are exchanged in place, because FSDP gathers from memory of its own.
     """
-    undo: list[Callable[[], object]] = []
+    undo: dict[str, Callable[[torch.Tensor], object]] = {}
+    reshard(model)
     try:
         for name, p in model.named_parameters():
             if local(p) is not p:
-                undo.append(_exchange(local(p.detach()), local(weights[name])))
+                own, other = local(p.detach()), local(weights[name])
+                if own.data_ptr() != other.data_ptr():  # a frozen weight is its own average
+                    undo[name] = _exchange(own, other)
             else:
-                undo.append(partial(setattr, p, "data", p.data))
+                undo[name] = partial(_set_data, data=p.data)
                 p.data = weights[name].to(device=p.device, dtype=p.dtype)
         yield
     finally:
-        for back in undo:
-            back()
+        reshard(model)
+        for name, p in model.named_parameters():
+            if name in undo:
+                undo[name](p)
 
 
-def _exchange(own: torch.Tensor, other: torch.Tensor) -> Callable[[], object]:
-    """Exchanges the values of two shards, or keeps a copy where their dtypes differ; returns what undoes it."""
+def _set_data(parameter: torch.Tensor, *, data: torch.Tensor) -> None:
+    """Gives a parameter other memory."""
+    parameter.data = data
+
+
+def _exchange(own: torch.Tensor, other: torch.Tensor) -> Callable[[torch.Tensor], object]:
+    """Exchanges the values of two shards, or keeps a copy where their dtypes differ.
+
+    Returns what undoes it for the parameter, whose shard may have moved to another device.
+    """
     kept = own.clone()
     own.copy_(other)
     if (own.dtype, own.device) != (other.dtype, other.device):
-        return partial(own.copy_, kept)
+        return lambda parameter: local(parameter.detach()).copy_(kept)
     other.copy_(kept)
-    return partial(_exchange, own, other)
+
+    def undo(parameter: torch.Tensor) -> None:
+        shard = local(parameter.detach())
+        lent = shard.to(other.device, copy=True)
+        shard.copy_(other)
+        other.copy_(lent)
+
+    return undo

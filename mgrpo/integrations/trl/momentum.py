@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mgrpo.config import KernelsConfig, MomentumConfig
 from mgrpo.distributed.sharding import local
-from mgrpo.integrations.shared import momentum_tensors, save_tensors
+from mgrpo.integrations.shared import load_tensors, momentum_tensors, on_host, save_tensors
+from mgrpo.integrations.trl.adapter import MOMENTUM, WEIGHTS, AdapterMomentum, has_momentum_adapter
 from mgrpo.models.momentum import Momentum
 
 FILE = "momentum.safetensors"  # in a checkpoint
@@ -25,7 +24,7 @@ class MomentumCallback(TrainerCallback):
 
     The weights are fp32 whatever the policy's dtype, unless `config` asks for bf16 with stochastic rounding or Kahan
     compensation: plain bf16 would round every update away. Frozen weights are shared with the policy. Under FSDP2 each
-    process averages its own shards.
+    process averages its own shards. Of a peft model with a momentum adapter, that adapter is averaged.
 
     Args:
         config: decay, schedule, storage.
@@ -45,7 +44,8 @@ class MomentumCallback(TrainerCallback):
 
     def start(self, policy: torch.nn.Module) -> None:
         """Copies the policy."""
-        self.momentum = Momentum(policy, self.config, seed=self.seed, kernels=KernelsConfig())
+        kind = AdapterMomentum if has_momentum_adapter(policy) else Momentum
+        self.momentum = kind(policy, self.config, seed=self.seed, kernels=KernelsConfig())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,49 +64,36 @@ class MomentumCallback(TrainerCallback):
             )
         momentum.update(state.global_step - 1, state.max_steps)
 
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Within the block, the policy's module holds the momentum weights."""
-        momentum = self.started
-        parameters = {name: p for name, p in momentum.policy.named_parameters() if name in momentum.weights}
-        if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-            with momentum.swapped():
-                yield
-            return
-        # FSDP2 gathers from the shards' own storage.
-        own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        _write(parameters, momentum.weights)
-        try:
-            yield
-        finally:
-            _write(parameters, own)
+    def lent(self) -> AbstractContextManager[None]:
+        """Within the block, the policy's module computes with the momentum weights."""
+        return self.started.swapped()
 
     def save(self, folder: Path, *, is_main: bool) -> None:
         """Writes the full weights and their Kahan terms into a checkpoint; every process must call it."""
-        tensors = {name: _whole(tensor) for name, tensor in momentum_tensors(self.started).items()}
+        if isinstance(self.started, AdapterMomentum):
+            self.started.save(folder / MOMENTUM, is_main=is_main)
+            return
+        tensors = {name: on_host(tensor) for name, tensor in momentum_tensors(self.started).items()}
         if is_main:
             save_tensors(folder / FILE, tensors)
 
     def load(self, folder: Path, policy: torch.nn.Module) -> None:
         """Restores what `save` wrote, bit for bit; raises FileNotFoundError if there is no file."""
-        path = folder / FILE
+        self.start(policy)
+        is_adapter = isinstance(self.started, AdapterMomentum)
+        path = folder / MOMENTUM / WEIGHTS if is_adapter else folder / FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"MomentumCallback: {path} must exist to resume, it does not. Resume from a checkpoint of MGRPOTrainer."
             )
-        self.start(policy)
-        tensors, wanted = load_file(path), momentum_tensors(self.started)
-        if wanted.keys() != tensors.keys():
-            known = len(wanted.keys() & tensors)
-            raise ValueError(
-                f"MomentumCallback: {path} must hold {len(wanted)} tensors of this model and momentum_dtype, got "
-                f"{len(tensors)}, of which {known} are known. Resume with the options of the run."
-            )
-        _write(wanted, tensors)
+        if isinstance(self.started, AdapterMomentum):
+            self.started.restore(path.parent)
+        else:
+            load_tensors(momentum_tensors(self.started), path)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The full momentum model under every name of the policy's state dict; every process must call it."""
-        return {name: _whole(tensor) for name, tensor in self.started.state_dict().items()}
+        return {name: on_host(tensor) for name, tensor in self.started.state_dict().items()}
 
 
 @torch.no_grad()
@@ -120,19 +107,3 @@ def all_finite(module: torch.nn.Module) -> bool:
         finite = finite.int()
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
     return bool(finite)
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor on the host; every process must call it."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().cpu().contiguous()
-
-
-@torch.no_grad()
-def _write(targets: dict[str, Any], values: dict[str, torch.Tensor]) -> None:
-    """Copies full tensors into full or sharded ones of the same name."""
-    for name, target in targets.items():
-        value = values[name].to(device=target.device, dtype=target.dtype)
-        if isinstance(target, DTensor) and not isinstance(value, DTensor):
-            value = distribute_tensor(value, target.device_mesh, target.placements)
-        target.copy_(value)

@@ -27,6 +27,12 @@ from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.label_text import Label
 from mgrpo.grading.thoughts import decode_responses
 from mgrpo.integrations.shared import credit_metrics, logged, make_truth_reader
+from mgrpo.integrations.trl.adapter import (
+    AdapterMomentum,
+    add_momentum_adapter,
+    base_restored,
+    has_momentum_adapter,
+)
 from mgrpo.integrations.trl.config import MGRPOConfig
 from mgrpo.integrations.trl.momentum import MomentumCallback
 from mgrpo.integrations.versions import require
@@ -115,6 +121,7 @@ class MGRPOTrainer(_GRPOTrainer):
         self.checker = AnswerChecker(mode=answer.equivalence, timeout_s=answer.timeout_s, num_workers=answer.workers)
         num_prompts = self.args.generation_batch_size // self.num_generations
         self.monitor = Monitor(self.recipe.monitor, num_prompts=num_prompts)
+        add_momentum_adapter(self.model, self.recipe.momentum)
         self.momentum = MomentumCallback(self.recipe.momentum, seed=args.seed)
         self.add_callback(self.momentum)
         self._momentum_rollouts: tuple[list[list[int]], list[list[int]]] = ([], [])  # token ids of prompts, responses
@@ -122,6 +129,13 @@ class MGRPOTrainer(_GRPOTrainer):
         self._advantage = self._keep = torch.empty(0)  # [R]
 
     # Rollouts
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates with the weights that the model holds now, which a separate engine gets first."""
+        if not (self.use_vllm and has_momentum_adapter(self.model)):
+            return super()._generate_single_turn(*args, **kwargs)
+        with base_restored(self.model):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Generates momentum rollouts and returns the policy's."""
@@ -297,6 +311,12 @@ class MGRPOTrainer(_GRPOTrainer):
         self.momentum.save(folder, is_main=self.args.should_save)
         super()._save_checkpoint(model, trial)
 
+    def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Loads the policy's adapter too, which transformers forgets where another lies in a folder beside it."""
+        super()._load_from_checkpoint(checkpoint, model)
+        if has_momentum_adapter(self.model) and not self.is_fsdp_enabled:
+            self.model.load_adapter(checkpoint, self.model.active_adapter, is_trainable=True)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Loads the momentum model too."""
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -304,7 +324,12 @@ class MGRPOTrainer(_GRPOTrainer):
             self.momentum.load(Path(checkpoint), self.accelerator.unwrap_model(self.model_wrapped))
 
     def save_momentum_model(self, folder: str | Path) -> None:
-        """Writes the momentum model and the tokenizer for `from_pretrained`; every process must call it."""
+        """Writes the momentum model (or adapter) and the tokenizer for `from_pretrained`; every process must call it."""
+        if isinstance(adapter := self.momentum.started, AdapterMomentum):
+            adapter.save(Path(folder), is_main=self.args.should_save)
+            if self.args.should_save:
+                self.processing_class.save_pretrained(folder)
+            return
         weights = self.momentum.full_state_dict()
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model_wrapped)

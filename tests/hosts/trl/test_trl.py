@@ -235,7 +235,7 @@ def test_clashing_generation_values_do_not_stop_a_save(make_args, tmp_path, capl
 def test_a_checkpoint_without_its_momentum_model_is_refused(make_trainer, tmp_path):
     make_trainer(save_strategy="steps", save_steps=2).train()
     path = tmp_path / "checkpoint-2" / "momentum.safetensors"
-    with pytest.raises(ValueError, match=r"momentum.safetensors must hold 48 tensors .* got 24"):
+    with pytest.raises(ValueError, match=r"momentum.safetensors must hold the 48 tensors .* got 24, of which .*/lost"):
         make_trainer(max_steps=3, momentum_dtype="bf16-kahan").train(resume_from_checkpoint=str(path.parent))
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"momentum.safetensors must exist to resume, it does not"):

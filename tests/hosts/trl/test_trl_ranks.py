@@ -42,7 +42,7 @@ def run(name: str, folder: Path, world: int) -> list[dict]:
 
 @pytest.mark.slow
 def test_two_processes_elect_what_one_does(tmp_path):
-    (alone,), pair = run("ranks.py", tmp_path / "one", 1), run("ranks.py", tmp_path / "two", 2)
+    (alone,), pair = run("trl_ranks.py", tmp_path / "one", 1), run("trl_ranks.py", tmp_path / "two", 2)
     assert pair[0]["credits"] == pair[1]["credits"] == alone["credits"]
     assert [len(credit["labels"]) for credit in alone["credits"]] == [3, 3]
     assert len({str(credit["labels"]) for credit in alone["credits"]}) == 2
@@ -56,10 +56,19 @@ def test_two_processes_elect_what_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_sharded_momentum_is_the_unsharded_one(tmp_path):
-    """FSDP2: averages of shards where they lie, weights lent and given back, a file that holds the whole."""
+    """FSDP2: averages of shards where they lie, weights lent and given back, a file that holds the whole; then
+    trainers of whole weights and of adapters."""
     (alone,), pair = run("shards.py", tmp_path / "one", 1), run("shards.py", tmp_path / "two", 2)
-    assert pair[0] == pair[1]
-    assert {key: value for key, value in pair[0].items() if key != "sharded"} == {
-        key: value for key, value in alone.items() if key != "sharded"
-    }
-    assert pair[0]["sharded"] and not alone["sharded"]
+    assert pair[0]["callback"].pop("sharded") and not alone["callback"].pop("sharded")
+    assert pair[0]["callback"] | pair[1]["callback"] == alone["callback"]
+    for kind in ("whole", "lora"):
+        one, two = alone[kind], pair[0][kind]
+        assert two == pair[1][kind]
+        for found, sharded in ((one, False), (two, True)):
+            assert found["sharded"] == sharded
+            assert found["average"] and found["resumed"] and found["saved"], kind
+        assert [turn for turn, _ in one["logits"]] == [turn for turn, _ in two["logits"]] == [2, 4] * 2
+        for (_, first), (_, second) in zip(one["logits"], two["logits"], strict=True):
+            assert first == pytest.approx(second, rel=1e-3, abs=1e-3)
+        momentum, policy = (values for _, values in two["logits"][2:])
+        assert momentum != pytest.approx(policy, rel=1e-2, abs=1e-2)
