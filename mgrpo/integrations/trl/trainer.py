@@ -324,7 +324,7 @@ class MGRPOTrainer(_GRPOTrainer):
             self.momentum.load(Path(checkpoint), self.accelerator.unwrap_model(self.model_wrapped))
 
     def save_momentum_model(self, folder: str | Path) -> None:
-        """Writes the momentum model (or adapter) and the tokenizer for `from_pretrained`; every process must call it."""
+        """Writes the momentum model, or adapter, and the tokenizer for `from_pretrained`; every rank must call it."""
         if isinstance(adapter := self.momentum.started, AdapterMomentum):
             adapter.save(Path(folder), is_main=self.args.should_save)
             if self.args.should_save:

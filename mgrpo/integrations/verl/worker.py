@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +56,12 @@ class EngineMomentum:
             self.step += 1
         return norm
 
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Within the block, the policy's `state_dict`, which verl sends to its engine, is the momentum model."""
-        module = self.engine.module
-        policy = module.state_dict()
-        weights = {name: tensor.to(policy[name].dtype) for name, tensor in self.momentum.state_dict().items()}
-        module.state_dict = lambda *_, **__: weights
-        try:
-            yield
-        finally:
-            del module.state_dict
+    def lent(self) -> AbstractContextManager[None]:
+        """Within the block, the policy's weights, or its adapter's, which verl sends to its engine, are the averages.
+
+        They are exchanged in place, because verl reads an adapter from several places, and merges it where asked.
+        """
+        return self.momentum.swapped()
 
     def save(self, folder: Path) -> None:
         """Writes this process's shards, their Kahan terms and the step into a temporary file, then renames it."""

@@ -76,7 +76,7 @@ def step(worker, *, scale=1.0) -> None:
     """One optimiser step of verl's engine on made-up gradients."""
     engine = worker.actor.engine
     generator = torch.Generator().manual_seed(0)
-    for parameter in engine.module.parameters():
+    for parameter in filter(lambda p: p.requires_grad, engine.module.parameters()):
         parameter.grad = torch.zeros_like(parameter)
         local = parameter.grad.to_local()
         local.copy_(torch.randn(local.shape, generator=generator) * scale)
@@ -145,10 +145,55 @@ def test_the_rollout_engine_is_filled_with_either_model(make_worker):
 
 
 def test_the_policy_is_back_when_the_engine_fails(make_worker):
-    worker = make_worker()
+    worker = make_worker(mgrpo__momentum__decay=0.9)
+    step(worker)
+    trained, averaged = policy(worker), momentum(worker)
     with pytest.raises(ZeroDivisionError), worker.momentum.lent():
+        assert all(torch.equal(value, averaged[name]) for name, value in policy(worker).items())
         _ = 1 / 0
-    assert "state_dict" not in vars(worker.actor.engine.module)
+    assert all(torch.equal(value, trained[name]) for name, value in policy(worker).items())
+    assert all(torch.equal(value, averaged[name]) for name, value in momentum(worker).items())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_of_an_adapter_alone_the_average_is_taken_sent_and_saved(make_worker, tmp_path, merged):
+    """verl's LoRA: the engine gets A and B, or with `lora.merge` the weights that they are merged into."""
+    worker = make_worker(
+        mgrpo__momentum__decay=0.5,
+        actor_rollout_ref__actor__optim__lr=0.01,
+        actor_rollout_ref__model__lora_rank=4,
+        actor_rollout_ref__model__lora__merge=str(merged),
+    )
+    start, module = policy(worker), worker.actor.engine.module
+    adapter = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert momentum(worker).keys() == adapter and len(adapter) == 28 and all("lora_" in name for name in adapter)
+    step(worker)
+    averaged, trained = momentum(worker), policy(worker)
+    for name in adapter:
+        torch.testing.assert_close(averaged[name], 0.5 * start[name] + 0.5 * trained[name], rtol=1e-6, atol=1e-7)
+    worker.rollout, worker.layered_summon, worker.peft_merge, worker.base_sync_done = Recorder(), False, merged, True
+    sent = []
+    for update in (worker.update_momentum_weights(global_steps=1), worker.update_weights(mode="naive")):
+        asyncio.run(update)
+        sent.append(worker.rollout.weights)
+    for found, source in zip(sent, (averaged, trained), strict=True):
+        if merged:
+            layer = "base_model.model.model.layers.0.self_attn.q_proj"
+            lora_a, lora_b = (source[f"{layer}.{part}.default.weight"] for part in ("lora_A", "lora_B"))
+            weight = start[f"{layer}.base_layer.weight"] + 4.0 * lora_b @ lora_a  # lora_alpha 16 of rank 4
+            got = found["model.layers.0.self_attn.q_proj.weight"].float()
+            change = weight - start[f"{layer}.base_layer.weight"]
+            assert (got - weight).norm() < 0.1 * change.norm()  # verl sends bf16
+        else:
+            assert {name.replace(".weight", ".default.weight") for name in found} == adapter
+            assert all(torch.equal(found[name.replace(".default", "")], source[name]) for name in adapter)
+    assert all(torch.equal(value, trained[name]) for name, value in policy(worker).items())  # the base too
+    assert all(torch.equal(value, averaged[name]) for name, value in momentum(worker).items())
+    worker.save_checkpoint(str(tmp_path / "actor"), global_step=1)
+    step(worker)
+    worker.load_checkpoint(str(tmp_path / "actor"))
+    assert all(torch.equal(value, averaged[name]) for name, value in momentum(worker).items())
+    assert all(torch.equal(value, trained[name]) for name, value in policy(worker).items())
 
 
 def test_weights_lent_have_the_policys_dtype():
