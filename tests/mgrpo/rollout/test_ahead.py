@@ -220,7 +220,7 @@ def test_options_that_do_not_go_with_it_are_refused_by_name(small, changes, mess
 
 
 def test_it_needs_one_process(small):
-    with pytest.raises(ConfigError, match="config: --rollout.ahead needs one process, got 2"):
+    with pytest.raises(ConfigError, match=r"config: --rollout\.ahead needs one process, got 2"):
         small(OPTIONS | {"distributed.processes": 2})
 
 
