@@ -44,7 +44,9 @@ def tell_apart_tiny_numbers() -> None:
     """Makes math-verify compare numbers that it would round to zero by relative precision."""
     import sympy
 
-    grader: Any = sys.modules["math_verify.grader"]
+    grader: Any = sys.modules.get("math_verify.grader")
+    if grader is None:
+        return
     rounded = grader.sympy_numeric_eq
 
     def is_other(one: Any, other: Any) -> bool:

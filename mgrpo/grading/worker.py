@@ -1,7 +1,7 @@
 """Compares two answers, or makes the fingerprint of one, in a process that can be killed.
 
 `EquivalenceWorker` runs in the trainer, `serve` in the worker process, which runs this file as a script. Each message
-on the pipe is a line of JSON. Only the standard library is imported at the top, so that a
+on the pipe is JSON behind a 4-byte big-endian length. Only the standard library is imported at the top, so that a
 worker starts in half a second and holds no torch state.
 """
 
@@ -17,14 +17,16 @@ import logging
 import os
 import resource
 import select
+import selectors
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 MEMORY_LIMIT_BYTES = 2 << 30
 # A worker that holds more than this after a pair is replaced, because it would leave too little for the next.
@@ -88,24 +90,31 @@ class EquivalenceWorker:
 
     def _ask(self, *forms: str) -> Any:
         """The reply on a pair or on one form; asks a second time where the process ended."""
-        for is_last in (False, True):
+        try:
             try:
                 return self._exchange(forms)
-            except _LostError as error:  # perhaps killed or stopped from outside, for no fault of these forms
+            except _LostError:
+                # It may have been killed or stopped from outside, for no fault of these forms.
                 self.close()
-                if is_last:
-                    raise WorkerError(f"the worker process {error} on {_join(forms)}") from error
-            except BaseException:
-                # Else a late reply would be read as that of the next pair, and memory or stack may still be short.
-                self.close()
-                raise
+                return self._exchange(forms)
+        except _LostError as error:
+            self.close()
+            raise WorkerError(f"the worker process {error} on {_join(forms)}") from error
+        except BaseException:
+            # Else a late reply would be read as that of the next pair, and memory or stack may still be short.
+            self.close()
+            raise
 
     def close(self) -> None:
         """Kills the process and waits for its end; the next pair starts a new one."""
         process, self._process = self._process, None
-        if process is not None:
-            with process:  # closes its pipes and waits
-                process.kill()
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
 
     def _exchange(self, forms: tuple[str, ...]) -> Any:
         """Sends one pair or form and returns the result or fingerprint."""
@@ -179,23 +188,31 @@ def _join(forms: tuple[str, ...]) -> str:
 
 def _pack(message: Any) -> bytes:
     """Encodes one message."""
-    return json.dumps(message).encode() + b"\n"
+    body = json.dumps(message).encode()
+    return struct.pack(">I", len(body)) + body
 
 
 def _receive(process: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]:
     """Reads one message of the worker within the limit."""
-    pipe, data = process.stdout, b""
+    pipe = process.stdout
     assert pipe is not None
-    deadline, ready = time.monotonic() + limit_s, select.poll()
-    ready.register(pipe, select.POLLIN)
-    while not data.endswith(b"\n"):
-        if not ready.poll(1000 * max(0.0, deadline - time.monotonic())):
-            raise TimeoutError(f"no reply of the worker within {limit_s} s")
-        chunk = pipe.read(1 << 16)  # what is there, because the pipe has no buffer
-        if not chunk:
-            raise EOFError("the worker closed its pipe")
-        data += chunk
-    return json.loads(data)
+    deadline = time.monotonic() + limit_s
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+
+        def read(size: int) -> bytes:
+            data = b""
+            while len(data) < size:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError(f"no reply of the worker within {limit_s} s")
+                chunk = pipe.read(size - len(data))
+                if not chunk:
+                    raise EOFError("the worker closed its pipe")
+                data += chunk
+            return data
+
+        (size,) = struct.unpack(">I", read(4))
+        return json.loads(read(size))
 
 
 def serve(timeout_s: float, hang_s: float) -> None:
@@ -206,6 +223,7 @@ def serve(timeout_s: float, hang_s: float) -> None:
         signal.signal(number, signal.SIG_IGN)
     for limit in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(limit, signal.SIG_DFL)
+    requests = sys.stdin.buffer
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     # Output of the libraries must not mix with the messages.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -218,12 +236,12 @@ def serve(timeout_s: float, hang_s: float) -> None:
         replies.write(_pack({"error": f"{type(error).__name__}: {error}"}))
         return
     replies.write(_pack({"ready": True}))
-    for request in sys.stdin.buffer:
+    while (forms := _read_request(requests)) is not None:
         # By default both signals end the process: at its limit, and where it outlives its parent.
         signal.setitimer(signal.ITIMER_PROF, timeout_s)
         signal.setitimer(signal.ITIMER_REAL, hang_s + 1)
         try:
-            reply = {"answer": answer(*json.loads(request)), "spent": _address_space() > MEMORY_KEPT_BYTES}
+            reply = {"answer": answer(*forms), "spent": _address_space() > MEMORY_KEPT_BYTES}
         except Exception as error:
             reply = {"error": type(error).__name__}
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -252,6 +270,14 @@ def _address_space() -> int:
         return 0
 
 
+def _read_request(requests: BinaryIO) -> list[str] | None:
+    """Reads one pair or form, None at the end of the stream."""
+    header = requests.read(4)
+    if len(header) < 4:
+        return None
+    return json.loads(requests.read(struct.unpack(">I", header)[0]))
+
+
 def _import_sibling(name: str) -> Any:
     """Imports a module of this folder, never an installed one of the same name."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -260,6 +286,14 @@ def _import_sibling(name: str) -> Any:
         module = sys.modules.setdefault(package, types.ModuleType(package))
         module.__path__ = [folder]
     return importlib.import_module(f"mgrpo.grading.{name}")
+
+
+def _keep_letters(config: Any) -> Any:
+    """The configuration without math-verify's units, which match products too (3ab, 60t); units are dropped before."""
+    normalization = getattr(config, "normalization_config", None)
+    if normalization is None:
+        return config
+    return dataclasses.replace(config, normalization_config=dataclasses.replace(normalization, units=False))
 
 
 def _load_comparison() -> Callable[..., Any]:
@@ -282,11 +316,7 @@ def _load_comparison() -> Callable[..., Any]:
         except Exception:
             return failed
 
-    # math-verify's units match products too (3ab, 60t); ours were dropped before.
-    latex = LatexExtractionConfig()
-    latex = dataclasses.replace(
-        latex, normalization_config=dataclasses.replace(latex.normalization_config, units=False)
-    )
+    latex = _keep_letters(LatexExtractionConfig())
 
     # math-verify's own time limits are off, because they use the alarm that guards the whole pair.
     def parse_as(text: str, config: Any) -> list[Any]:
