@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mgrpo.distributed.environment import without_launcher
 from mgrpo.errors import EngineError
 from mgrpo.process.signals import WARNINGS, end_with_parent
 from mgrpo.rollout.stop import StopTexts
@@ -52,7 +53,7 @@ class ServerProcess:
             "worker_extension_cls": EXTENSION,
             **options,
         }
-        environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment = without_launcher(os.environ) | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         if device:
             environment["CUDA_VISIBLE_DEVICES"] = device
