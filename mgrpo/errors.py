@@ -57,6 +57,10 @@ class ParityError(StaleWeightsError):
     """The engine's log-probs differ from the model's, so its rollouts cannot be trained on."""
 
 
+class PeerError(EngineError):
+    """Another process of the run has failed in what all do at once; its own error says why."""
+
+
 class StorageError(OSError):
     """Writing to the run directory failed."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mgrpo import errors
 from mgrpo.distributed.world import World
-from mgrpo.errors import ConfigError, EngineError
+from mgrpo.errors import ConfigError, EngineError, PeerError
 
 
 def on_first(world: World, question: Callable[[], Any]) -> Any:
@@ -25,10 +26,17 @@ def on_first(world: World, question: Callable[[], Any]) -> Any:
     return value
 
 
-def raise_together(world: World, error: EngineError | None) -> None:
-    """Raises an engine's error on all ranks where any has one: its own, or the lowest rank's."""
-    found = [other for other in world.gather_json(_described(error)) if other]
-    _raise(error, found[0] if found else None)
+@contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """After the block, raises an engine's error on all ranks where any has one: its own, or the lowest rank's."""
+    error: EngineError | None = None
+    try:
+        yield
+    except EngineError as problem:
+        error = problem
+    own = None if isinstance(error, PeerError) else error
+    found = [other for other in world.gather_json(_described(own)) if other]
+    _raise(own if found else error, found[0] if found else None)
 
 
 def _described(error: Exception | None) -> list[Any] | None:

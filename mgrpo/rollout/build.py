@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from mgrpo.config import EngineConfig
+from mgrpo.distributed.together import failing_together
+from mgrpo.distributed.world import ALONE, World
 from mgrpo.errors import EngineError
 from mgrpo.models.load import LoadedModel
 from mgrpo.rollout.engine import Engine
+from mgrpo.rollout.ranks import FirstRankEngine, RankedEngine
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.rollout.vllm.local import VllmEngine
@@ -17,45 +22,82 @@ from mgrpo.rollout.vllm.process import ServerProcess
 from mgrpo.rollout.vllm.server import EnginePair, ServerEngine
 
 
-def start_engine(loaded: LoadedModel, config: EngineConfig, *, stop: StopTexts | None, max_length: int) -> Engine:
-    """The engine of a configuration.
+def start_engine(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    *,
+    stop: StopTexts | None,
+    max_length: int,
+    world: World = ALONE,
+    tree: bool = False,
+) -> Engine:
+    """The engine of a configuration; with several ranks, or in tree mode, the engine of all.
 
     Args:
-        loaded: model to generate with, and its tokenizer.
+        loaded: model to generate with, whole, and its tokenizer.
         config: the engine's options.
         stop: texts that end a response.
         max_length: tokens of the longest prompt and response together.
+        world: of the run.
+        tree: generate so that the bits do not depend on the number of ranks.
 
     Raises:
-        EngineError: the engine cannot be started.
+        EngineError: the engine cannot be started, on any rank.
     """
     c = config
-    model: dict[str, Any] = {"eos_ids": loaded.eos_ids, "pad_id": loaded.pad_id, "stop": stop}
-    if c.name == "transformers":
-        return TransformersEngine(loaded.model, **model, dtype=loaded.dtype, batch_size=c.batch_size)
-    model |= {"dtype": loaded.dtype, "max_length": max_length, "timeout_s": c.timeout_s}
+    model: dict[str, Any] = {"eos_ids": loaded.eos_ids, "pad_id": loaded.pad_id, "stop": stop, "world": world}
+    if c.name == "vllm":
+        model |= {"max_length": max_length, "timeout_s": c.timeout_s}
+        if c.placement != "one-engine":
+            make = partial(_connect_servers, loaded, c, model)
+            return FirstRankEngine(make, world, loaded.dtype) if world.size > 1 else make()
+
+    def make_own() -> Engine:
+        if c.name == "transformers":
+            return TransformersEngine(loaded.model, **model, dtype=loaded.dtype, batch_size=c.batch_size)
+        return VllmEngine(
+            loaded.model, **model, dtype=loaded.dtype, options=vllm_options(loaded, c, max_length=max_length)
+        )
+
+    return make_ranked(make_own, world, tree=tree)
+
+
+def make_ranked(make: Callable[[], Engine], world: World, *, tree: bool) -> Engine:
+    """Makes an engine on each rank; the engine of all ranks, or in a world of one the engine itself.
+
+    Raises:
+        EngineError: on all ranks, if that of one cannot be made.
+    """
+    engines = []
+    with failing_together(world):
+        engines.append(make())
+    return RankedEngine(engines[0], world, tree=tree) if tree or world.size > 1 else engines[0]
+
+
+def _connect_servers(loaded: LoadedModel, c: EngineConfig, model: Mapping[str, Any]) -> Engine:
+    """The engine of one or two servers, which run already or are started here."""
     on_gpu = next(loaded.model.parameters()).device.type == "cuda"
-    if c.placement != "one-engine":
-        if c.transfer == "nccl" and not on_gpu:
-            raise EngineError("start: --engine.transfer nccl needs the model on a GPU. Take --engine.transfer http.")
-        model |= {"weights_host": c.weights_host, "transfer": c.transfer}
+    if c.transfer == "nccl" and not on_gpu:
+        raise EngineError("start: --engine.transfer nccl needs the model on a GPU. Take --engine.transfer http.")
+    connect = partial(
+        ServerEngine, loaded.model, **model, dtype=loaded.dtype, weights_host=c.weights_host, transfer=c.transfer
+    )
     if c.placement == "server":
-        engines = [ServerEngine(loaded.model, **model, url=url) for url in c.servers]
+        engines = [connect(url=url) for url in c.servers]
         return engines[0] if len(engines) == 1 else EnginePair(*engines)
-    options = vllm_options(loaded, config, max_length=max_length)
-    if c.placement == "one-engine":
-        return VllmEngine(loaded.model, **model, options=options)
+    max_length = model["max_length"]
+    options = vllm_options(loaded, c, max_length=max_length)
     if c.transfer == "nccl":
         options["weight_transfer_config"] = '{"backend": "nccl"}'
     processes: list[ServerProcess] = []
     try:
         for i in range(2):
             device = c.devices[i] if c.devices else ""
-            start: dict[str, Any] = {"max_length": max_length, "options": options, "device": device, "stop": stop}
-            processes.append(ServerProcess(loaded.model, dtype=loaded.dtype, **start))
+            start: dict[str, Any] = {"max_length": max_length, "options": options, "device": device}
+            processes.append(ServerProcess(loaded.model, dtype=loaded.dtype, stop=model["stop"], **start))
         for process in processes:
             process.wait()
-        engines = [ServerEngine(loaded.model, **model, url=process.url, process=process) for process in processes]
+        engines = [connect(url=process.url, process=process) for process in processes]
     except BaseException:
         for process in processes:
             process.close()

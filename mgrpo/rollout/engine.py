@@ -6,7 +6,7 @@ Letters: B prompts, n rollouts a prompt, L longest response in tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -14,21 +14,6 @@ from mgrpo.errors import EngineError, StaleWeightsError
 from mgrpo.types import Rollouts, Sampling, WeightTag
 
 Shapes = Mapping[str, tuple[int, ...]]
-Weights = Sequence[tuple[str, torch.Tensor]]
-
-
-class NamedWeights(Sequence[tuple[str, torch.Tensor]]):
-    """Names and tensors of a state dict in an order; a tensor is read when its turn comes."""
-
-    def __init__(self, weights: Mapping[str, torch.Tensor], names: Sequence[str]):
-        self._weights, self._names = weights, names
-
-    def __getitem__(self, index: Any) -> Any:
-        name = str(self._names[index])
-        return name, self._weights[name].detach()
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class Engine(Protocol):
@@ -42,12 +27,19 @@ class Engine(Protocol):
     """Whether the engine's log-probs are the model's, so that they can be compared with the trainer's."""
 
     def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
-        """Replaces the weights by a full state dict. Shared tensors must not change until the next update."""
+        """Replaces the weights by a full state dict. Shared tensors must not change until the next update.
+
+        With several ranks weights may be sharded, and every rank calls it: distributed/exchange.py gathers them.
+        """
         ...
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
         """Samples n responses to each of B prompts; raises StaleWeightsError unless it holds the weights of `tag`."""
         ...
+
+    def parts(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Indices of prompts by the copy of the weights that generates them."""
+        return [list(range(len(prompts)))]
 
     def sleep(self) -> None:
         """Frees memory until the next update, if the engine can."""

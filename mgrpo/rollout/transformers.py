@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mgrpo.distributed.sharding import whole
+from mgrpo.distributed.exchange import WeightStream
+from mgrpo.distributed.world import ALONE, World
 from mgrpo.models.adapter import adapted_layers
 from mgrpo.rollout.decoding_trial import choose_way, tolerates_cast, trial_logprobs
 from mgrpo.rollout.draws import uniform
@@ -43,7 +44,9 @@ class TransformersEngine(Engine):
         dtype: torch.dtype,
         batch_size: int,
         stop: StopTexts | None = None,
+        world: World = ALONE,
     ):
+        self.world = world
         # The frozen weights of a model with adapters are the caller's own, and no update replaces them.
         own = [] if not adapted_layers(model) else [p for p in model.parameters() if not p.requires_grad]
         self.fixed = {id(p): p for p in own}
@@ -76,12 +79,15 @@ class TransformersEngine(Engine):
 
         Of a model with adapters these are A and B, under the names of the policy's parameters.
         """
-        own: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
-        if self.fixed:  # then buffers do not change either
-            own = {name: p for name, p in self.model.named_parameters() if id(p) not in self.fixed}
-        check_weights(weights, {name: tuple(target.shape) for name, target in own.items()})
-        for target, name in {target: name for name, target in own.items()}.items():  # a tied weight once
-            target.data = whole(weights[name].detach()).to(device=target.device, dtype=target.dtype)
+        with WeightStream(weights, self.world, dtype=next(self.model.parameters()).dtype) as stream:
+            own: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
+            if self.fixed:  # then buffers do not change either
+                own = {name: p for name, p in self.model.named_parameters() if id(p) not in self.fixed}
+            check_weights(weights, {name: tuple(target.shape) for name, target in own.items()})
+            once = set({target: name for name, target in own.items()}.values())  # a tied weight
+            for name, tensor in stream:
+                if name in once:
+                    own[name].data = tensor.to(device=own[name].device, dtype=own[name].dtype)
         self.held = tag
 
     @torch.inference_mode()

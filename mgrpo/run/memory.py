@@ -151,7 +151,8 @@ def decoded_together(c: Config, job: Job) -> int:
 def _vllm_parts(c: Config, job: Job, weights: int) -> list[Part]:
     """Memory of vLLM on the trainer's device, or of the weights on their way to engines elsewhere."""
     if c.engine.servers or c.engine.devices:
-        return [Part("weights on their way to vLLM", 2 * weights, "rollout", on_host=True)]
+        name = "weights on their way to vLLM" + ", of rank 0" * (job.ranks > 1)
+        return [Part(name, weights, "rollout", on_host=True, once=True)]
     engines = 2 if c.engine.placement == "two-engines" else 1
     if c.engine.kv_cache_gib or not job.on_gpu or job.device_memory is None:
         cache = int((c.engine.kv_cache_gib or 1) * 2**30)

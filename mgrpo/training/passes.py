@@ -146,23 +146,31 @@ class Passes:
         """Differences of the engine's log-probs under both models from the trainer's, of rollouts by those of now."""
         c, engine = self.config.rollout, self.engine
 
-        def compare(rows: torch.Tensor, expected: torch.Tensor, source: Source) -> float:
-            return check_parity(
-                t.rollout_logprob[rows],
-                expected[rows],
-                t.mask[rows],
-                dtype=self.loaded.dtype,
-                tag=WeightTag(source, t.version),
-                shared=engine.weights_are_shared,
-                top_p=c.top_p,
+        def compare(parts: list[torch.Tensor], expected: torch.Tensor, source: Source) -> float:
+            return max(
+                check_parity(
+                    t.rollout_logprob[rows],
+                    expected[rows],
+                    t.mask[rows],
+                    dtype=self.loaded.dtype,
+                    tag=WeightTag(source, t.version),
+                    shared=engine.weights_are_shared,
+                    top_p=c.top_p,
+                )
+                for rows in parts
             )
 
         from_momentum = t.is_momentum.flatten()
-        metrics: Metrics = {"parity_policy": compare((~from_momentum).nonzero().flatten(), old, "policy")}
+        prompt = torch.arange(len(t.prompts)).repeat_interleave(t.is_momentum.shape[1])
+        # Each copy of the weights alone: among many, the mean would hide a stale one.
+        parts = [torch.isin(prompt, torch.tensor(part)) for part in engine.parts(t.prompts)]
+        policy = [(part & ~from_momentum).nonzero().flatten() for part in parts]
+        metrics: Metrics = {"parity_policy": compare(policy, old, "policy")}
         if c.num_momentum:
-            rows = from_momentum.nonzero().flatten()[:PARITY_ROWS]
+            momentum = [(part & from_momentum).nonzero().flatten()[:PARITY_ROWS] for part in parts]
             with self.momentum.swapped():
-                metrics["parity_momentum"] = compare(rows, self.logprobs(t, rows=rows).logprob, "momentum")
+                expected = self.logprobs(t, rows=torch.cat(momentum).sort().values).logprob
+            metrics["parity_momentum"] = compare(momentum, expected, "momentum")
         return metrics
 
     def _per_trajectory(self, values: torch.Tensor, t: TrajectoryBatch, reduce: str = "mean") -> torch.Tensor:

@@ -29,10 +29,9 @@ from mgrpo.observe.retention import Retention
 from mgrpo.observe.step import mean, step_metrics
 from mgrpo.observe.timer import Timer
 from mgrpo.rollout.ahead import RolloutsAhead
-from mgrpo.rollout.build import start_engine
+from mgrpo.rollout.build import make_ranked, start_engine
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.generator import Generator
-from mgrpo.rollout.ranks import RankedEngine
 from mgrpo.rollout.source import RolloutsNow, RolloutSource
 from mgrpo.rollout.stop import StopTexts, make_stop
 from mgrpo.training.grader import Grader
@@ -195,13 +194,12 @@ class Trainer:
     def _start_engine(
         self, make_engine: Callable[[LoadedModel, Config], Engine] | None, stop: StopTexts | None
     ) -> Engine:
-        """This rank's engine; with several ranks, or in tree mode, the engine of all."""
-        if make_engine:
-            engine = make_engine(self.loaded, self.config)
-        else:
-            engine = start_engine(self.loaded, self.config.engine, stop=stop, max_length=self._longest())
+        """The engine, of all ranks where there are several."""
         tree = self.config.distributed.tree
-        return RankedEngine(engine, self.world, tree=tree) if tree or self.world.size > 1 else engine
+        if make_engine:
+            return make_ranked(partial(make_engine, self.loaded, self.config), self.world, tree=tree)
+        options = {"stop": stop, "max_length": self._longest(), "world": self.world, "tree": tree}
+        return start_engine(self.loaded, self.config.engine, **options)
 
     def _make_source(self) -> RolloutSource:
         """Rollouts of now, or of the step before."""

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mgrpo.distributed.exchange import WeightStream
+from mgrpo.distributed.world import World
 from mgrpo.errors import EngineError
 from mgrpo.models.adapter import plain_state_dict
-from mgrpo.rollout.engine import Engine, NamedWeights, Weights, check_tag, check_weights
+from mgrpo.rollout.engine import Engine, check_tag
 from mgrpo.rollout.stop import StopTexts
+from mgrpo.rollout.weights.sending import sending
 from mgrpo.types import Rollouts, Sampling, WeightTag
 
 # How often empty sequences and those with non-finite log-probs are drawn again.
@@ -44,7 +47,17 @@ class Response(NamedTuple):
 class CheckedEngine(Engine, ABC):
     """Rollouts from vLLM with the weights of the last update."""
 
-    def __init__(self, model: torch.nn.Module, *, eos_ids: Sequence[int], pad_id: int, stop: StopTexts | None = None):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        dtype: torch.dtype,
+        stop: StopTexts | None,
+        world: World,
+    ):
+        self.dtype, self.world = dtype, world
         self.eos_ids, self.pad_id, self.stop = sorted({*eos_ids, *(stop.token_ids if stop else ())}), pad_id, stop
         self.shapes = {name: tuple(tensor.shape) for name, tensor in plain_state_dict(model).items()}
         self.vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
@@ -55,11 +68,8 @@ class CheckedEngine(Engine, ABC):
     def update_weights(self, weights: Mapping[str, torch.Tensor], tag: WeightTag) -> None:
         """Sends a full state dict: every name, tied ones twice, because vLLM does not report missing ones."""
         self.held = None
-        check_weights(weights, self.shapes)
-        # Their non-finite keys and values would stay in vLLM's KV cache and spoil later rollouts.
-        if infinite := _not_finite(weights):
-            raise EngineError(f"update_weights: weights must be finite, {infinite} is not.")
-        self._send_weights(NamedWeights(weights, list(self.shapes)), str(tag))
+        with sending(weights, self.shapes, self.world, self.dtype) as stream:
+            self._send_weights(stream, str(tag))
         self.held = tag
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, tag: WeightTag) -> Rollouts:
@@ -98,7 +108,7 @@ class CheckedEngine(Engine, ABC):
         return {"kv_cache_usage": self.kv_cache_usage, "redrawn": self.redrawn}
 
     @abstractmethod
-    def _send_weights(self, weights: Weights, version: str) -> None:
+    def _send_weights(self, weights: WeightStream, version: str) -> None:
         """Replaces the weights in vLLM and empties its prefix cache."""
 
     @abstractmethod
@@ -151,16 +161,6 @@ class CheckedEngine(Engine, ABC):
             num_per_prompt=n,
             tag=tag,
         )
-
-
-@torch.no_grad()
-def _not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
-    """Name of the first tensor that holds an infinity or NaN; waits for a device once."""
-    names = [name for name, tensor in weights.items() if tensor.is_floating_point()]
-    device = weights[names[0]].device
-    largest = [torch.linalg.vector_norm(weights[name], torch.inf).float() for name in names]
-    finite = torch.stack([norm.to(device) for norm in largest]).isfinite().tolist()
-    return next((name for name, is_finite in zip(names, finite, strict=True) if not is_finite), None)
 
 
 class Progress(tqdm):

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mgrpo.distributed.exchange import WeightStream
+from mgrpo.distributed.world import ALONE, World
 from mgrpo.errors import EngineError, StaleWeightsError
-from mgrpo.rollout.engine import Weights
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm.base import CACHE_REFUSED, CheckedEngine, Progress, Response
 from mgrpo.rollout.weights.in_process import make_writer
@@ -45,10 +46,15 @@ class VllmEngine(CheckedEngine):
         options: Mapping[str, Any],
         timeout_s: float = 600.0,
         stop: StopTexts | None = None,
+        world: World = ALONE,
         make_llm: Any = None,
     ):
-        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id, stop=stop)
+        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id, dtype=dtype, stop=stop, world=world)
         self.timeout_s = timeout_s
+        if world.size > 1:
+            if options.get("tensor_parallel_size", 1) != 1:
+                raise EngineError("start: vLLM in the process of each rank must have tensor_parallel_size 1.")
+            options = {**options, "distributed_executor_backend": "external_launcher"}  # keeps the run's groups
         self._folder = TemporaryDirectory(prefix="mgrpo-vllm-")
         arguments = describe_model(model, self._folder.name, dtype, max_length, stop) | {"disable_log_stats": False}
         self._sleeps = bool(options.get("enable_sleep_mode"))
@@ -57,7 +63,7 @@ class VllmEngine(CheckedEngine):
             self._llm = (make_llm or start)(**(arguments | dict(options)))
         self._write = make_writer(self._llm)
 
-    def _send_weights(self, weights: Weights, version: str) -> None:
+    def _send_weights(self, weights: WeightStream, version: str) -> None:
         with _keeping_process_state(), _engine_errors("update_weights"):
             if self._asleep:
                 self._llm.wake_up()
@@ -147,7 +153,8 @@ class VllmEngine(CheckedEngine):
         super().close()
         self._folder.cleanup()
         core: Any = getattr(self._llm.llm_engine, "engine_core", None)
-        if hasattr(core, "shutdown"):
+        # With several ranks it would end the process groups of the run; then the end of the process frees the memory.
+        if hasattr(core, "shutdown") and self.world.size == 1:
             with _engine_errors("close"):
                 core.shutdown()
 

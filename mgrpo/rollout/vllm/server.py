@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 import torch
 
+from mgrpo.distributed.exchange import WeightStream
+from mgrpo.distributed.world import ALONE, World
 from mgrpo.errors import EngineError, StaleWeightsError
-from mgrpo.rollout.engine import Engine, Weights
+from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.stop import StopTexts
 from mgrpo.rollout.vllm.base import CACHE_REFUSED, CheckedEngine, Progress, Response
 from mgrpo.rollout.vllm.client import HttpClient
@@ -49,9 +51,10 @@ class ServerEngine(CheckedEngine):
         timeout_s: float = 600.0,
         process: ServerProcess | None = None,
         stop: StopTexts | None = None,
+        world: World = ALONE,
     ):
-        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id, stop=stop)
-        self.dtype, self.timeout_s, self.process = dtype, timeout_s, process
+        super().__init__(model, eos_ids=eos_ids, pad_id=pad_id, dtype=dtype, stop=stop, world=world)
+        self.timeout_s, self.process = timeout_s, process
         self._http = HttpClient(url, last_words=process.last_words) if process else HttpClient(url)
         self._host, self._transfer = weights_host, transfer
         self._nccl: NcclSender | None = None
@@ -61,26 +64,26 @@ class ServerEngine(CheckedEngine):
             raise EngineError(f"start: {url} must take {max_length} tokens, it takes {card['max_model_len']}.")
         self._state("start")
 
-    def _send_weights(self, weights: Weights, version: str) -> None:
+    def _send_weights(self, weights: WeightStream, version: str) -> None:
         call = partial(self._http.call, what="update_weights", timeout_s=self.timeout_s)
         call("/pause?mode=abort", {})
         if self._transfer == "nccl":
             self._broadcast(weights, version)
         else:
-            with offer(weights, self.dtype, self._host) as (url, sha256):
+            with offer(weights, self.shapes, self.dtype, self._host) as (url, sha256):
                 call("/collective_rpc", {"method": "mgrpo_load", "args": [url, sha256, version]})
         emptied = call("/reset_prefix_cache", {})
         if isinstance(emptied, dict) and emptied.get("success") is False:
             raise EngineError(CACHE_REFUSED)
         call("/resume", {})
 
-    def _broadcast(self, weights: Weights, version: str) -> None:
+    def _broadcast(self, weights: WeightStream, version: str) -> None:
         """Sends weights from GPU to GPU; the first call makes the group. Meanwhile the server has no version."""
         name = partial(self._http.call, "/collective_rpc", what="update_weights", timeout_s=self.timeout_s)
         name({"method": "mgrpo_name", "args": [""]})
         if self._nccl is None:
             num_workers = self._http.call("/get_world_size", what="start")["world_size"]
-            self._nccl = NcclSender(self._http.url, self._host, num_workers, self.dtype)
+            self._nccl = NcclSender(self._http.url, self._host, num_workers, self.dtype, self.shapes)
         self._nccl.send(weights)
         name({"method": "mgrpo_name", "args": [version]})
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import math
 import secrets
+import struct
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
-from mgrpo.rollout.engine import Weights
+from mgrpo.distributed.exchange import WeightStream
+from mgrpo.rollout.engine import Shapes
+
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
 
 
 @contextlib.contextmanager
-def offer(weights: Weights, dtype: torch.dtype, host: str) -> Iterator[tuple[str, str]]:
+def offer(weights: WeightStream, shapes: Shapes, dtype: torch.dtype, host: str) -> Iterator[tuple[str, str]]:
     """Serves a safetensors file of the weights within the block; yields its URL and SHA-256."""
-    # Copies, because safetensors refuses tied weights, two names of one storage.
-    data = save({name: tensor.to("cpu", dtype, copy=True).contiguous() for name, tensor in weights})
+    data = _make_file(weights, shapes, dtype)
     path = f"/{secrets.token_urlsafe(32)}"
 
     class Handler(BaseHTTPRequestHandler):
@@ -44,3 +48,25 @@ def offer(weights: Weights, dtype: torch.dtype, host: str) -> Iterator[tuple[str
         finally:
             server.shutdown()
             thread.join()
+
+
+@torch.no_grad()
+def _make_file(weights: WeightStream, shapes: Shapes, dtype: torch.dtype) -> memoryview:
+    """The bytes of a safetensors file, all tensors in one dtype; a tied weight is there under each of its names.
+
+    The package's own writer takes all tensors at once, and so needs the memory of the model twice.
+    """
+    header, size = dict[str, Any](), 0
+    for name in weights.names:
+        end = size + math.prod(shapes[name]) * dtype.itemsize
+        header[name] = {"dtype": TYPES[dtype], "shape": shapes[name], "data_offsets": [size, end]}
+        size = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    content = torch.empty(start + size, dtype=torch.uint8)
+    content[:start] = torch.frombuffer(bytearray(struct.pack("<Q", len(text)) + text), dtype=torch.uint8)
+    for name, tensor in weights:
+        begin, end = header[name]["data_offsets"]
+        content[start + begin : start + end].view(dtype).copy_(tensor.flatten())
+    return content.numpy().data

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from mgrpo.errors import EngineError
 
-Weights = Sequence[tuple[str, torch.Tensor]]
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 WeightWriter = Callable[[Weights, str], None]

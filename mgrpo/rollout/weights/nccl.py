@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from mgrpo.distributed.exchange import WeightStream
 from mgrpo.errors import EngineError
-from mgrpo.rollout.engine import Weights
+from mgrpo.rollout.engine import Shapes
 
 _PACKAGE = "vllm.distributed.weight_transfer"
 
@@ -18,8 +19,9 @@ _PACKAGE = "vllm.distributed.weight_transfer"
 class NcclSender:
     """The NCCL group of this process and the workers of one server."""
 
-    def __init__(self, url: str, host: str, num_workers: int, dtype: torch.dtype):
-        self.dtype, self._weights = dtype, ()
+    def __init__(self, url: str, host: str, num_workers: int, dtype: torch.dtype, shapes: Shapes):
+        self.dtype, self.shapes = dtype, shapes
+        self._weights: WeightStream | None = None
         try:
             engine, base, clients = (
                 importlib.import_module(f"{_PACKAGE}.{name}") for name in ("nccl_engine", "base", "clients")
@@ -38,7 +40,7 @@ class NcclSender:
         meeting = info(master_address=host, master_port=port, world_size=1 + num_workers, rank=0)
         self._sender = self._ask(lambda: sender.trainer_init(meeting, client=client, source=source), "start")
 
-    def send(self, weights: Weights) -> None:
+    def send(self, weights: WeightStream) -> None:
         """Replaces every tensor of the server's model."""
         self._weights = weights
         self._ask(self._sender.send_weights, "update_weights")
@@ -49,9 +51,11 @@ class NcclSender:
 
         class Source(base.WeightSource):
             def metadata(self) -> list[Any]:
-                return [base.ParamMeta(name, outer.dtype, tuple(tensor.shape)) for name, tensor in outer._weights]
+                assert outer._weights is not None
+                return [base.ParamMeta(name, outer.dtype, outer.shapes[name]) for name in outer._weights.names]
 
             def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+                assert outer._weights is not None
                 return ((name, tensor.to(outer.dtype)) for name, tensor in outer._weights)
 
         return Source()

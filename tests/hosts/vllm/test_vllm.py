@@ -17,6 +17,7 @@ import torch
 from engine_contract import CHECKS
 
 from mgrpo.config import Config, LoraConfig
+from mgrpo.distributed.exchange import WeightStream
 from mgrpo.errors import EngineError, Exit, StaleWeightsError
 from mgrpo.models.load import load_model
 from mgrpo.presets import make_preset
@@ -163,13 +164,13 @@ def test_parity_catches_every_planted_fault(engine, models, monkeypatch, fault):
     roll_out(engine, models, "policy", 0)
     weights = models["momentum"].state_dict()
     if fault == "skipped load":
-        monkeypatch.setattr(engine._writer, "write", lambda weights, version: None)
+        monkeypatch.setattr(engine, "_write", lambda weights, version: None)
     elif fault == "swapped models":
         weights = models["policy"].state_dict()
     elif fault == "missing tied head":
-        write = engine._writer.write
+        write = engine._write
         partial = [(name, tensor) for name, tensor in weights.items() if name != "lm_head.weight"]
-        monkeypatch.setattr(engine._writer, "write", lambda weights, version: write(partial, version))
+        monkeypatch.setattr(engine, "_write", lambda weights, version: write(partial, version))
     else:
         monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
     engine.update_weights(weights, WeightTag("momentum", 0))
@@ -183,14 +184,14 @@ def test_parity_catches_every_planted_fault(engine, models, monkeypatch, fault):
 
 def test_vllm_itself_contradicts_a_skipped_load(engine, models, monkeypatch):
     roll_out(engine, models, "policy", 0)
-    monkeypatch.setattr(engine._writer, "write", lambda weights, version: None)
+    monkeypatch.setattr(engine, "_write", lambda weights, version: None)
     with pytest.raises(StaleWeightsError, match="must use weights momentum@0, it used policy@0"):
         roll_out(engine, models, "momentum", 0)
 
 
 def test_weights_in_any_order(engine, models, monkeypatch):
-    write = engine._writer.write
-    monkeypatch.setattr(engine._writer, "write", lambda weights, version: write(weights[::-1], version))
+    write = engine._write
+    monkeypatch.setattr(engine, "_write", lambda weights, version: write(list(weights)[::-1], version))
     assert compare(models, roll_out(engine, models, "momentum", 0)) < BOUNDS[torch.float32] / 10
 
 
@@ -345,14 +346,15 @@ def test_the_sender_over_nccl_speaks_vllms_protocol(models, monkeypatch):
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: calls.append(("rank 0", info)))
     monkeypatch.setattr(engine, "_broadcast", lambda self, source, meta: sent.extend(self._checked_iter(source, meta)))
     monkeypatch.setattr(engine, "_post_send_sync", lambda self: None)
-    sender = NcclSender("http://127.0.0.1:1", "127.0.0.1", 2, torch.bfloat16)
+    shapes = {name: tuple(tensor.shape) for name, tensor in models["policy"].state_dict().items()}
+    sender = NcclSender("http://127.0.0.1:1", "127.0.0.1", 2, torch.bfloat16, shapes)
     assert {calls[0][0], calls[1][0]} == {"http://127.0.0.1:1/init_weight_transfer_engine", "rank 0"}
     (init,) = [body["init_info"] for where, body in calls if where != "rank 0"]
     assert init["world_size"] == 3 and init["rank_offset"] == 1
     for source in ("momentum", "policy"):
         calls.clear(), sent.clear()
         weights = models[source].state_dict()
-        sender.send(list(weights.items()))
+        sender.send(WeightStream(weights))
         assert [where.rpartition("/")[2] for where, _ in calls] == [
             *("start_weight_update", "update_weights", "finish_weight_update")
         ]
@@ -362,4 +364,4 @@ def test_the_sender_over_nccl_speaks_vllms_protocol(models, monkeypatch):
         assert all(torch.equal(tensor, weights[name].bfloat16()) for name, tensor in sent)
     monkeypatch.setattr(client, "_post", lambda self, path, json=None: 1 / 0)
     with pytest.raises(EngineError, match="update_weights: vLLM's weight transfer failed with ZeroDivisionError"):
-        sender.send(list(weights.items()))
+        sender.send(WeightStream(weights))

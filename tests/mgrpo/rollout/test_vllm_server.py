@@ -20,6 +20,7 @@ import pytest
 import torch
 from fake_server import FakeServer
 
+from mgrpo.distributed.exchange import WeightStream
 from mgrpo.errors import ConfigError, EngineError, StaleWeightsError
 from mgrpo.presets import make_preset
 from mgrpo.rollout.stop import StopTexts
@@ -82,7 +83,7 @@ def test_a_server_is_asked_to_stop_and_cut_where_it_does_not(model, fake):
 
 
 def test_weights_are_offered_under_a_secret_path_while_they_load(model):
-    with offer([("a", torch.arange(3.0))], torch.float32, "127.0.0.1") as (url, sha256):
+    with offer(WeightStream({"a": torch.arange(3.0)}), {"a": (3,)}, torch.float32, "127.0.0.1") as (url, sha256):
         with urlopen(url) as reply:
             assert hashlib.sha256(reply.read()).hexdigest() == sha256
         with pytest.raises(HTTPError, match="404"):
@@ -95,7 +96,9 @@ def test_damaged_weights_are_refused(model, fake, monkeypatch):
     engine = connect(model, fake.url)
     engine.update_weights(model.state_dict(), POLICY_0)
     real = hashlib.sha256
-    monkeypatch.setattr("mgrpo.rollout.weights.http.hashlib", SimpleNamespace(sha256=lambda data: real(data + b"x")))
+    monkeypatch.setattr(
+        "mgrpo.rollout.weights.http.hashlib", SimpleNamespace(sha256=lambda data: real(bytes(data) + b"x"))
+    )
     with pytest.raises(EngineError, match="weights must have SHA-256"):
         engine.update_weights(model.state_dict(), WeightTag("policy", 1))
     assert fake.mgrpo_version is None
@@ -121,21 +124,22 @@ def test_over_nccl_the_version_is_named_after_the_weights(model, fake, monkeypat
             made.append(arguments)
 
         def send(self, weights):
-            sent.append((fake.mgrpo_version, len(weights)))
+            sent.append((fake.mgrpo_version, len(weights.names)))
 
     monkeypatch.setattr(server, "NcclSender", Sender)
     engine = connect(model, fake.url, transfer="nccl")
     for version in (0, 1):
         engine.update_weights(model.state_dict(), WeightTag("policy", version))
         assert fake.mgrpo_version == f"policy@{version}"
-    assert made == [(fake.url, "127.0.0.1", 2, torch.bfloat16)] and sent == [(None, len(model.state_dict()))] * 2
+    assert made == [(fake.url, "127.0.0.1", 2, torch.bfloat16, engine.shapes)]
+    assert sent == [(None, len(model.state_dict()))] * 2
     assert "mgrpo_load" not in fake.calls
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_nccl_without_vllm_says_what_to_take():
     with pytest.raises(EngineError, match=r"got ModuleNotFoundError.*Take --engine\.transfer http"):
-        NcclSender("http://a", "127.0.0.1", 1, torch.bfloat16)
+        NcclSender("http://a", "127.0.0.1", 1, torch.bfloat16, {})
 
 
 def test_a_server_that_hangs_is_given_up(model, fake):
