@@ -383,7 +383,7 @@ def test_an_error_of_the_thread_reaches_the_run(tmp_path):
 def test_checkpoints_without_a_copy_are_the_same(launch, tmp_path, monkeypatch):
     """Without the background nothing is copied, and training waits."""
     assert launch({"steps": 4, "checkpoint.every": 2}, run_dir=tmp_path / "thread") == 0
-    monkeypatch.delattr(Trainer, "snapshot")
+    monkeypatch.delattr("mgrpo.training.state.copy_tensors")
     flag = "--checkpoint.no-background"
     assert launch({"steps": 4, "checkpoint.every": 2}, flag, run_dir=tmp_path / "none") == 0
     assert weights(tmp_path / "thread", 4) == weights(tmp_path / "none", 4)
