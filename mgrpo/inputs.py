@@ -142,6 +142,11 @@ UNITS = {
 }
 
 
+def as_bytes(num_bytes: float) -> str:
+    """A number of bytes in GiB, in MiB below one."""
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
 def read_bytes(text: str) -> int | None:
     """A number of bytes as `80GiB`, `24GB` or `1000`; None for anything else, and for less than one byte."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?(\w*)", text, re.ASCII)

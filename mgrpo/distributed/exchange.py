@@ -12,10 +12,9 @@ from types import TracebackType
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from mgrpo.distributed.sharding import local
+from mgrpo.distributed.sharding import local, num_shards, rows_of_rank
 from mgrpo.distributed.world import ALONE, World
 from mgrpo.errors import PeerError
 
@@ -149,8 +148,8 @@ class WeightStream:
             if isinstance(tensor, DTensor):
                 dtype = self.dtype if self.dtype and dtype.is_floating_point else dtype
                 row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
-                size = -(-_rows(tensor) * row_bytes // ALIGNMENT) * ALIGNMENT
-                if position and (position + size) * _ranks(tensor) > bucket_bytes:
+                size = -(-rows_of_rank(tensor) * row_bytes // ALIGNMENT) * ALIGNMENT
+                if position and (position + size) * num_shards(tensor) > bucket_bytes:
                     buckets.append([])
                     position = 0
             buckets[-1].append(Part(names, tensor, dtype, position, position + size))
@@ -160,8 +159,9 @@ class WeightStream:
     @torch.no_grad()
     def _gather(self, bucket: list[Part]) -> None:
         """Fills the buffer, [W, bytes of a rank], on the device of the mesh."""
-        mesh = _mesh(bucket[0].tensor)
-        ranks, size = mesh.size(mesh.ndim - 1), bucket[-1].end
+        first = bucket[0].tensor
+        assert isinstance(first, DTensor)
+        mesh, ranks, size = first.device_mesh, num_shards(first), bucket[-1].end
         if not self._buffer.numel():
             ends = [parts[-1].end for parts in self._buckets]
             device = torch.device(mesh.device_type)
@@ -179,28 +179,11 @@ class WeightStream:
         """A tensor of the bucket in the buffer, in memory of its own."""
         if part.end == part.start:
             return part.tensor.detach()
-        bucket = self._buckets[self._next - 1]
-        ranks, size, rows = _ranks(part.tensor), bucket[-1].end, _rows(part.tensor)
+        assert isinstance(part.tensor, DTensor)
+        ranks, size, rows = num_shards(part.tensor), self._buckets[self._next - 1][-1].end, rows_of_rank(part.tensor)
         row_bytes = math.prod(part.tensor.shape[1:]) * part.dtype.itemsize
         shards = []
         for rank, row in enumerate(self._buffer[: ranks * size].view(ranks, size)):
             count = min(rows, max(len(part.tensor) - rank * rows, 0))
             shards.append(row[part.start : part.start + count * row_bytes].view(part.dtype))
         return torch.cat(shards).view(part.tensor.shape)
-
-
-def _mesh(tensor: torch.Tensor) -> DeviceMesh:
-    """The mesh of a sharded tensor; its last dimension divides the rows."""
-    assert isinstance(tensor, DTensor)
-    return tensor.device_mesh
-
-
-def _ranks(tensor: torch.Tensor) -> int:
-    """W."""
-    mesh = _mesh(tensor)
-    return mesh.size(mesh.ndim - 1)
-
-
-def _rows(tensor: torch.Tensor) -> int:
-    """Rows of the longest shard."""
-    return -(-len(tensor) // _ranks(tensor))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from mgrpo.distributed.world import World
 from mgrpo.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def shard_model(model: Any, world: World, *, dtype: torch.dtype, tree: bool) -> None:
@@ -41,14 +42,13 @@ def shard_model(model: Any, world: World, *, dtype: torch.dtype, tree: bool) -> 
         if in_bf16
         else MixedPrecisionPolicy()
     )
-    model.run_whole = MethodType(_call, model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is None or head.weight is embedding.weight
+    tied = head is None or getattr(head, "weight", None) is embedding.weight
     try:
         # Explicitly resharded, or the root would keep its whole weights, and shards written later would go unseen.
         for module in [*([] if tied else [embedding]), *layers_of(model), model]:
             fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # FSDP2 refuses scalar parameters and some containers so
         raise ConfigError([f"model: {type(model).__name__} cannot be sharded: {error}. Take one process."]) from error
     for module in model.modules():
         if isinstance(module, FSDPModule):  # neither setting applies to the modules within
@@ -56,22 +56,21 @@ def shard_model(model: Any, world: World, *, dtype: torch.dtype, tree: bool) -> 
             module.set_force_sum_reduction_for_comms(True)
             if tree:
                 module.set_custom_reduce_scatter(TreeReduceScatter())
+    model.run_whole = _call
     register_fsdp_forward_method(model, "run_whole")
     if in_bf16:  # the residual stream stays in fp32, as under autocast; otherwise each layer would round it
         embedding.register_forward_hook(lambda _module, _inputs, output: output.float())
 
 
-def layers_of(model: Any) -> list[torch.nn.Module]:
-    """The decoder layers: the list of modules with the most weights."""
+def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder layers: the list of modules with the most weights; empty if there is none."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    if not lists:
-        return []
-    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=torch.nn.ModuleList())
 
 
-def _call(_model: Any, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _call(function: Callable[[], Any]) -> Any:
     """Calls a function; as a forward method of FSDP, with the root's weights whole."""
-    return function(*args, **options)
+    return function()
 
 
 def reshard(model: torch.nn.Module) -> None:
@@ -81,9 +80,10 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def run_whole(model: Any, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def run_whole(model: torch.nn.Module, function: Callable[[], T]) -> T:
     """Calls a function that uses the decoder and the weight of the head."""
-    return getattr(model, "run_whole", MethodType(_call, model))(function, *args, **options)
+    sharded: Any = model
+    return sharded.run_whole(function) if isinstance(model, FSDPModule) else function()
 
 
 class TreeReduceScatter(ReduceScatter):
@@ -193,11 +193,19 @@ def rows_of(tensor: torch.Tensor) -> slice:
     """The rows of the whole tensor that are in this rank's shard."""
     if not isinstance(tensor, DTensor):
         return slice(None)
-    mesh = tensor.device_mesh
-    shard = mesh.ndim - 1  # after the replicas
-    size = -(-len(tensor) // mesh.size(shard))
-    start = min(mesh.get_local_rank(shard) * size, len(tensor))
-    return slice(start, min(start + size, len(tensor)))
+    mesh, rows = tensor.device_mesh, rows_of_rank(tensor)
+    start = min(mesh.get_local_rank(mesh.ndim - 1) * rows, len(tensor))
+    return slice(start, min(start + rows, len(tensor)))
+
+
+def num_shards(tensor: DTensor) -> int:
+    """Ranks among which the rows are divided: the last dimension of the mesh, after the replicas."""
+    return tensor.device_mesh.size(tensor.device_mesh.ndim - 1)
+
+
+def rows_of_rank(tensor: DTensor) -> int:
+    """Rows of the longest shard."""
+    return -(-len(tensor) // num_shards(tensor))
 
 
 def offset_of(tensor: torch.Tensor) -> int:

@@ -76,19 +76,25 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     os.replace(aside, path)
 
 
-def load_tensors(targets: dict[str, torch.Tensor], path: Path) -> None:
-    """Fills whole or sharded tensors from a file of whole ones; raises ValueError unless it holds exactly these."""
+def load_tensors(
+    targets: dict[str, torch.Tensor], path: Path, what: str = "tensors of this model and momentum_dtype"
+) -> dict[str, str]:
+    """Fills whole or sharded tensors from a file of whole ones and returns its metadata.
+
+    Raises ValueError unless it holds exactly these tensors, which `what` describes.
+    """
     with safe_open(path, "pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         wanted = {name: tuple(tensor.shape) for name, tensor in targets.items()}
         if found != wanted:
             different = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
             raise ValueError(
-                f"mgrpo: {path} must hold the {len(wanted)} tensors of this model and momentum_dtype, got {len(found)},"
-                f" of which {different[0]} differs. Resume with the options of the run."
+                f"mgrpo: {path} must hold the {len(wanted)} {what}, got {len(found)}, of which {different[0]} differs. "
+                "Resume with the options of the run."
             )
         for name, target in targets.items():
             fill(target, file.get_tensor(name).to(local(target).device))
+        return file.metadata() or {}
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,8 @@ def choose_config(path: str, lora: LoraConfig) -> PeftConfig | None:
         return config
     if not lora.rank:
         if extra := [flag(f"lora.{name}") for name, value in given.items() if value is not None]:
-            raise ConfigError([f"config: {' and '.join(extra)} need --lora.rank of at least 1, got 0."])
+            needs = "needs" if len(extra) == 1 else "need"
+            raise ConfigError([f"config: {' and '.join(extra)} {needs} --lora.rank of at least 1, got 0."])
         return None
     require_peft("--lora.rank")
     from peft import LoraConfig as PeftConfig

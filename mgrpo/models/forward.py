@@ -71,18 +71,11 @@ class Forward:
     def own(self, trajectories: TrajectoryBatch, plan: list[list[int]]) -> Iterator[tuple[int, PackedBatch]]:
         """Indices and inputs of this rank's micro-batches.
 
-        In place of an empty one it computes the shortest trajectory, because a sharded forward pass needs every rank.
+        In place of an empty one it computes the cheapest other, because a sharded forward pass needs every rank.
         """
-        rows_in_plan = [row for group in plan for row in group]
-        shortest = min(rows_in_plan, key=lambda row: self._length(trajectories, row), default=0)
         for index in range(self.world.rank, len(plan), self.world.size):
-            rows = torch.tensor(plan[index] or [shortest])
-            yield index, pack(trajectories, rows, pad_id=self.pad_id, packed=self.packed)
-
-    @staticmethod
-    def _length(trajectories: TrajectoryBatch, row: int) -> int:
-        """Tokens of prompt and response."""
-        return len(trajectories.prompt(row)) + int(trajectories.mask[row].sum())
+            group = plan[index] or next(filter(None, reversed(plan)))
+            yield index, pack(trajectories, torch.tensor(group), pad_id=self.pad_id, packed=self.packed)
 
     @torch.no_grad()
     def run(

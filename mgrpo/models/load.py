@@ -28,6 +28,7 @@ from mgrpo.models.files import (
     refuse_lost,
     silence,
 )
+from mgrpo.models.plain import head_and_embedding
 from mgrpo.models.save import make_savable, save_model
 from mgrpo.models.tokenizer import (
     Tokenizer,
@@ -163,15 +164,9 @@ def _read_model(path: str | Path, name: str, *, attention: str | None = None, **
     return model
 
 
-def num_embeddings(model: torch.nn.Module) -> int | None:
+def num_embeddings(model: PreTrainedModel) -> int | None:
     """Rows of the input embedding, the bound of token ids; None if the model does not give it."""
-    try:
-        weight = getattr(model.get_input_embeddings(), "weight", None)  # pyright: ignore
-    except (
-        AttributeError,
-        NotImplementedError,
-    ):  # transformers raises either if it cannot find the embedding
-        return None
+    weight = head_and_embedding(model)[1]
     return None if weight is None else len(weight)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from mgrpo.distributed.sharding import layers_of
 from mgrpo.models.determinism import make_deterministic
 from mgrpo.models.files import silence
-from mgrpo.models.plain import plain_hidden
+from mgrpo.models.plain import head_and_embedding, plain_hidden
 from mgrpo.models.size import cache_numbers, positive
 
 # Prime, so that tensors whose size it divides are those that grow with the tokens.
@@ -72,7 +73,7 @@ def measure_size(
 
 def _count(model: PreTrainedModel) -> ModelSize:
     """The size without activations."""
-    head, embedding = _embeddings(model)
+    head, embedding = head_and_embedding(model)
     layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
     text = model.config.get_text_config()
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
@@ -105,23 +106,6 @@ def _build(config: PretrainedConfig, attention: str, dtype: torch.dtype, trusted
         return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, **options)
     except ValueError:
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager", **options)
-
-
-def _embeddings(model: PreTrainedModel) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
-    """The head, and the weight of the input embedding; None where the model does not give them."""
-    found: list[Any] = []
-    for get in (model.get_output_embeddings, model.get_input_embeddings):
-        try:
-            found.append(get())
-        except (AttributeError, NotImplementedError):
-            found.append(None)
-    return found[0], getattr(found[1], "weight", None)
-
-
-def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder layers: the list of modules with the most weights; empty if there is none."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=torch.nn.ModuleList())
 
 
 def _measure_activations(model: PreTrainedModel, *, autocast: bool) -> Activations | None:

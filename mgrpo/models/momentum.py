@@ -64,7 +64,7 @@ class Momentum:
         if (step + 1) % self.config.every:
             return
         reshard(self.policy)
-        names = list(self.weights)
+        names, stochastic = list(self.weights), self.config.dtype == "bf16-stochastic"
         parameters = dict(self.policy.named_parameters())
 
         def listed(tensors: Mapping[str, torch.Tensor] | None) -> list[torch.Tensor] | None:
@@ -74,10 +74,10 @@ class Momentum:
             [local(self.weights[name]) for name in names],
             [local(parameters[name].detach().to(self.weights[name].device)) for name in names],
             decay_at(self.config, step, num_steps),
-            rounding="stochastic" if self.config.dtype == "bf16-stochastic" else "nearest",
+            rounding="stochastic" if stochastic else "nearest",
             compensation=listed(self.compensation),
             publish=listed(self.engine_weights),
-            offsets=[offset_of(self.weights[name]) for name in names],
+            offsets=[offset_of(self.weights[name]) for name in names] if stochastic else None,
             seed=self.seed,
             step=step,
             backend=self.backend,

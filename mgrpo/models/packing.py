@@ -87,7 +87,8 @@ def groups(
     With `lanes`, the number of groups is a multiple of it: those with the most tokens are split, and where only single
     rows are left the last groups are empty. Costly groups come first, so that those computed together are alike.
     """
-    lengths = {row: len(trajectories.prompt(row)) + int(trajectories.mask[row].sum()) for row in rows.tolist()}
+    chosen, responses = rows.tolist(), trajectories.mask[rows].sum(1).tolist()
+    lengths = {row: len(trajectories.prompt(row)) + count for row, count in zip(chosen, responses, strict=True)}
     found: list[list[int]] = []
     tokens = 0
     for row in sorted(lengths, key=lambda row: (lengths[row], row)):

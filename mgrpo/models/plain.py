@@ -25,6 +25,17 @@ def _accepted(model: type) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)  # pyright: ignore
 
 
+def head_and_embedding(model: PreTrainedModel) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
+    """The head, and the weight of the input embedding; None where the model does not give them."""
+    found: list[Any] = []
+    for get in (model.get_output_embeddings, model.get_input_embeddings):
+        try:
+            found.append(get())
+        except (AttributeError, NotImplementedError):  # transformers raises either if it finds no embedding
+            found.append(None)
+    return found[0], getattr(found[1], "weight", None)
+
+
 def plain_options(model: PreTrainedModel) -> dict[str, Any]:
     """Options that keep a forward pass from filling a cache."""
     return {"use_cache": False} if "use_cache" in accepted(model) else {}

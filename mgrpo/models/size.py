@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
 
 
-def count_parameters(model_config: PretrainedConfig, *, trust_remote_code: bool) -> int | None:
-    """Number of parameters of the model that a configuration describes; None if it cannot be built from that alone."""
-    model = _without_weights(model_config, trust_remote_code=trust_remote_code)
-    return None if model is None else sum(p.numel() for p in model.parameters())
-
-
 def count_trained(model_config: PretrainedConfig, adapter: PeftConfig, *, trust_remote_code: bool) -> int | None:
     """Number of parameters of an adapter of that model; raises ConfigError for targets that it does not have."""
     model = _without_weights(model_config, trust_remote_code=trust_remote_code)

@@ -67,9 +67,10 @@ def save_checkpoint(
 
 def make_room(run_dir: Path, step: int) -> None:
     """Makes the empty folder in which a checkpoint is written."""
-    aside = run_dir / "checkpoints" / f".step_{step}.tmp"
+    final = run_dir / "checkpoints" / f"step_{step}"
+    aside = final.with_name(f".step_{step}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    with _failing(aside):
+    with _failing(final):
         aside.mkdir(parents=True)
 
 

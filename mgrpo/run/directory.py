@@ -15,6 +15,7 @@ from mgrpo.config import Config
 from mgrpo.distributed.ending import EXIT_FILE
 from mgrpo.distributed.world import World
 from mgrpo.errors import ConfigError, StorageError
+from mgrpo.inputs import as_bytes
 from mgrpo.process.disk import FULL
 
 LOCK, TRIAL = ".lock", ".trial-"
@@ -134,10 +135,10 @@ def require_room(run_dir: Path, config: Config, checkpoint_bytes: int) -> None:
     nearest = _nearest(run_dir)
     free = shutil.disk_usage(nearest).free
     if needed > free:
-        count, gib = "a checkpoint" if is_single else "two checkpoints", 2**30
+        count = "a checkpoint" if is_single else "two checkpoints"
         raise ConfigError(
             [
-                f"run: --run-dir must have room for {count} of {checkpoint_bytes / gib:.2f} GiB, {nearest} has "
-                f"{free / gib:.2f} GiB free. Make room, or name another disk."
+                f"run: --run-dir must have room for {count} of {as_bytes(checkpoint_bytes)}, {nearest} has "
+                f"{as_bytes(free)} free. Make room, or name another disk."
             ]
         )

@@ -203,7 +203,7 @@ def _whole_weights(c: Config, job: Job, *, gradient: int) -> list[Part]:
             Part("layers cast to bf16", casts * size.layers),
             Part(f"head{beside}", (casts + gradient) * size.head),
         ]
-    number = 4 if c.distributed.reduce == "tree" else number
+    number = 4 if c.distributed.tree else number
     rest = size.parameters - size.layers - (0 if size.tied else size.embedding)
     return [
         Part(f"FSDP: two layers{beside}", (2 * number + gradient) * size.layer),

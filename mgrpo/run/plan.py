@@ -14,16 +14,15 @@ from rich.table import Table
 from mgrpo.config import Config
 from mgrpo.data.load import describe_data, describe_labels, load_prompts
 from mgrpo.data.prompts import Dataset
-from mgrpo.distributed.world import find_world
-from mgrpo.inputs import read_bytes
+from mgrpo.inputs import as_bytes, read_bytes
 from mgrpo.models.device import pick_device
 from mgrpo.models.measure import ModelSize, measure_size
 from mgrpo.models.tokenizer import Tokenizer, load_tokenizer, resolve_path
 from mgrpo.process.memory import host_memory
 from mgrpo.rollout.stop import make_stop
 from mgrpo.run.memory import Job, plan_memory
-from mgrpo.run.preflight import count_adapter
-from mgrpo.run.remedies import Limits, as_bytes, memory_problems
+from mgrpo.run.preflight import count_adapter, num_processes
+from mgrpo.run.remedies import Limits, memory_problems
 from mgrpo_kernels.backends import resolve
 
 # The operations that a training step calls.
@@ -68,7 +67,7 @@ def print_plan(config: Config) -> Plan:
         ("kernels", [(op, resolve(op, device, config.kernels.backend)) for op in OPS]),
     ):
         console.print(table(title, rows))
-    ranks, limits = num_ranks(config, device), memory_limits(config, device)
+    ranks, limits = num_processes(config), memory_limits(config, device)
     size = measure(config, tokenizer.model_config, ranks)
     if size is None:
         console.print(table("memory", [("parameters", "not known before the model is loaded")]))
@@ -85,7 +84,7 @@ def print_plan(config: Config) -> Plan:
 def measure(config: Config, model_config: Any, ranks: int) -> ModelSize | None:
     """Size of the model of a run on a number of ranks; None if it cannot be built from its configuration alone."""
     half = config.model.dtype == "bf16"
-    cast = ranks == 1 or config.distributed.reduce == "tree"  # autocast, not FSDP, lowers the precision
+    cast = ranks == 1 or config.distributed.tree  # autocast, not FSDP, lowers the precision
     return measure_size(
         model_config,
         attention=config.model.attn_implementation,
@@ -101,16 +100,6 @@ def table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
     for row in rows:
         result.add_row(*row)
     return result
-
-
-def num_ranks(config: Config, device: torch.device) -> int:
-    """W, the processes that the run would have."""
-    processes = config.distributed.processes
-    if isinstance(processes, int):
-        return processes
-    if processes == "auto":
-        return torch.cuda.device_count() if device.type == "cuda" else 1
-    return find_world().size
 
 
 def memory_limits(config: Config, device: torch.device) -> Limits:

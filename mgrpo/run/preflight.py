@@ -73,8 +73,8 @@ def count_adapter(config: Config, tokenizer: Tokenizer) -> int | None:
 
 
 def refuse_machine(config: Config, run_dir: Path) -> None:
-    """Raises ConfigError with all problems of this machine: run directory, device, kernels, engine."""
-    problems = process_problems(config, find_world().size)
+    """Raises ConfigError with all problems of this machine: processes, run directory, device, kernels, engine."""
+    problems = process_problems(config, num_processes(config))
     for step in (
         lambda: refuse_directory(run_dir, config),
         lambda: pick_backend(config.kernels.backend, pick_device(config.model.device)),
@@ -87,6 +87,14 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+
+
+def num_processes(config: Config) -> int:
+    """W, the processes that the run has: those that the command starts, else those that a launcher has started."""
+    wanted = config.distributed.processes
+    if wanted == "auto":
+        return torch.cuda.device_count() if pick_device(config.model.device).type == "cuda" else 1
+    return find_world().size if wanted is None else wanted
 
 
 def _refuse_engine(config: Config) -> None:

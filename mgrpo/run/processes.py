@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from mgrpo.config import Config
-from mgrpo.config.distributed import world_problems
+from mgrpo.config.run import process_problems
 from mgrpo.distributed.ending import LOST_S, is_lost
 from mgrpo.distributed.environment import number
 from mgrpo.distributed.launch import start_workers
@@ -24,7 +24,7 @@ from mgrpo.models.device import pick_device
 from mgrpo.process.signals import end_with_parent
 from mgrpo.run.directory import directory_of
 from mgrpo.run.loop import INTERRUPTED, run
-from mgrpo.run.preflight import find_problems
+from mgrpo.run.preflight import find_problems, num_processes
 
 CLEAR = (ConfigError, InputError, CheckpointError, EngineError, StorageError)
 """Errors whose message says all; of others the traceback is shown."""
@@ -32,16 +32,13 @@ CLEAR = (ConfigError, InputError, CheckpointError, EngineError, StorageError)
 
 def count_processes(config: Config) -> int:
     """Processes that the command has to start, 1 for none; ConfigError if the machine lacks the GPUs for them."""
-    wanted, device = config.distributed.processes or 1, pick_device(config.model.device)
-    gpus = torch.cuda.device_count() if device.type == "cuda" else None
-    count = (gpus or 1) if wanted == "auto" else int(wanted)
+    count, device = num_processes(config), pick_device(config.model.device)
     if count == 1:
         return 1
-    c = config.distributed
-    problems = world_problems(count, replicate=c.replicate, reduce=c.reduce)
+    problems = process_problems(config, count)
     if device.index is not None:
         problems.append(f"config: --model.device must be auto, cpu or cuda with {count} processes, got {device}.")
-    if gpus is not None and count > gpus:
+    if device.type == "cuda" and count > (gpus := torch.cuda.device_count()):
         problems.append(f"config: --distributed.processes must be at most {gpus}, the GPUs here, got {count}.")
     if problems:
         raise ConfigError(problems)
@@ -87,7 +84,7 @@ def take_part(config: Config) -> int:
 def _join(config: Config, found: World) -> World:
     """The world with its process groups; ConfigError if the launcher's world does not fit the configuration."""
     c = config.distributed
-    problems = world_problems(found.size, replicate=c.replicate, reduce=c.reduce)
+    problems = process_problems(config, found.size)
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         problems.append(
             f"run: WORLD_SIZE is {found.size}, so {', '.join(missing)} must be set too. "

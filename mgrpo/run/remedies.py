@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mgrpo.config import Config
 from mgrpo.errors import ConfigError
+from mgrpo.inputs import as_bytes
 from mgrpo.run.memory import Job, Memory, plan_memory
 
 MAX_GPUS = 64
@@ -140,8 +141,3 @@ def _changed(config: Config, group: str, **values: object) -> Config | None:
         return replace(config, **{group: replace(getattr(config, group), **values)})
     except ConfigError:
         return None
-
-
-def as_bytes(num_bytes: float) -> str:
-    """A number of bytes in GiB, in MiB below one."""
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

@@ -59,7 +59,6 @@ class Learner:
     ):
         self.config, self.model, self.momentum, self.forward = config, loaded.model, momentum, forward
         self.world = world
-        self.tree = config.distributed.tree
         self.timer = timer  # times `update`, and `ema` within
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
@@ -160,7 +159,7 @@ class Learner:
         c = self.config
         divisor = normalizer(batch.mask[rows], c.objective.reduce, c.rollout.max_new_tokens)
         kl_cov = kl_cov_tokens(batch, rows, c.objective.kl_cov) if c.objective.kl_cov else None
-        gradients = Gradients(self.parameters, LANES // self.world.size if self.tree else None)
+        gradients = Gradients(self.parameters, LANES // self.world.size if c.distributed.tree else None)
         plan = self.forward.plan(trajectories, rows[has_gradient(batch.advantage[rows], c.objective)])
         device = next(self.model.parameters()).device
         results = torch.zeros(len(plan), 1 + len(_LOSS_METRICS), device=device)
@@ -189,7 +188,7 @@ class Learner:
     def clip(self) -> float:
         """Scales the gradients down to `grad_clip`; returns their norm before."""
         most = self.config.optim.grad_clip
-        if self.tree or self.world.size > 1:
+        if self.config.distributed.tree or self.world.size > 1:
             return clip_by_rows(self.parameters, most, self.world)
         return float(torch.nn.utils.clip_grad_norm_(self.parameters, most))
 

@@ -9,6 +9,9 @@ from mgrpo.distributed.together import on_first
 from mgrpo.distributed.world import World
 from mgrpo.grading.checker import AnswerChecker
 
+MAX_KNOWN = 100_000
+"""Verdicts that are remembered; every rank remembers the same."""
+
 
 class SharedChecker(AnswerChecker):
     """An AnswerChecker whose worker processes live on rank 0, so that a time limit has one outcome.
@@ -35,7 +38,3 @@ class SharedChecker(AnswerChecker):
     def group_classes(self, groups: Sequence[Sequence[str | None]]) -> list[list[int]]:
         """See AnswerChecker."""
         return on_first(self.world, lambda: super(SharedChecker, self).group_classes(groups))
-
-
-MAX_KNOWN = 100_000
-"""Verdicts that are remembered; every rank remembers the same."""

@@ -55,7 +55,7 @@ class Trainer:
     ):
         self.config, self.world, self.timer = config, world, Timer()
         self.loaded = load_model(config.model, config.lora, seed=config.seed)
-        if self.loaded.adapter and self.world.size > 1:
+        if self.loaded.adapter and self.world.size > 1:  # also an adapter that --model.path names
             raise ConfigError([f"config: LoRA is trained in one process, got {self.world.size}. Start one."])
         self.model = self.loaded.model
         stop = make_stop(config.rollout.stop, config.data.template, self.loaded.tokenizer)
@@ -72,6 +72,7 @@ class Trainer:
             tree=config.distributed.tree,
         )
         self.engine = self._start_engine(make_engine, stop)
+        # After the engine has copied the whole model.
         shard_model(self.model, self.world, dtype=self.loaded.dtype, tree=config.distributed.tree)
         self.momentum = self._make_momentum()
         self.learner = Learner(config, self.loaded, self.momentum, self.forward, self.timer, self.world)
@@ -206,8 +207,6 @@ class Trainer:
         options = {"requests": self.watch.requests, "timer": self.timer}
         if not self.config.rollout.ahead:
             return RolloutsNow(self.data, self.sampler, self.generator, **options)
-        if self.world.size > 1:
-            raise ConfigError([f"config: --rollout.ahead 1 needs one process, got {self.world.size}."])
         last_step = self.config.steps
         return RolloutsAhead(
             self.data, self.sampler, self.generator, **options, check=self.passes.check_engine, last_step=last_step

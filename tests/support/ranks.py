@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from mgrpo.distributed.world import World, join_world
 
@@ -27,7 +28,7 @@ def run_script(name: str, size: int, folder: Path, *, timeout_s: float = 300) ->
 
 
 def main(work: Callable[[World, Path], None], *, timeout_s: float = 60.0) -> None:
-    """Forks the ranks of the command line and runs `work` on each."""
+    """Forks the ranks of the command line and runs `work` on each, given its world and the folder."""
     size, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     rank, children = 0, []
     for other in range(1, size):
@@ -42,4 +43,5 @@ def main(work: Callable[[World, Path], None], *, timeout_s: float = 60.0) -> Non
     world = join_world("cpu", timeout_s=timeout_s)
     work(world, folder)
     world.close()
+    assert not dist.is_initialized()
     sys.exit(max((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), default=0))

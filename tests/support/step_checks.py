@@ -32,12 +32,14 @@ from mgrpo.config import (
 )
 from mgrpo.distributed.sharding import local, shard_model, whole
 from mgrpo.distributed.world import World
+from mgrpo.errors import ConfigError
 from mgrpo.models.determinism import make_deterministic
 from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
 from mgrpo.observe.timer import Timer
 from mgrpo.training.learner import Learner
+from mgrpo.training.shared_checker import SharedChecker
 
 VOCABULARY = 101  # of no number of ranks a multiple
 # One long response among short ones, an empty one, and one of one token.
@@ -290,6 +292,31 @@ class _Infinite:
 
     def remove(self) -> None:
         self.learner.clip = self.clip
+
+
+def check_answers_are_compared_on_rank_0(world: World) -> Any:
+    """And all ranks get the verdicts; no other has worker processes."""
+    checker = SharedChecker(world, mode="math", timeout_s=20.0, num_workers=1)
+    pairs = [("2*x", "x+x"), ("2*x", "x^2"), ("7", "7"), ("2*x", "x+x")]
+    found = [[checker.equivalent(*pair) for pair in pairs], checker.group_classes([["x+1", "1+x", None, "2"]])]
+    assert bool(checker.worker_pids) == world.is_first
+    checker.close()
+    assert world.gather_json(found) == [found] * world.size
+    return found
+
+
+def check_zz_a_model_with_a_scalar_weight_is_refused(world: World) -> Any:
+    """The last: FSDP2 has already sharded the layers when it finds the weight."""
+    model = Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
+    )
+    model.register_parameter("scale", torch.nn.Parameter(torch.tensor(1.0)))
+    try:
+        shard_model(model, world, dtype=torch.float32, tree=True)
+    except ConfigError as error:
+        assert "Qwen3ForCausalLM cannot be sharded" in error.problems[0], error
+        return True
+    return False
 
 
 def check_memory_is_shared(world: World) -> Any:

@@ -6,9 +6,7 @@ Each rank writes what became of every check to FOLDER/RANK.json: null, or the tr
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -16,8 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ranks import main
 
-from mgrpo.distributed.world import World, find_world, join_world
+from mgrpo.distributed.together import on_first
+from mgrpo.distributed.world import World
+from mgrpo.errors import ConfigError
 
 TIMEOUT_S = 4.0
 
@@ -69,6 +70,19 @@ def check_others_need_no_value_to_receive_one(world: World) -> None:
 def check_gather(world: World) -> None:
     assert world.gather_json("x" * world.rank) == ["x" * rank for rank in range(world.size)]
     assert world.gather_json({"rank": world.rank}) == [{"rank": rank} for rank in range(world.size)]
+
+
+def check_an_error_of_rank_0_is_raised_on_all(world: World) -> None:
+    def ask() -> int:
+        raise ConfigError(["one", "two"])
+
+    try:
+        on_first(world, ask)
+    except ConfigError as error:
+        assert error.problems == ["one", "two"]
+    else:
+        raise AssertionError("no error on this rank")
+    assert on_first(world, lambda: world.rank) == 0
 
 
 def check_tensors(world: World) -> None:
@@ -135,27 +149,12 @@ def outcome(check: Callable[[World], None], world: World) -> str | None:
     return None
 
 
-def check_all(rank: int, size: int, port: str, folder: Path) -> None:
+def check_all(world: World, folder: Path) -> None:
     """Runs the checks as one of the ranks."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    torch.set_num_threads(1)
-    forbid_pickle()
-    assert find_world().mesh is None and not dist.is_initialized()
-    world = join_world("cpu", timeout_s=TIMEOUT_S)
     found = {name: outcome(check, world) for name, check in CHECKS.items()}
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    world.close()
-    assert not dist.is_initialized()
+    (folder / f"{world.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    size, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    children = []
-    for rank in range(1, size):
-        if (child := os.fork()) == 0:
-            check_all(rank, size, port, folder)
-            os._exit(0)
-        children.append(child)
-    check_all(0, size, port, folder)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    forbid_pickle()
+    main(check_all, timeout_s=TIMEOUT_S)

@@ -1,6 +1,7 @@
 """A small program of several processes for tests of the launcher: python world_program.py FOLDER MODE [ARGUMENTS].
 
-Each process writes its environment and arguments to FOLDER/ATTEMPT-RANK.json, and then does what MODE says.
+Each process writes its environment and arguments to FOLDER/ATTEMPT-RANK.json, waits until all have, and then does what
+MODE says.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from mgrpo.process.disk import write_aside
 from mgrpo.process.signals import end_with_parent
 
 RANK, ATTEMPT = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -52,7 +54,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, end)
     place = {name: os.environ[name] for name in NAMES} | {"pid": os.getpid(), "arguments": sys.argv[3:]}
     place["store is shared"] = os.environ["TORCHELASTIC_USE_AGENT_STORE"]
-    (folder / f"{ATTEMPT}-{RANK}.json").write_text(json.dumps(place))
+    write_aside(folder / f"{ATTEMPT}-{RANK}.json", json.dumps(place))
+    while not all((folder / f"{ATTEMPT}-{rank}.json").exists() for rank in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.02)
     if mode == "gloo":
         count_ranks()
     elif mode == "wait" or (mode in ("kill", "fail") and RANK != 1):

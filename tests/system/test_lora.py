@@ -18,6 +18,7 @@ from mgrpo.errors import CheckpointError
 from mgrpo.models.adapter import MOMENTUM, POLICY, MergedWeights
 from mgrpo.models.load import load_model
 from mgrpo.models.tokenizer import resolve_path
+from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.parity import BOUNDS
 from mgrpo.types import WeightTag
 
@@ -92,9 +93,7 @@ def test_a_tiny_learning_rate_moves_fp32_adapters_beside_a_bf16_base(small, trai
 
 
 def test_an_engine_of_its_own_gets_the_merged_weights(small, trained):
-    class Recorder:
-        num_weight_slots, weights_are_shared, has_model_logprobs = 1, False, True
-
+    class Recorder(Engine):
         def __init__(self, loaded, config):
             from mgrpo.rollout.transformers import TransformersEngine
 
@@ -108,15 +107,6 @@ def test_an_engine_of_its_own_gets_the_merged_weights(small, trained):
 
         def generate(self, *arguments):
             return self.engine.generate(*arguments)
-
-        def sleep(self):
-            pass
-
-        def close(self):
-            pass
-
-        def stats(self):
-            return {}
 
     trainer, rows = trained(small(LORA), 2, make_engine=Recorder)
     assert set(trainer.engine.kinds) == {MergedWeights} and len(trainer.engine.kinds) == 4
@@ -298,7 +288,7 @@ def test_the_dry_run_counts_what_is_trained_and_lists_problems(launch, tmp_path,
     problems = capsys.readouterr().err
     assert "nothing matches nothing" in problems and str(tmp_path / "none") in problems
     assert launch({"lora.alpha": 3}, "--dry-run") == 2
-    assert "--lora.alpha need --lora.rank" in capsys.readouterr().err
+    assert "--lora.alpha needs --lora.rank" in capsys.readouterr().err
 
 
 def test_the_report_says_how_much_is_trained(small, trained, tmp_path):

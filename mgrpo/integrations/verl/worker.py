@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from verl.single_controller.base.decorator import Dispatch, register  # pyright: ignore[reportMissingImports]
 from verl.workers.engine_workers import ActorRolloutRefWorker  # pyright: ignore[reportMissingImports]
 
 from mgrpo.config import KernelsConfig, MomentumConfig
 from mgrpo.distributed.sharding import local
 from mgrpo.integrations import patch_kernels
-from mgrpo.integrations.shared import momentum_tensors, save_tensors
+from mgrpo.integrations.shared import load_tensors, momentum_tensors, save_tensors
 from mgrpo.integrations.verl import plugin
 from mgrpo.models.momentum import Momentum
 
@@ -69,7 +68,6 @@ class EngineMomentum:
         shards = {name: local(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_tensors(folder / file_name(), shards, {"format": "mgrpo", "step": str(self.step)})
 
-    @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, bit for bit.
 
@@ -83,19 +81,8 @@ class EngineMomentum:
                 f"mgrpo: {path} must exist to resume, it does not. Resume from a checkpoint of trainer mode mgrpo, on "
                 "as many processes as wrote it, or start anew with trainer.resume_mode=disable."
             )
-        targets = momentum_tensors(self.momentum)
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            wanted = {name: tuple(local(tensor).shape) for name, tensor in targets.items()}
-            if shapes != wanted:
-                different = sorted(n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n))
-                raise ValueError(
-                    f"mgrpo: {path} must hold the {len(wanted)} shards of this model and momentum.dtype, got "
-                    f"{len(shapes)}, of which {different[0]} differs. Resume with the options of the run."
-                )
-            for name, target in targets.items():
-                local(target).copy_(file.get_tensor(name))
-            self.step = int(file.metadata()["step"])
+        targets = {name: local(tensor) for name, tensor in momentum_tensors(self.momentum).items()}
+        self.step = int(load_tensors(targets, path, "shards of this model and momentum.dtype")["step"])
 
 
 def file_name() -> str:

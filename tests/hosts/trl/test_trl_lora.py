@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -147,7 +148,7 @@ class MergedVllm:
         self.tokenizer, self.held = processing_class, []
         self.walker = SimpleNamespace(
             model=model,
-            _dist=SimpleNamespace(is_fsdp=False, gather_params=lambda _: __import__("contextlib").nullcontext()),
+            _dist=SimpleNamespace(is_fsdp=False, gather_params=lambda _: nullcontext()),
             _fix_param_name_to_vllm=lambda name, extra_prefixes=(): name,
         )
 

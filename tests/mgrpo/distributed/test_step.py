@@ -8,7 +8,7 @@ import pytest
 from ranks import run_script
 from step_checks import CHECKS
 
-EXACT = [name for name in CHECKS if name.startswith(("tree", "momentum", "scoring", "uneven", "a_step"))]
+EXACT = [name for name in CHECKS if name.startswith(("tree", "momentum", "scoring", "uneven", "a_step", "answers"))]
 ROUNDED = ["default", "default_replicated", "default_untied", "one_micro_batch_is_split"]
 
 
@@ -43,6 +43,11 @@ def test_bf16_is_as_near_to_fp32_as_in_one_process(found):
     one = found[1]["bf16_error"]
     assert 0.01 < one < 0.05
     assert all(found[size]["bf16_error"] < 1.2 * one for size in (2, 4))
+
+
+def test_a_model_that_cannot_be_sharded_is_refused_by_name(found):
+    name = "zz_a_model_with_a_scalar_weight_is_refused"
+    assert [found[size][name] for size in (1, 2, 4)] == [False, True, True]
 
 
 def test_settings_on_the_root_alone_are_found(found):

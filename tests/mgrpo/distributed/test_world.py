@@ -1,20 +1,16 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_script
 from world_checks import CHECKS
 
 from mgrpo.distributed.world import World, find_world, join_world
 from mgrpo.errors import ConfigError
 
-SUPPORT = Path(__file__).parents[2] / "support"
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -22,12 +18,7 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 def outcomes(request, tmp_path_factory):
     """What became of each check on each rank."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, str(SUPPORT / "world_checks.py"), str(request.param), port, str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    run_script("world_checks.py", request.param, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 

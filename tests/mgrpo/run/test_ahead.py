@@ -40,7 +40,7 @@ def engines(monkeypatch):
     """Lets every run have a slow TwinEngine; the list of them."""
     made = []
 
-    def start(loaded, config, *, stop, max_length):
+    def start(loaded, config, *, stop, **options):
         made.append(TwinEngine(loaded, delay_s=0.05, stop=stop))
         return made[-1]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from mgrpo.distributed.world import ALONE
+from mgrpo.errors import CheckpointError, StorageError
 from mgrpo.run import checkpoint
 from mgrpo.run.loop import Session
 
@@ -86,3 +89,48 @@ def test_the_sound_one(small, tmp_path, slow_disk, background):
     changes |= {"monitor.on_collapse": "rollback", "monitor.window": 2}
     assert kept(small, tmp_path / "run", rows, changes) == [5, 6, 7, 8, 9]
     assert kept(small, tmp_path / "warned", rows, changes | {"monitor.on_collapse": "warn"}) == [9]
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Saves step 1 whole, then step 2 in two parts at once; returns what became of each."""
+    checkpoint.save_checkpoint(tmp_path, 1, write)
+
+    def save(first, second, *, timeout_s=20.0):
+        checkpoint.make_room(tmp_path, 2)
+        with ThreadPoolExecutor(2) as pool:
+            whole = pool.submit(checkpoint.save_checkpoint, tmp_path, 2, first, size=2, timeout_s=timeout_s)
+            part = pool.submit(checkpoint.save_part, tmp_path, 2, second, rank=1) if second else None
+            return whole.exception(), part and part.exception()
+
+    return save
+
+
+def write_momentum(folder: Path) -> None:
+    (folder / "momentum").mkdir()
+    (folder / "momentum" / "weights").write_text("averaged")
+
+
+def test_parts_of_two_ranks_are_one_checkpoint(parts, tmp_path):
+    assert parts(write, write_momentum) == (None, None)
+    folder = tmp_path / "checkpoints" / "step_2"
+    assert checkpoint.verify_checkpoint(folder) == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "momentum", "weights"]
+    (folder / "momentum" / "weights").write_text("averagee")
+    with pytest.raises(CheckpointError, match="momentum/weights must be as it was written"):
+        checkpoint.verify_checkpoint(folder)
+
+
+def full_disk(folder: Path) -> None:
+    (folder / "some").write_text("a part of it")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("second", [full_disk, None], ids=["full", "silent"])
+def test_without_the_part_of_another_rank_there_is_no_checkpoint(parts, tmp_path, second):
+    whole, part = parts(write, second, timeout_s=20.0 if second else 0.2)
+    assert isinstance(whole, StorageError) and "Earlier ones are unchanged" in str(whole)
+    assert ("No space left on device" if second else "rank 1 did not write its part") in str(whole)
+    assert part is None if second is None else isinstance(part, StorageError)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+    assert checkpoint.newest_valid(tmp_path)[0] == tmp_path / "checkpoints" / "step_1"

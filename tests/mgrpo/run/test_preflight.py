@@ -33,6 +33,7 @@ from mgrpo.models.save import make_savable, try_save
 from mgrpo.models.size import cache_numbers
 from mgrpo.models.tokenizer import resolve_path
 from mgrpo.run.directory import directory_of, refuse_directory, require_room
+from mgrpo.run.preflight import find_problems
 from mgrpo.tasks.arithmetic import make_tokenizer
 from mgrpo.training.trainer import Trainer
 
@@ -473,10 +474,10 @@ def test_a_run_needs_room_for_two_checkpoints(tmp_path, monkeypatch, small):
     several, single = small({"steps": 9, "checkpoint.every": 3}), small({"steps": 9, "checkpoint.every": 0})
     require_room(tmp_path / "run", single, 3 * 2**30)
     require_room(tmp_path / "run", several, 2**30)
-    message = f"room for two checkpoints of 2.00 GiB, {tmp_path} has 3.00 GiB free"
+    message = f"room for two checkpoints of 2.0 GiB, {tmp_path} has 3.0 GiB free"
     with pytest.raises(ConfigError, match=message):
         require_room(tmp_path / "run", several, 2 * 2**30)
-    with pytest.raises(ConfigError, match=r"room for a checkpoint of 4\.00 GiB"):
+    with pytest.raises(ConfigError, match=r"room for a checkpoint of 4\.0 GiB"):
         require_room(tmp_path / "run", single, 4 * 2**30)
 
 
@@ -542,3 +543,16 @@ def test_a_dry_run_ends_in_no_traceback_in_a_process_of_its_own(folder):
     command = [sys.executable, "-m", "mgrpo.train", "--model.path", str(folder), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distributed.processes": 4, "distributed.replicate": 2}, None),
+        ({"distributed.processes": 2, "distributed.reduce": "tree"}, None),
+        ({"distributed.replicate": 2}, "--distributed.replicate must divide the number of processes (1), got 2."),
+    ],
+)
+def test_options_are_checked_against_the_processes_that_the_run_will_have(small, options, message):
+    problems = [problem for problem in find_problems(small(options)) if "--distributed" in problem]
+    assert problems == ([f"config: {message}"] if message else [])
