@@ -188,7 +188,7 @@ def process_problems(config: Config, size: int) -> list[str]:
     """A message for each option that does not fit a number of processes."""
     c = config
     problems = world_problems(size, replicate=c.distributed.replicate, reduce=c.distributed.reduce)
-    alone = {"--optim.offload": c.optim.offload, "--lora.rank": c.lora.rank > 0, "--rollout.ahead": c.rollout.ahead > 0}
+    alone = {"--optim.offload": c.optim.offload, "--rollout.ahead": c.rollout.ahead > 0}
     for name, is_set in alone.items():
         if is_set and size > 1:
             problems.append(f"config: {name} needs one process, got {size}.")

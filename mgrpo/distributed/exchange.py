@@ -6,6 +6,7 @@ Letters: W ranks among which a tensor's rows are divided.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,10 +31,23 @@ class Part:
     """A tensor of a bucket; what is not sharded takes no bytes there."""
 
     names: Sequence[str]  # several if it is tied
-    tensor: torch.Tensor
+    tensor: torch.Tensor  # or one like it, of which shape and sharding are used
     dtype: torch.dtype  # to be sent in
     start: int  # byte in each rank's part of the bucket
     end: int
+
+
+class LazyWeights(Mapping[str, torch.Tensor]):
+    """A state dict whose tensors are computed when they are read, where they are sharded by all ranks in one order."""
+
+    @abstractmethod
+    def like(self, key: str) -> torch.Tensor:
+        """A tensor of the shape and the sharding of that which would be computed."""
+
+
+def like(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A tensor of the shape and the sharding of one of a state dict, without computing it."""
+    return tensors.like(name) if isinstance(tensors, LazyWeights) else tensors[name]
 
 
 class WeightStream:
@@ -129,7 +143,8 @@ class WeightStream:
         """The buckets, the same on all ranks."""
         tied: dict[tuple[object, ...], list[str]] = {}
         kept: list[tuple[list[str], torch.Tensor]] = []
-        for name, tensor in self.tensors.items():
+        for name in self.tensors:
+            tensor = like(self.tensors, name)
             # A state dict has another object under every name of a tied weight. An empty shard has no address.
             storage = local(tensor).untyped_storage()
             key = (
@@ -169,7 +184,7 @@ class WeightStream:
         flat = self._buffer[: ranks * size]
         own = flat.view(ranks, size)[mesh.get_local_rank(mesh.ndim - 1)]
         for part in bucket:
-            shard = local(part.tensor.detach())
+            shard = local(self.tensors[part.names[0]].detach())
             own[part.start :].narrow(0, 0, shard.numel() * part.dtype.itemsize).view(part.dtype).copy_(shard.flatten())
         self._ended = True  # if a rank is lost
         gather_flat(flat, own, group=mesh.get_group(mesh.ndim - 1))
@@ -178,7 +193,7 @@ class WeightStream:
     def _whole(self, part: Part) -> torch.Tensor:
         """A tensor of the bucket in the buffer, in memory of its own."""
         if part.end == part.start:
-            return part.tensor.detach()
+            return self.tensors[part.names[0]].detach()
         assert isinstance(part.tensor, DTensor)
         ranks, size, rows = num_shards(part.tensor), self._buckets[self._next - 1][-1].end, rows_of_rank(part.tensor)
         row_bytes = math.prod(part.tensor.shape[1:]) * part.dtype.itemsize

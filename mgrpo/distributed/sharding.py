@@ -29,9 +29,9 @@ def shard_model(model: Any, world: World, *, dtype: torch.dtype, tree: bool) -> 
     the head, and the embedding tied to it. Gradients are summed over ranks, in fp32.
 
     Args:
-        model: with whole weights, equal on all ranks.
+        model: with whole weights, equal on all ranks, or empty ones, which are read later.
         world: of the run.
-        dtype: of forward passes. bf16 gathers weights in bf16; in tree mode in fp32, as one process computes.
+        dtype: in which weights are gathered; in tree mode always their own, as one process computes.
         tree: sum gradients pairwise in the order of ranks, so that the bits do not depend on W.
     """
     if world.mesh is None:
@@ -215,16 +215,22 @@ def offset_of(tensor: torch.Tensor) -> int:
 
 
 @torch.no_grad()
-def fill(target: torch.Tensor, values: torch.Tensor) -> None:
-    """Copies this rank's rows of a whole tensor, which every rank has, into a sharded one."""
-    local(target).copy_(values[rows_of(target)] if values.ndim else values)
+def fill(target: torch.Tensor, values: Any) -> None:
+    """Copies this rank's rows of a whole tensor, or of one in a safetensors file, into a sharded one."""
+    local(target).copy_(values[rows_of(target)] if target.ndim else values)
 
 
-def sharded_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of whole `values`, sharded like `tensor`, on its device."""
+def sharded_like(tensor: torch.Tensor, values: Any) -> torch.Tensor:
+    """This rank's rows of whole `values`, which may lie in a file, sharded like `tensor`, on its device."""
+    own = values[rows_of(tensor)] if tensor.ndim else values
+    return with_shard(tensor, own.to(local(tensor).device))
+
+
+def with_shard(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """A tensor sharded like another, of which `own` is this rank's shard."""
+    own = own.contiguous()
     if not isinstance(tensor, DTensor):
-        return values.to(tensor.device)
-    own = values[rows_of(tensor)].to(local(tensor).device).contiguous()
+        return own
     # Without shape and stride the whole would be taken for W times this shard.
     return DTensor.from_local(
         own, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()

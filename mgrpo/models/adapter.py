@@ -20,6 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mgrpo.config import KernelsConfig, MomentumConfig
+from mgrpo.distributed.exchange import LazyWeights
+from mgrpo.distributed.sharding import local, rows_of, with_shard
+from mgrpo.distributed.sharding import whole as whole_tensor
 from mgrpo.errors import ConfigError, InputError, whole
 from mgrpo.models.adapter_folder import ALL_LINEAR
 from mgrpo.models.files import ADAPTER, ADAPTER_WEIGHTS
@@ -159,16 +162,21 @@ class Adapter:
         del self.model.peft_config  # pyright: ignore
 
     @torch.no_grad()
-    def cast_base(self, dtype: torch.dtype) -> bool:
+    def cast_base(self, dtype: torch.dtype, *, empty: bool = False) -> bool:
         """Keeps the frozen weights in the dtype of forward passes, unless the model does not tolerate it.
 
-        The adapters stay in fp32. Returns whether the weights have been cast.
+        The adapters stay in fp32. Returns whether the weights have been cast. Of `empty` weights, which are still to be
+        read, nothing can be tried.
         """
         frozen = [p for p in self.model.parameters() if not p.requires_grad and p.is_floating_point()]
         adapters = {
             id(p) for module in self.layers.values() for part in _PARTS for p in getattr(module, part).parameters()
         }
         frozen = [p for p in frozen if id(p) not in adapters]
+        if empty:
+            for parameter in frozen:
+                parameter.data = torch.empty_like(parameter, dtype=dtype)
+            return True
         device = frozen[0].device
         ids = torch.arange(2, 18, device=device)[None] % self.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
 
@@ -225,11 +233,11 @@ class Adapter:
             weight.copy_(weights[name])
 
 
-class MergedWeights(Mapping[str, torch.Tensor]):
+class MergedWeights(LazyWeights):
     """The state dict of a model without adapters, one of which is merged into it: W + scale B A.
 
-    A merged tensor is computed in fp32 whenever it is read, and cast; no more than one exists at a time. Tied weights
-    have both their names.
+    A merged tensor is computed in fp32 whenever it is read, and cast; no more than one exists at a time. Of sharded
+    weights each rank computes its rows, from the whole of A and B. Tied weights have both their names.
     """
 
     def __init__(self, adapter: Adapter, name: str, dtype: torch.dtype):
@@ -242,7 +250,14 @@ class MergedWeights(Mapping[str, torch.Tensor]):
         tensor, layer = self._tensors[key], self._layers.get(key)
         if layer is None:
             return tensor.detach()
-        return tensor.float().add(layer.get_delta_weight(self._name)).to(self._dtype)
+        a, b = (whole_tensor(getattr(layer, part)[self._name].weight) for part in _PARTS)
+        change = (b @ a).T if layer.fan_in_fan_out else b @ a
+        merged = local(tensor).float().add((change * layer.scaling[self._name])[rows_of(tensor)])
+        return with_shard(tensor, merged.to(self._dtype))
+
+    def like(self, key: str) -> torch.Tensor:
+        """See LazyWeights."""
+        return self._tensors[key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -252,11 +267,10 @@ class MergedWeights(Mapping[str, torch.Tensor]):
 
 
 class AdapterMomentum(Momentum):
-    """The momentum model as a second adapter: the EMA of the policy's A and, separately, of its B."""
+    """The momentum model as a second adapter, which the model must have: the EMA of A and, separately, of B."""
 
     def __init__(self, adapter: Adapter, config: MomentumConfig, *, seed: int, kernels: KernelsConfig):
         super().__init__(adapter.model, config, seed=seed, kernels=kernels)
-        adapter.add_frozen(MOMENTUM)
         self.adapter = adapter
         # Parameters of the model, written in place.
         self.weights = {name: weight.detach() for name, weight in adapter.weights(MOMENTUM).items()}

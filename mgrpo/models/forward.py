@@ -6,12 +6,13 @@ Letters: R trajectories, L longest response, T packed response tokens, D hidden,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 import mgrpo_kernels as K
 from mgrpo.config import KernelsConfig
@@ -54,12 +55,13 @@ class Forward:
     ):
         self.world = world
         self.lanes = LANES if tree else self.world.size
-        if packed:
-            require_packing(loaded.model)
         self.pad_id, self.dtype, self.packed = loaded.pad_id, loaded.dtype, packed
         self.temperature, self.backend = temperature, kernels.backend
         self.micro_batch_tokens = micro_batch_tokens
-        self.has_plain_head = has_plain_head(loaded.model)
+        with self._autocast(next(loaded.model.parameters()).device):
+            if packed:
+                require_packing(loaded.model, self.dtype)
+            self.has_plain_head = has_plain_head(loaded.model)
 
     def plan(self, trajectories: TrajectoryBatch, rows: torch.Tensor) -> list[list[int]]:
         """Splits trajectories `rows` [r] into micro-batches within the budget of tokens; the same on every rank.
@@ -103,18 +105,21 @@ class Forward:
         device = next(model.parameters()).device
         batch = batch.to(device)
         ids, line, column, targets = batch.ids, batch.line, batch.column, batch.targets
-        autocast = torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
         if not self.has_plain_head:
-            with autocast:
+            with self._autocast(device):
                 logits = plain_logits(model, ids, **batch.options(model))[line, column]
             return self._from_logits(logits, targets, self_certainty)
 
         def by_head() -> TokenLogProbs:
-            with autocast:
+            with self._autocast(device):
                 hidden = plain_hidden(model.get_decoder(), ids, **batch.options(model))[line, column]
             return self._from_hidden(hidden.to(self.dtype), model.get_output_embeddings(), targets, self_certainty)
 
         return run_whole(model, by_head)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """Forward passes in `dtype`."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
 
     def _from_hidden(
         self, hidden: torch.Tensor, head: torch.nn.Module | None, targets: torch.Tensor, self_certainty: bool
@@ -146,13 +151,44 @@ class Forward:
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are the output embedding of the last hidden state and nothing else (no scale, no softcap)."""
+    """Whether logits are the output embedding of the last hidden state and nothing else (no scale, no softcap).
+
+    A trial replaces what decoder and head return, and follows it; so weights and rounding do not matter.
+    """
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     if not isinstance(head, torch.nn.Linear) or decoder is None or decoder is model:
         return False
     ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
+    found: dict[str, torch.Tensor] = {}
+
+    def replace_hidden(_module: object, _inputs: object, output: object) -> None:
+        if isinstance(output, ModelOutput) and "last_hidden_state" in output:
+            found["decoded"] = output["last_hidden_state"]
+            output["last_hidden_state"] = found["hidden"] = _ramp(found["decoded"], 1.0)
+
+    def replace_logits(_module: object, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        found["input"], found["head"] = inputs[0], _ramp(output, 100.0)
+        return found["head"]
+
+    hooks = [decoder.register_forward_hook(replace_hidden), head.register_forward_hook(replace_logits)]
     try:
-        logits = head(plain_hidden(decoder, ids))
+        logits = plain_logits(model, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found.keys() >= {"hidden", "head"}:
+        return False
+    try:
+        alone = run_whole(model, lambda: plain_hidden(decoder, ids))
     except Exception:  # of a decoder that needs more than token ids
         return False
-    return torch.equal(logits, plain_logits(model, ids))
+    return (
+        torch.equal(found["decoded"], alone)
+        and torch.equal(found["hidden"].to(found["input"].dtype), found["input"])
+        and torch.equal(found["head"].float(), logits.float())
+    )
+
+
+def _ramp(like: torch.Tensor, most: float) -> torch.Tensor:
+    """Values from -most to most in the shape of a tensor."""
+    return torch.linspace(-most, most, like.numel(), device=like.device).view(like.shape).to(like.dtype)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import (
 
 from mgrpo.config import LoraConfig, ModelConfig
 from mgrpo.errors import CheckpointError, InputError
-from mgrpo.models.adapter import POLICY, Adapter
+from mgrpo.models.adapter import POLICY, Adapter, plain_state_dict
 from mgrpo.models.adapter_folder import base_of, choose_config, is_adapter, read_config
 from mgrpo.models.determinism import make_deterministic
 from mgrpo.models.device import pick_device
@@ -29,6 +30,7 @@ from mgrpo.models.files import (
     silence,
 )
 from mgrpo.models.plain import head_and_embedding
+from mgrpo.models.rows import empty_model, fill_rows, find_files, match, open_tensors, refuse_nonfinite
 from mgrpo.models.save import make_savable, save_model
 from mgrpo.models.tokenizer import (
     Tokenizer,
@@ -44,7 +46,7 @@ SPECIAL_TOKENS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 class LoadedModel:
     """A causal LM with fp32 weights, its tokenizer and its special tokens.
 
-    With an adapter, only that is trained and saved.
+    With an adapter, only that is trained and saved. With `files`, the weights are empty until `fill`.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,13 @@ class LoadedModel:
     context_length: int
     dtype: torch.dtype  # of forward passes and rollouts
     adapter: Adapter | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    files: Mapping[str, Any] | None = None  # the tensors to be read, by the names of the state dict
+
+    def fill(self) -> None:
+        """Reads this rank's rows of a model that was loaded by rows and has been sharded since."""
+        if self.files is not None:
+            fill_rows(plain_state_dict(self.model, keep_vars=True), self.files, "the model's files")
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of the policy; tied weights are one object."""
@@ -67,24 +76,29 @@ class LoadedModel:
             self.adapter.save(folder, weights)
             self.tokenizer.save_pretrained(folder)
 
-    def read(self, folder: Path, *, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
-        """Reads what `save` wrote, in fp32; raises CheckpointError where one is an adapter and the other is not."""
+    def read(self, folder: Path, *, trust_remote_code: bool = False) -> Mapping[str, Any]:
+        """What `save` wrote, as `load_weights`; raises CheckpointError where only one of both is an adapter."""
         if is_adapter(str(folder)) != (self.adapter is not None):
             held, trained = ("a whole model", "an adapter") if self.adapter else ("an adapter", "all weights")
             remedy = "Leave --lora.* out." if self.adapter else "Set --lora.rank as in that run."
             raise CheckpointError(f"resume: {folder} holds {held}, this run trains {trained}. {remedy}")
         if self.adapter:
             return self.adapter.read(folder)
-        return load_weights(folder, trust_remote_code=trust_remote_code)
+        names = {name for name, _ in self.model.named_parameters()}
+        return load_weights(folder, names, trust_remote_code=trust_remote_code)
 
 
-def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, seed: int = 0) -> LoadedModel:
+def load_model(
+    config: ModelConfig, lora: LoraConfig | None = None, *, seed: int = 0, by_rows: bool = False
+) -> LoadedModel:
     """Loads tokenizer and model.
 
     Args:
         config: the model, or an adapter, which is loaded into its base.
         lora: the adapter to train. None trains none: the adapter that `config` names is merged into its base.
         seed: of a new adapter.
+        by_rows: leave the weights empty and on the CPU, for `LoadedModel.fill`, if the files name them as the model
+            does; of other files the whole model is read.
 
     Raises:
         ConfigError: the model cannot have the adapter, or the options of the adapter contradict its folder.
@@ -95,12 +109,10 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, seed: int
         choose_config(config.path, lora) if lora else read_config(config.path) if is_adapter(config.path) else None
     )
     base = resolve_path(base_of(config.path))
-    model = _read_model(
-        base,
-        config.path if base == resolve_path(config.path) else base,
-        attention=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    name = config.path if base == resolve_path(config.path) else base
+    options: dict[str, Any] = {"attention": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
+    found = _model_and_files(base, name, tokenizer, **options) if by_rows else None
+    model, files = found or (_read_model(base, name, **options), None)
     _check_ids(model, tokenizer, config.path)
     if dropped := make_savable(model):
         print(
@@ -108,7 +120,9 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, seed: int
             "another, and transformers does not write them.",
             file=sys.stderr,
         )
-    _check_finite(model, config.path)
+    if files is None:
+        for key, tensor in model.state_dict().items():
+            refuse_nonfinite(key, tensor, config.path)
     try:
         make_deterministic(model, gradient_checkpointing=config.gradient_checkpointing)
     except ValueError as error:
@@ -116,7 +130,9 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, seed: int
             f"model: --model.gradient-checkpointing needs a model that has it, {type(model).__name__} has not. "
             "Leave it out."
         ) from error
-    torch.nn.Module.to(model, pick_device(config.device))
+    device = pick_device(config.device)
+    if files is None:
+        torch.nn.Module.to(model, device)
     folder = Path(config.path) if is_adapter(config.path) else None
     held = Adapter(model, adapter, seed=seed, folder=folder, trained=lora is not None) if adapter else None
     if held and lora is None:
@@ -130,7 +146,23 @@ def load_model(config: ModelConfig, lora: LoraConfig | None = None, *, seed: int
         context_length=min(tokenizer.context_length, _num_positions(model)),
         dtype=torch.bfloat16 if config.dtype == "bf16" else torch.float32,
         adapter=held,
+        device=device,
+        files=files,
     )
+
+
+def _model_and_files(
+    base: str, name: str, tokenizer: Tokenizer, *, attention: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+    """An empty model and its tensors in the files; None if the files name them otherwise."""
+    with silence(), reading(name, CONFIG):
+        config = copy.deepcopy(tokenizer.model_config)
+        model = _with_attention(
+            attention,
+            lambda attention: empty_model(base, config, attention=attention, trust_remote_code=trust_remote_code),
+        )
+        files = match(open_tensors(*find_files(base)), model.state_dict(keep_vars=True))
+    return None if files is None else (model, files)
 
 
 def _with_attention(attention: str | None, load: Callable[[str | None], Any]) -> Any:
@@ -200,13 +232,10 @@ def _num_positions(model: torch.nn.Module) -> int:
     return min(rows, default=2**31)
 
 
-def _check_finite(model: PreTrainedModel, path: str) -> None:
-    """Raises InputError for weights that hold NaN or infinity."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"model: {name} of {path} must be finite, got NaN or infinity. The folder is damaged.")
-
-
-def load_weights(folder: Path, *, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
-    """Reads the parameters of a saved model in fp32, under the names of `named_parameters`."""
+def load_weights(folder: Path, names: Collection[str] = (), *, trust_remote_code: bool = False) -> Mapping[str, Any]:
+    """The parameters of a saved model: slices of its files if these hold all `names`, else whole tensors in fp32."""
+    with reading(str(folder)):
+        tensors = open_tensors(*find_files(folder))
+    if names and tensors.keys() >= set(names):
+        return tensors
     return dict(_read_model(folder, str(folder), trust_remote_code=trust_remote_code).named_parameters())

@@ -34,7 +34,7 @@ def start_engine(
     """The engine of a configuration; with several ranks, or in tree mode, the engine of all.
 
     Args:
-        loaded: model to generate with, whole, and its tokenizer.
+        loaded: model to generate with, whole for the embedded engine, and its tokenizer.
         config: the engine's options.
         stop: texts that end a response.
         max_length: tokens of the longest prompt and response together.
@@ -76,7 +76,7 @@ def make_ranked(make: Callable[[], Engine], world: World, *, tree: bool) -> Engi
 
 def _connect_servers(loaded: LoadedModel, c: EngineConfig, model: Mapping[str, Any]) -> Engine:
     """The engine of one or two servers, which run already or are started here."""
-    on_gpu = next(loaded.model.parameters()).device.type == "cuda"
+    on_gpu = loaded.device.type == "cuda"
     if c.transfer == "nccl" and not on_gpu:
         raise EngineError("start: --engine.transfer nccl needs the model on a GPU. Take --engine.transfer http.")
     connect = partial(
@@ -107,7 +107,7 @@ def _connect_servers(loaded: LoadedModel, c: EngineConfig, model: Mapping[str, A
 
 def vllm_options(loaded: LoadedModel, c: EngineConfig, *, max_length: int) -> dict[str, Any]:
     """VLLM's options on this machine."""
-    on_gpu = next(loaded.model.parameters()).device.type == "cuda"
+    on_gpu = loaded.device.type == "cuda"
     options: dict[str, Any] = {"gpu_memory_utilization": c.gpu_memory}
     if not on_gpu:
         check_head_width(loaded.model.config)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from mgrpo.distributed.exchange import like
 from mgrpo.errors import EngineError, StaleWeightsError
 from mgrpo.types import Rollouts, Sampling, WeightTag
 
@@ -57,7 +58,7 @@ def check_weights(weights: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
     for name, shape in shapes.items():
         if name not in weights:
             raise EngineError(f"update_weights: weights must hold every tensor of the model, {name} is missing.")
-        if (found := tuple(weights[name].shape)) != shape:
+        if (found := tuple(like(weights, name).shape)) != shape:
             raise EngineError(f"update_weights: {name} must have shape {shape}, got {found}.")
 
 

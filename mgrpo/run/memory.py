@@ -94,13 +94,14 @@ def state_parts(config: Config, job: Job) -> list[Part]:
     """Weights, gradients, moments and momentum model, each divided by S."""
     c, share = config, shards(config, job)
     full = job.adapter is None
-    frozen = 0 if full else job.size.parameters
-    trained = job.adapter if job.adapter is not None else -(-job.size.parameters // share)
+    frozen = 0 if full else -(-job.size.parameters // share)
+    trained = -(-(job.size.parameters if job.adapter is None else job.adapter) // share)
     dtype, on_host = c.momentum.dtype, c.momentum.device == "cpu"
     momentum = MOMENTUM_BYTES[dtype] * trained
     published = full and c.engine.name == "vllm" and c.model.dtype == "bf16" and dtype == "fp32"
-    saved = (12 * trained + momentum) * (share if full else 1) * (c.checkpoint.background and c.checkpoint.every > 0)
-    loaded = 4 * job.size.parameters
+    saved = (12 * trained + momentum) * share * (c.checkpoint.background and c.checkpoint.every > 0)
+    # Where no engine needs the whole model, each of several ranks reads its rows alone.
+    loaded = 4 * job.size.parameters * (job.ranks == 1 or c.engine.name != "vllm")
     copied = 1 + (c.engine.name != "vllm") if full else c.model.dtype == "bf16"  # frozen weights are cast after that
     return [
         Part(f"frozen weights ({c.model.dtype})", compute_bytes(c) * frozen),
@@ -127,8 +128,9 @@ def engine_parts(config: Config, job: Job) -> list[Part]:
     if c.engine.name == "vllm":
         return _vllm_parts(c, job, weights)
     sequences = decoded_together(c, job)
-    # In fp32 one process generates with the trainer's own weights; a momentum model stored otherwise is copied.
-    shared = (number == 4 and job.ranks == 1) or job.adapter is not None
+    # In one process the frozen weights are shared, and in fp32 the trained ones; a momentum model stored otherwise is
+    # copied.
+    shared = job.ranks == 1 and (number == 4 or job.adapter is not None)
     copied = shared and _stored_otherwise(c)
     cache = number * size.cache_numbers * job.longest * sequences
     return [
@@ -193,9 +195,10 @@ def num_rollouts(c: Config) -> int:
 
 def _whole_weights(c: Config, job: Job, *, gradient: int) -> list[Part]:
     """Weights gathered by FSDP, or cast to bf16 in one process, with `gradient` bytes of each number's gradient."""
-    size, number = job.size, compute_bytes(c)
+    size, number, full = job.size, compute_bytes(c), job.adapter is None
+    gradient *= full
     beside = " and gradient" * (gradient > 0)
-    if job.adapter is not None:  # frozen weights are in bf16 already, and have no gradient
+    if job.ranks == 1 and not full:  # frozen weights are in bf16 already
         return []
     if job.ranks == 1:
         casts = 2 * (number == 2)
@@ -203,7 +206,7 @@ def _whole_weights(c: Config, job: Job, *, gradient: int) -> list[Part]:
             Part("layers cast to bf16", casts * size.layers),
             Part(f"head{beside}", (casts + gradient) * size.head),
         ]
-    number = 4 if c.distributed.tree else number
+    number = 4 if c.distributed.tree and full else number
     rest = size.parameters - size.layers - (0 if size.tied else size.embedding)
     return [
         Part(f"FSDP: two layers{beside}", (2 * number + gradient) * size.layer),

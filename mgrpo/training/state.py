@@ -22,6 +22,7 @@ from mgrpo.distributed.world import ALONE, World
 from mgrpo.errors import CheckpointError, EngineError
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.momentum import Momentum
+from mgrpo.models.rows import open_tensors
 from mgrpo.rollout.source import RolloutSource, Tensors
 from mgrpo.training.learner import Learner
 from mgrpo.training.offload import HostAdamW
@@ -156,7 +157,7 @@ class Checkpointer:
         compensation = folder / "momentum_compensation.safetensors"
         self.momentum.load(
             self.loaded.read(folder / "momentum", trust_remote_code=self.trusted),
-            load_file(compensation) if self.momentum.compensation else None,
+            open_tensors(compensation) if self.momentum.compensation else None,
         )
         load_optimizer(folder / "optimizer.safetensors", self.learner.optimizer, self.learner.names)
         rollouts = state.get("rollouts")
@@ -208,13 +209,13 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: list[str
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     by_name = dict(zip(names, parameters, strict=True))
     optimizer.state.clear()
-    for key, value in load_file(path).items():
+    for key, value in open_tensors(path).items():
         name, entry = key.rsplit("/", 1)
         if (parameter := by_name.get(name)) is None:
             continue  # a frozen weight, whose moments earlier releases saved
-        # AdamW counts its steps on the CPU.
-        on_host = entry == "step" or isinstance(optimizer, HostAdamW)
-        optimizer.state[parameter][entry] = value if on_host else sharded_like(parameter, value)
+        if entry != "step":  # which AdamW counts on the CPU
+            value = value[:] if isinstance(optimizer, HostAdamW) else sharded_like(parameter, value)
+        optimizer.state[parameter][entry] = value
 
 
 def rng_state() -> dict[str, Any]:

@@ -20,8 +20,7 @@ from mgrpo.data.prompts import Dataset
 from mgrpo.data.sampler import Sampler
 from mgrpo.distributed.sharding import shard_model
 from mgrpo.distributed.world import ALONE, World
-from mgrpo.errors import ConfigError
-from mgrpo.models.adapter import INITIAL, POLICY, AdapterMomentum
+from mgrpo.models.adapter import INITIAL, MOMENTUM, POLICY, AdapterMomentum
 from mgrpo.models.forward import Forward
 from mgrpo.models.load import LoadedModel, load_model
 from mgrpo.models.momentum import Momentum, borrowed_weights
@@ -54,14 +53,16 @@ class Trainer:
         make_engine: Callable[[LoadedModel, Config], Engine] | None = None,
     ):
         self.config, self.world, self.timer = config, world, Timer()
-        self.loaded = load_model(config.model, config.lora, seed=config.seed)
-        if self.loaded.adapter and self.world.size > 1:  # also an adapter that --model.path names
-            raise ConfigError([f"config: LoRA is trained in one process, got {self.world.size}. Start one."])
+        # The embedded engine has a copy of the whole model anyway.
+        by_rows = world.size > 1 and config.engine.name != "transformers"
+        self.loaded = load_model(config.model, config.lora, seed=config.seed, by_rows=by_rows)
         self.model = self.loaded.model
         stop = make_stop(config.rollout.stop, config.data.template, self.loaded.tokenizer)
         self.data, self.probe = self._load_data()
         self.sampler = Sampler(len(self.data), config.rollout.num_prompts, config.seed)
         self.grader = Grader(config, self.loaded.tokenizer, stop, self.timer, self.world)
+        self.engine = self._start_engine(make_engine, stop)
+        self._shard()  # after the engine has copied the whole model
         self.forward = Forward(
             self.loaded,
             temperature=config.rollout.temperature,
@@ -71,9 +72,6 @@ class Trainer:
             world=self.world,
             tree=config.distributed.tree,
         )
-        self.engine = self._start_engine(make_engine, stop)
-        # After the engine has copied the whole model.
-        shard_model(self.model, self.world, dtype=self.loaded.dtype, tree=config.distributed.tree)
         self.momentum = self._make_momentum()
         self.learner = Learner(config, self.loaded, self.momentum, self.forward, self.timer, self.world)
         self.generator = Generator(
@@ -238,14 +236,24 @@ class Trainer:
         datasets = [self.data, *([self.probe] if self.probe else [])]
         return max(len(prompt.ids) for data in datasets for prompt in data.prompts) + self.config.rollout.max_new_tokens
 
+    def _shard(self) -> None:
+        """Divides the weights among the ranks, those of adapters too, and reads them if they were not read whole."""
+        loaded = self.loaded
+        dtype, empty = loaded.dtype, loaded.files is not None
+        if loaded.adapter:
+            if dtype != torch.float32:  # only now, because the engine compares ways of decoding in fp32
+                loaded.adapter.cast_base(dtype, empty=empty)
+            loaded.adapter.add_frozen(MOMENTUM)
+            dtype = torch.float32  # frozen weights are in `dtype` already, the adapters stay in fp32
+        shard_model(self.model, self.world, dtype=dtype, tree=self.config.distributed.tree)
+        loaded.fill()
+
     def _make_momentum(self) -> Momentum:
         """The momentum model: a copy of the policy's weights, or a second adapter of its model."""
         c, adapter = self.config, self.loaded.adapter
         if adapter is None:
             engine_dtype = None if self.engine.weights_are_shared else self.loaded.dtype
             return Momentum(self.model, c.momentum, seed=c.seed, kernels=c.kernels, engine_dtype=engine_dtype)
-        if self.loaded.dtype != torch.float32:  # only now, because the engine compares ways of decoding in fp32
-            adapter.cast_base(self.loaded.dtype)
         return AdapterMomentum(adapter, c.momentum, seed=c.seed, kernels=c.kernels)
 
     def _as_initial(self, initial: Mapping[str, torch.Tensor] | None) -> Callable[[], AbstractContextManager[None]]:

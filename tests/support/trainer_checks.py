@@ -12,10 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from ranks import main
 from step_checks import digest
 
-from mgrpo.config import DistributedConfig, EvalConfig, LogConfig, OptimConfig, RolloutConfig
+from mgrpo.config import (
+    Config,
+    DistributedConfig,
+    EvalConfig,
+    LogConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+)
 from mgrpo.distributed.world import World
 from mgrpo.presets import make_preset
 from mgrpo.run.checkpoint import Writer, verify_checkpoint
@@ -28,9 +38,9 @@ STEPS = 3
 OF_THE_MACHINE = ("time_", "step_s", "tokens_per_s", "memory")
 
 
-def make_trainer(world: World, *, reduce: str = "tree", data: str = "arithmetic:12:2-3:5", **options: Any) -> Trainer:
+def make_config(*, reduce: str = "tree", data: str = "arithmetic:12:2-3:5", **options: Any) -> Config:
     base = make_preset("arithmetic")
-    config = replace(
+    return replace(
         base,
         steps=6,
         seed=3,
@@ -45,11 +55,14 @@ def make_trainer(world: World, *, reduce: str = "tree", data: str = "arithmetic:
         log=LogConfig(kl_initial_every=1, samples=1),
         **options,
     )
-    return Trainer(config, world=world)
+
+
+def make_trainer(world: World, **options: Any) -> Trainer:
+    return Trainer(make_config(**options), world=world)
 
 
 def state(trainer: Trainer) -> list[str]:
-    states = [trainer.learner.optimizer.state[p] for p in trainer.model.parameters()]
+    states = [trainer.learner.optimizer.state[p] for p in trainer.learner.parameters]
     moments = [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
     return [digest(t) for t in (trainer.model.parameters(), trainer.momentum.weights.values(), moments)]
 
@@ -86,6 +99,23 @@ def _with_labels(world: World, folder: Path, shift: int) -> list[str]:
     return state(trainer)
 
 
+def _with_lora(world: World) -> list[Any]:
+    """Metrics and state with adapters in fp32 beside weights in bf16, of which a rank of four has no row of A."""
+    options = {"lora": LoraConfig(rank=3), "model": ModelConfig(dtype="bf16")}
+    config = make_config(**options)
+    config = replace(
+        config,
+        optim=replace(config.optim, packing="packed"),
+        rollout=replace(config.rollout, max_new_tokens=24),
+        data=replace(config.data, probe=None),
+    )
+    trainer = Trainer(config, world=world)
+    rows = [comparable(row) for row in trainer.train(2)]
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32, torch.bfloat16}
+    trainer.close()
+    return [rows, state(trainer)]
+
+
 def run(world: World, folder: Path) -> None:
     found: dict[str, Any] = {}
     trainer = make_trainer(world)
@@ -104,6 +134,7 @@ def run(world: World, folder: Path) -> None:
             assert state(trainer) == found["state"], name
             found[f"resumed {name}"] = [comparable(row) for row in trainer.train(STEPS + 2)] + state(trainer)
     trainer.close()
+    found["lora"] = _with_lora(world)
     if world.size == 2:
         found["labels"] = [_with_labels(world, folder, shift) for shift in (0, 1)]
     if world.is_first:

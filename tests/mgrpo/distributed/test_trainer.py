@@ -33,6 +33,14 @@ def test_a_run_has_the_bits_of_one_process(ranks, size):
 
 
 @pytest.mark.parametrize("size", [2, 4])
+def test_a_run_with_lora_has_the_bits_of_one_process(ranks, size):
+    (one, _), (found, _) = ranks[1], ranks[size]
+    assert found["lora"] == one["lora"]
+    rows, _ = one["lora"]
+    assert all(row["trained_parameters"] > 0 for row in rows) and any(row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_files_of_a_checkpoint_do_not_depend_on_the_ranks(ranks, size):
     (one, of_one), (found, saved) = ranks[1], ranks[size]
     differ = {name for name in {*one["files"], *found["files"]} if one["files"].get(name) != found["files"].get(name)}

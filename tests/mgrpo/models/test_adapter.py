@@ -53,6 +53,7 @@ def randomise(adapter, name, seed=1):
 
 
 def with_momentum(adapter, **options):
+    adapter.add_frozen(MOMENTUM)
     return AdapterMomentum(adapter, MomentumConfig(**options), seed=0, kernels=KERNELS)
 
 
@@ -450,11 +451,6 @@ def test_more_than_plain_lora_is_refused(tmp_path, options, named):
     PeftConfig(target_modules=["q_proj"], base_model_name_or_path="b", **options).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"must describe plain LoRA, got {named}"):
         read_config(str(tmp_path))
-
-
-def test_several_processes_are_refused(small):
-    with pytest.raises(ConfigError, match=r"--lora\.rank needs one process, got 4"):
-        small({"lora.rank": 2, "distributed.processes": 4})
 
 
 def test_options_of_the_momentum_model_that_do_not_apply_are_refused(small):

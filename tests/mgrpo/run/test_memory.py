@@ -87,6 +87,16 @@ def test_an_adapter_alone_is_trained_and_the_frozen_weights_are_shared(big):
     assert not [name for name in parts if name.startswith(("initial", "engine: weights", "layers cast", "head"))]
 
 
+def test_adapters_and_frozen_weights_are_divided_too(big):
+    config, job, _ = big
+    parts, p = parts_of(replace(config, lora=LoraConfig(rank=16)), replace(job, adapter=8000)), job.size.parameters
+    assert found(parts, "frozen weights (bf16)") == 2 * p // job.ranks
+    assert found(parts, "weights (fp32)") == found(parts, "gradients (fp32)") == 4000
+    assert found(parts, "copy of a checkpoint") == 16 * 8000  # of all ranks
+    assert found(parts, "engine: weights (bf16)") == 2 * p
+    assert found(parts, "FSDP: two layers") == 4 * job.size.layer  # without a gradient
+
+
 def test_the_sum_is_what_is_held_always_and_the_largest_phase(big):
     config, job, _ = big
 
@@ -185,6 +195,9 @@ def test_the_start_counts_where_many_ranks_divide_the_state(big):
     memory = plan_memory(config, job)
     assert memory.device == 8 * job.size.parameters
     assert memory.host(64) == 64 * 4 * job.size.parameters
+    engine = replace(config.engine, name="vllm", placement="server", servers=("http://a:1",))
+    by_rows = plan_memory(replace(config, engine=engine), job)
+    assert not any(part.phase == "start" for part in by_rows.parts)
     # Rank 0 alone holds a checkpoint: two ranks hold it once, and 4 bytes of the momentum model.
     assert plan_memory(config, replace(job, ranks=2)).host(2) == pytest.approx((16 + 4) * job.size.parameters)
 
