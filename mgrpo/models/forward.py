@@ -173,6 +173,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     hooks = [decoder.register_forward_hook(replace_hidden), head.register_forward_hook(replace_logits)]
     try:
         logits = plain_logits(model, ids)
+    except Exception:  # the first pass over trajectories reports it
+        return False
     finally:
         for hook in hooks:
             hook.remove()
