@@ -9,6 +9,7 @@ from mgrpo.config import (
     AnswerConfig,
     Config,
     DataConfig,
+    DistributedConfig,
     EngineConfig,
     EvalConfig,
     FilterConfig,
@@ -113,7 +114,7 @@ def _single_model(name: str, objective: ObjectiveConfig) -> Config:
 
 
 def mgrpo_qwen3_4b_math() -> Config:
-    """M-GRPO (arXiv 2512.13070) with the paper's values: Qwen3-4B-Base on unlabelled MATH."""
+    """M-GRPO (arXiv 2512.13070) with the paper's values: Qwen3-4B-Base on unlabelled MATH, on all GPUs of a node."""
     return Config(
         preset="mgrpo_qwen3_4b_math",
         steps=937,
@@ -135,6 +136,7 @@ def mgrpo_qwen3_4b_math() -> Config:
         objective=ObjectiveConfig(kl_coef=0.005, kl_reference="initial"),
         optim=OptimConfig(lr=1e-6, schedule="cosine", warmup_ratio=0.1),
         eval=EvalConfig(every=50, samples=8),
+        distributed=DistributedConfig(processes="auto"),
     )
 
 
@@ -147,13 +149,20 @@ def mgrpo_qwen3_0_6b() -> Config:
         model=replace(base.model, path="Qwen/Qwen3-0.6B-Base"),
         engine=EngineConfig(batch_size=16),
         optim=replace(base.optim, micro_batch_tokens=8192),
+        distributed=DistributedConfig(),
     )
 
 
 def mgrpo_qwen3_4b_lora() -> Config:
     """The same with LoRA, for one GPU of 80 GB; ten times the rate, as adapters need."""
     base = mgrpo_qwen3_4b_math()
-    return replace(base, preset="mgrpo_qwen3_4b_lora", lora=LoraConfig(rank=32), optim=replace(base.optim, lr=1e-5))
+    return replace(
+        base,
+        preset="mgrpo_qwen3_4b_lora",
+        lora=LoraConfig(rank=32),
+        optim=replace(base.optim, lr=1e-5),
+        distributed=DistributedConfig(),
+    )
 
 
 PRESETS: dict[str, Callable[[], Config]] = {

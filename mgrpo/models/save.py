@@ -43,8 +43,7 @@ def try_save(folder: Path, model: Any, weights: Mapping[str, Mapping[str, torch.
                 if is_of_storage(error):
                     raise
                 # Some layouts need whole tensors; a model that cannot be saved fails with them too.
-                full = {key: t if local(t) is t else torch.zeros(t.shape, dtype=t.dtype) for key, t in tensors.items()}
-                model.save_pretrained(folder / name, state_dict=full)
+                model.save_pretrained(folder / name, state_dict=whole_or_zeros(tensors))
         tokenizer.save_pretrained(folder / next(iter(weights)))
 
 
@@ -57,6 +56,11 @@ def saving(folder: Path) -> Iterator[None]:
         if is_of_storage(error):
             raise StorageError(f"run: {folder.parent} must take what is written, got: {whole(error)}.") from error
         raise InputError(f"model: the model must be savable, saving failed with: {whole(error)}.") from error
+
+
+def whole_or_zeros(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as they are, and zeros in the shape of those that are sharded."""
+    return {name: t if local(t) is t else torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}
 
 
 def _first_column(tensor: torch.Tensor) -> torch.Tensor:

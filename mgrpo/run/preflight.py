@@ -23,7 +23,7 @@ from mgrpo.models.device import pick_backend, pick_device
 from mgrpo.models.files import check_folder, running
 from mgrpo.models.load import LoadedModel
 from mgrpo.models.packing import pack
-from mgrpo.models.save import saving, try_save
+from mgrpo.models.save import saving, try_save, whole_or_zeros
 from mgrpo.models.size import count_trained
 from mgrpo.models.tokenizer import Tokenizer, load_tokenizer
 from mgrpo.rollout.engine import Engine
@@ -146,7 +146,7 @@ def _try_save(trainer: Trainer, run_dir: Path) -> None:
     with trial_folder(run_dir) as folder:
         if trainer.loaded.adapter:
             with saving(folder):
-                trainer.loaded.save(folder / "policy", trainer.loaded.weights())
+                trainer.loaded.save(folder / "policy", whole_or_zeros(trainer.loaded.weights()))
         else:
             weights = {"policy": trainer.model.state_dict(), "momentum": trainer.momentum.state_dict()}
             try_save(folder, trainer.model, weights, trainer.loaded.tokenizer)

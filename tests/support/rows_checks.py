@@ -28,6 +28,7 @@ from mgrpo.distributed.world import World
 from mgrpo.models.load import LoadedModel, load_model
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.run.checkpoint import Writer
+from mgrpo.run.preflight import rehearse
 from mgrpo.tasks.arithmetic import make_tokenizer
 from mgrpo.training.trainer import Trainer
 
@@ -62,6 +63,7 @@ def make_trainer(world: World, **options: Any) -> Trainer:
 def run_trainer(world: World, folder: Path, **options: Any) -> dict[str, Any]:
     """Metrics and state after some steps, digests of a checkpoint, and what follows it."""
     trainer = make_trainer(world, **options)
+    rehearse(trainer, folder)
     assert (trainer.loaded.files is None) == (world.size == 1)
     found: dict[str, Any] = {"rows": [comparable(row) for row in trainer.train(STEPS)], "state": state(trainer)}
     with Writer(folder, world=world) as writer:

@@ -29,6 +29,7 @@ from mgrpo.config import (
 from mgrpo.distributed.world import World
 from mgrpo.presets import make_preset
 from mgrpo.run.checkpoint import Writer, verify_checkpoint
+from mgrpo.run.preflight import rehearse
 from mgrpo.tasks.arithmetic import make_problems
 from mgrpo.training.trainer import Trainer
 from mgrpo.types import Metrics
@@ -99,7 +100,7 @@ def _with_labels(world: World, folder: Path, shift: int) -> list[str]:
     return state(trainer)
 
 
-def _with_lora(world: World) -> list[Any]:
+def _with_lora(world: World, folder: Path) -> list[Any]:
     """Metrics and state with adapters in fp32 beside weights in bf16, of which a rank of four has no row of A."""
     options = {"lora": LoraConfig(rank=3), "model": ModelConfig(dtype="bf16")}
     config = make_config(**options)
@@ -110,6 +111,7 @@ def _with_lora(world: World) -> list[Any]:
         data=replace(config.data, probe=None),
     )
     trainer = Trainer(config, world=world)
+    rehearse(trainer, folder)
     rows = [comparable(row) for row in trainer.train(2)]
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32, torch.bfloat16}
     trainer.close()
@@ -134,7 +136,7 @@ def run(world: World, folder: Path) -> None:
             assert state(trainer) == found["state"], name
             found[f"resumed {name}"] = [comparable(row) for row in trainer.train(STEPS + 2)] + state(trainer)
     trainer.close()
-    found["lora"] = _with_lora(world)
+    found["lora"] = _with_lora(world, folder)
     if world.size == 2:
         found["labels"] = [_with_labels(world, folder, shift) for shift in (0, 1)]
     if world.is_first:

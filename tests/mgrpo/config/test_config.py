@@ -321,8 +321,10 @@ PRESET_VALUES = {
         "momentum.decay": 0.99,
         "momentum.dtype": "fp32",
         "momentum.schedule": "constant",
+        "distributed.processes": "auto",
     },
     "mgrpo_qwen3_0_6b": {
+        "distributed.processes": None,
         "model.path": "Qwen/Qwen3-0.6B-Base",
         "model.gradient_checkpointing": True,
         "rollout.num_policy": 24,
