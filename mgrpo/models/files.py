@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
 from mgrpo.errors import EngineError, InputError, whole
+from mgrpo.inputs import nearest
 from mgrpo.process.disk import list_checkpoints
 
 
@@ -45,8 +48,13 @@ NAMED_TENSORS = 5  # in messages
 
 
 def check_folder(path: str) -> None:
-    """Raises InputError for the folder of a run, a model and an adapter in one, or a damaged file of JSON."""
+    """Raises InputError for a path that is neither a model's folder nor a hub id, and for damaged files of JSON.
+
+    The folder of a run is none, nor is a model and an adapter in one.
+    """
     folder = Path(path)
+    if not folder.is_dir() and not path.startswith(BUILTIN):
+        _require_hub_id(path)
     if folder.is_dir():
         if not _is_model(folder) and (found := _find_models(folder)):
             raise InputError(
@@ -58,6 +66,23 @@ def check_folder(path: str) -> None:
             _refuse_adapter(folder)
         if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
             _refuse_index(folder)
+
+
+def _require_hub_id(path: str) -> None:
+    """Raises InputError for what cannot be a hub id, or is rather a wrong path: the folder around it exists."""
+    folder = Path(path)
+    try:
+        validate_repo_id(path)
+        is_id = not folder.exists() and (folder.parent == Path() or not folder.parent.is_dir())
+    except HFValidationError:
+        is_id = False
+    if is_id:
+        return
+    what = "is a file. Name its folder." if folder.exists() else "does not exist."
+    with suppress(OSError):
+        near = nearest(folder.name, (entry.name for entry in folder.parent.iterdir() if entry.is_dir()))
+        what += f" Did you mean {folder.with_name(near)}?" if near else ""
+    raise InputError(f"model: --model.path must be a model folder or a hub id, {path} {what}")
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -150,7 +175,8 @@ def reading(path: str, file: str | None = None, *, unless: tuple[type[Exception]
         unless: classes of errors that may have other causes.
     """
     try:
-        yield
+        with _quiet_hub():
+            yield
     except InputError:
         raise
     # Wrong content of a file may raise anything: TypeError, AttributeError and others.
@@ -158,11 +184,32 @@ def reading(path: str, file: str | None = None, *, unless: tuple[type[Exception]
         folder = Path(path)
         if folder.is_dir():
             _refuse_damaged(folder, LARGE)
+            if f"no file named {WEIGHTS}" in str(error):
+                raise InputError(_describe_weightless(folder)) from error
         if file is not None and (folder / file).is_file() and not isinstance(error, unless):
             message = f"model: {folder / file} must hold what transformers reads, got: {whole(error)}"
         else:
             message = f"model: {path} must be a model folder or a reachable hub id, got: {whole(error)}"
         raise InputError(message) from error
+
+
+def _describe_weightless(folder: Path) -> str:
+    """The error for a folder without weights that can be read."""
+    suffixes = (".safetensors", ".bin", ".pth", ".gguf")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
+    got = f"only {_list(others)}. Convert or rename them" if others else "neither. Fetch the weights too"
+    return f"model: {folder} must hold its weights as {WEIGHTS}, or as {INDEX} with the files it names, got {got}."
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Leaves out what the hub's library logs about each retry; the error that follows says it too."""
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
 
 
 @contextmanager

@@ -100,7 +100,7 @@ BAD = {
     "bad pattern": ({}, ["--answer.extract", "regex:(("], "valid pattern"),
     "bad template": ({}, ["--data.template", "Q:"], "template must hold {{prompt}} exactly once"),
     "no chat template": ({}, ["--data.template", "chat"], "tokenizer must have a chat template, got none"),
-    "no model": ({}, ["--model.path", "{dir}/none"], "{dir}/none must be a model folder or a reachable hub id"),
+    "no model": ({}, ["--model.path", "{dir}/none"], "must be a model folder or a hub id, {dir}/none does not"),
     "no builtin": ({}, ["--model.path", "builtin:none"], "must be one of ['builtin:arithmetic', 'builtin:arith"),
     "no device": ({}, ["--model.device", "gpu"], "--model.device must be auto, cpu or cuda[:N], got gpu."),
     "resume without directory": ({}, ["--resume", "--run-dir", "None"], "--resume needs --run-dir"),

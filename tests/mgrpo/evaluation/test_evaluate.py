@@ -274,7 +274,7 @@ def test_command_line_warns_where_nothing_is_read(folder, capsys):
             ["--data.probe", "long.jsonl", "--answer.label-extract", "hash"],
             "No answer was found in 1 labels, the first long.jsonl:1",
         ),
-        (["--model.path", "./no-such-folder"], "model: ./no-such-folder"),
+        (["--model.path", "./no-such-folder"], "a model folder or a hub id, ./no-such-folder does not exist."),
         (["--rollout.max-new-tokens", "255"], "prompts must have at most 1 tokens"),
     ],
 )

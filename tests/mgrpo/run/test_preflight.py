@@ -365,6 +365,50 @@ def test_an_error_of_several_lines_is_kept_whole():
     assert len(whole(ValueError("many words " * 1000))) < 2100
 
 
+@pytest.mark.parametrize("given", ["./modle", "{dir}/modle", "models/foo", "a/b/c", "my model", "file"])
+def test_a_wrong_path_is_refused_without_asking_the_hub(folder, tmp_path, monkeypatch, given):
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **options: pytest.fail("asks the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "file").touch()
+    given = given.replace("{dir}", str(tmp_path))
+    with pytest.raises(InputError) as caught:
+        check_folder(given)
+    what = "is a file. Name its folder." if given == "file" else "does not exist."
+    message = str(caught.value)
+    assert message.startswith(f"model: --model.path must be a model folder or a hub id, {given} {what}")
+    assert message.endswith(f" Did you mean {Path(given).with_name('model')}?") == given.endswith(("modle", "my model"))
+
+
+def test_an_id_that_the_hub_may_have_is_no_wrong_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("gpt2", "Qwen/Qwen3-4B-Base", "builtin:arithmetic"):
+        check_folder(path)
+
+
+def test_a_hub_that_is_not_reached_is_told_of_in_one_line(tmp_path):
+    code = "import sys; from mgrpo.evaluate import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--data.probe", "arithmetic:2:2:0", "--model.path", "no-owner/no-model"]
+    offline = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }
+    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("model: no-owner/no-model must be a model folder or a reachable hub id, got: ")
+
+
+def test_a_folder_without_weights_names_the_files_that_are_looked_for(launch, folder, tmp_path, capsys):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    files = "model.safetensors, or as model.safetensors.index.json with the files it names"
+    for got in ("only pytorch_model.bin. Convert or rename them.", "neither. Fetch the weights too."):
+        assert launch(SHORT | {"model.path": folder}) == 2
+        assert said(capsys) == [f"model: {folder} must hold its weights as {files}, got {got}"]
+        (folder / "pytorch_model.bin").unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/step_1"])
 def test_the_folder_of_a_run_names_the_models_in_it(launch, refused, tmp_path, capsys, part):
     assert launch(SHORT, run_dir=tmp_path / "before") == 0
