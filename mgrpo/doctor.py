@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 import tyro
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -33,6 +32,7 @@ from mgrpo.grading.checker import AnswerChecker
 from mgrpo.models.device import pick_device
 from mgrpo.models.files import quiet_transformers
 from mgrpo.models.load import load_model
+from mgrpo.process.display import make_console
 from mgrpo.process.output import protect_output
 from mgrpo.process.threads import available_cpus, limit_threads
 from mgrpo.rollout.transformers import TransformersEngine
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    console = Console()
+    console = make_console()
     given = (args.model, args.data) != (ModelConfig(), DataConfig())
     problems = check_given(args.model, args.data) if given else []
     console.print(_table("Machine", ("what", "found"), list(describe_machine(device).items())))

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import tyro
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -42,6 +41,7 @@ from mgrpo.grading.extract import make_extractor
 from mgrpo.models.files import quiet_transformers, running
 from mgrpo.models.load import LoadedModel, load_model
 from mgrpo.observe.console import GroupingLine
+from mgrpo.process.display import make_console
 from mgrpo.process.output import protect_output
 from mgrpo.process.threads import limit_threads
 from mgrpo.rollout.build import start_engine
@@ -134,7 +134,7 @@ def run(args: EvaluateArgs) -> Evaluation:
         engine.update_weights(loaded.model.state_dict(), tag)
         with running(args.model.path, "generate a token"):  # reports a model that cannot
             engine.generate([dataset.prompts[0].ids], 1, Sampling(max_new_tokens=1), tag)
-        checker.watch = GroupingLine(Console(stderr=True))
+        checker.watch = GroupingLine(make_console(stderr=True))
         check = partial(check_samples, engine, loaded, [prompt.ids for prompt in dataset.prompts], sampling)
         about = {"samples": args.samples, "tag": tag, "stop": stop, "check": check}
         return evaluate(engine, loaded, dataset, extract, checker, sampling, **about)
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, ConfigError, EngineError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    Console().print(make_table(evaluation, f"{args.model.path} on {args.data.probe}"))
+    make_console().print(make_table(evaluation, f"{args.model.path} on {args.data.probe}"))
     if evaluation.unparseable_share > 0.5:
         print(
             "Most responses have no answer: check --answer.extract, --data.template and --rollout.max-new-tokens.",

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from mgrpo.config import Config
 from mgrpo.models.device import pick_backend, pick_device
+from mgrpo.process.display import make_console
 from mgrpo.types import Metrics
 from mgrpo_kernels import backends
 
@@ -49,7 +50,7 @@ class Progress:
     """Shows a run on the console, as a context manager; `show` takes the metrics of each step."""
 
     def __init__(self, config: Config, run_dir: Path, step: int, last_step: int, stop: Sequence[str] = ()):
-        self.console = Console()
+        self.console = make_console()
         self.run_dir, self.last_step = run_dir, last_step
         self.live = RichProgress(
             TextColumn("step"),

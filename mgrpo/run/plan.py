@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,6 +17,7 @@ from mgrpo.inputs import as_bytes, read_bytes
 from mgrpo.models.device import pick_device
 from mgrpo.models.measure import ModelSize, measure_size
 from mgrpo.models.tokenizer import Tokenizer, load_tokenizer, resolve_path
+from mgrpo.process.display import make_console
 from mgrpo.process.memory import host_memory
 from mgrpo.rollout.stop import make_stop
 from mgrpo.run.memory import Job, plan_memory
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 
 def print_plan(config: Config) -> Plan:
     """Prints data, batch sizes, memory of a rank by part, and the kernel backend of every op."""
-    console = Console()
+    console = make_console()
     tokenizer = load_tokenizer(config.model)
     data = load_prompts(config, tokenizer, config.data.train)
     eval_set = load_prompts(config, tokenizer, config.data.probe) if config.data.probe else None

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from mgrpo.config import Config
 from mgrpo.config.run import process_problems
@@ -21,6 +20,7 @@ from mgrpo.distributed.launch import start_workers
 from mgrpo.distributed.world import World, find_world, join_world
 from mgrpo.errors import CheckpointError, ConfigError, Ended, EngineError, Exit, InputError, Interrupted, StorageError
 from mgrpo.models.device import pick_device
+from mgrpo.process.display import make_console
 from mgrpo.process.signals import end_with_parent
 from mgrpo.run.directory import directory_of
 from mgrpo.run.loop import INTERRUPTED, run
@@ -97,7 +97,7 @@ def _join(config: Config, found: World) -> World:
 
 def show(error: BaseException, world: World) -> None:
     """Prints an error: its message if that is clear, else the traceback and the rank."""
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     if isinstance(error, CLEAR):
         text = str(error)
     else:

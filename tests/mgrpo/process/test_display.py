@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 import mgrpo
 from mgrpo.evaluate import main as evaluate_main
 from mgrpo.process.disk import list_checkpoints, step_of
+from mgrpo.process.display import make_console
 from mgrpo.process.output import Display, protect_output
 from mgrpo.report import main as report_main
 
@@ -182,3 +184,19 @@ def test_a_pipe_that_is_full_for_a_while_holds_nothing_up(tmp_path):
     time.sleep(0.1)
     assert process.wait(60) == 3
     os.close(read)
+
+
+def test_a_path_is_whole_where_the_output_is_no_terminal(capsys, monkeypatch):
+    path = "/".join(["folder"] * 40)
+    table = Table("what", "found", title=f"{path} title")
+    table.add_row("free", path)
+    monkeypatch.setenv("COLUMNS", "40")
+    make_console().print(table)
+    make_console(stderr=True).print(f"run  ->  {path}")
+    captured = capsys.readouterr()
+    assert captured.out.count(path) == 2 and captured.err == f"run  ->  {path}\n"
+
+
+def test_every_console_is_made_in_one_place():
+    made = [path.name for path in Path(mgrpo.__file__).parent.rglob("*.py") if " Console(" in path.read_text()]
+    assert made == ["display.py"]
