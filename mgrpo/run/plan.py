@@ -14,16 +14,15 @@ from mgrpo.config import Config
 from mgrpo.data.load import describe_data, describe_labels, load_prompts
 from mgrpo.data.prompts import Dataset
 from mgrpo.inputs import as_bytes, read_bytes
-from mgrpo.models.device import pick_device
+from mgrpo.models.device import pick_backend
 from mgrpo.models.measure import ModelSize, measure_size
 from mgrpo.models.tokenizer import Tokenizer, load_tokenizer, resolve_path
 from mgrpo.process.display import make_console
 from mgrpo.process.memory import host_memory
 from mgrpo.rollout.stop import make_stop
 from mgrpo.run.memory import Job, plan_memory
-from mgrpo.run.preflight import count_adapter, num_processes
+from mgrpo.run.preflight import count_adapter, num_processes, planned_device
 from mgrpo.run.remedies import Limits, memory_problems
-from mgrpo_kernels.backends import resolve
 
 # The operations that a training step calls.
 OPS = (
@@ -60,11 +59,11 @@ def print_plan(config: Config) -> Plan:
     tokenizer = load_tokenizer(config.model)
     data = load_prompts(config, tokenizer, config.data.train)
     eval_set = load_prompts(config, tokenizer, config.data.probe) if config.data.probe else None
-    device = pick_device(config.model.device)
+    device, backend = planned_device(config), config.kernels.backend
     for title, rows in (
         ("data", data_plan(data, eval_set)),
         ("batch", [*batch_plan(config, data), *stop_plan(config, tokenizer)]),
-        ("kernels", [(op, resolve(op, device, config.kernels.backend)) for op in OPS]),
+        ("kernels", [(op, pick_backend(backend, device, op, ())) for op in OPS]),
     ):
         console.print(table(title, rows))
     ranks, limits = num_processes(config), memory_limits(config, device)

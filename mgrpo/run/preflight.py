@@ -77,7 +77,7 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
     problems = process_problems(config, num_processes(config))
     for step in (
         lambda: refuse_directory(run_dir, config),
-        lambda: pick_backend(config.kernels.backend, pick_device(config.model.device)),
+        lambda: pick_backend(config.kernels.backend, planned_device(config)),
         lambda: _refuse_engine(config),
         lambda: _refuse_adapter(config),
     ):
@@ -87,6 +87,11 @@ def refuse_machine(config: Config, run_dir: Path) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+
+
+def planned_device(config: Config) -> torch.device:
+    """The device of the run, or with --dry-run-memory that of the plan."""
+    return pick_device(config.model.device, planned=config.dry_run_memory is not None)
 
 
 def num_processes(config: Config) -> int:

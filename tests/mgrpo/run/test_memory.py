@@ -16,6 +16,7 @@ from mgrpo.models.measure import ModelSize, measure_size
 from mgrpo.models.plain import plain_hidden
 from mgrpo.presets import make_preset
 from mgrpo.run.memory import plan_memory
+from mgrpo.run.plan import OPS
 from mgrpo.run.remedies import Limits, memory_problems
 from mgrpo.tasks.arithmetic import make_tokenizer
 
@@ -302,6 +303,23 @@ def test_a_plan_for_another_machine_is_not_tried(launch, capsys, monkeypatch):
     assert "not loaded and tried: the plan is for 2 processes." in capsys.readouterr().out
     assert launch({"dry_run_memory": "24GB"}) == 2
     assert "--dry-run-memory needs --dry-run." in capsys.readouterr().err
+
+
+def test_a_plan_for_a_gpu_has_the_kernels_of_a_gpu(launch, capsys):
+    gpu = {"dry_run_memory": "24GB"}
+    for options, backend in (
+        (gpu, "reference"),  # no kernel has been verified on a GPU
+        (gpu | {"model.device": "cuda:1"}, "reference"),
+        (gpu | {"kernels.backend": "triton"}, "triton"),
+        (gpu | {"model.device": "cpu"}, "cpu"),
+    ):
+        assert launch(options, "--dry-run") == 0, options
+        table = " ".join(capsys.readouterr().out.split())
+        assert all(f"│ {op} │ {backend} │" in table for op in OPS), options
+    assert launch(gpu | {"kernels.backend": "cpu"}, "--dry-run") == 2
+    assert "--kernels.backend must be a backend for cuda tensors, got 'cpu'" in capsys.readouterr().err
+    assert launch(gpu | {"model.device": "gpu"}, "--dry-run") == 2
+    assert "--model.device must be auto, cpu or cuda[:N], got gpu." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PRESETS)
