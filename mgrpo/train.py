@@ -22,6 +22,7 @@ import tyro
 from mgrpo.config import Config
 from mgrpo.config.renamed import RENAMED, refuse_renamed
 from mgrpo.distributed.ending import leave
+from mgrpo.distributed.environment import launcher_problems
 from mgrpo.distributed.world import World, find_world
 from mgrpo.errors import ConfigError, Exit
 from mgrpo.models.files import quiet_transformers
@@ -81,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     protect_output()
     quiet_transformers()
     arguments, world = sys.argv[1:] if arguments is None else arguments, find_world()
+    if problems := launcher_problems():  # the rank may be wrong, so that each process says so
+        show(ConfigError(problems), world)
+        return Exit.BAD_INPUT
     try:
         config = _parse_once(arguments, world)
         if config.dry_run:

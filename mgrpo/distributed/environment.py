@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 # Variables of torchrun, which libraries read too.
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+_REMEDY = " Unset it in the environment, or start with torchrun."
 _PREFIXES = ("MASTER_", "ROLE_", "TORCHELASTIC_")
 
 
@@ -19,6 +20,22 @@ def number(name: str, default: int) -> int:
 def local_size() -> int:
     """Processes of the run on this machine, at least 1."""
     return max(1, number("LOCAL_WORLD_SIZE", 1))
+
+
+def launcher_problems() -> list[str]:
+    """A message for each variable of a launcher that is no number, or no place among the processes."""
+    problems = []
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        given = {name: os.environ[name] for name in (rank, size) if os.environ.get(name)}
+        wrong = [name for name, value in given.items() if not value.isdecimal() or (name == size and int(value) == 0)]
+        for name in wrong:
+            least = "above 0" if name == size else "of 0 or more"
+            problems.append(f"run: {name} must be an integer {least}, got {given[name]}.{_REMEDY}")
+        if not wrong and rank in given and (size in given or size == "WORLD_SIZE"):
+            most = number(size, 1)
+            if int(given[rank]) >= most:
+                problems.append(f"run: {rank} must be below {size} ({most}), got {given[rank]}.{_REMEDY}")
+    return problems
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:

@@ -164,6 +164,34 @@ def test_a_world_without_its_launcher_is_refused(launch, monkeypatch, capsys):
     assert "WORLD_SIZE is 2, so RANK, MASTER_ADDR, MASTER_PORT must be set too." in said(capsys)
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE must be an integer above 0, got x."),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE must be an integer above 0, got -2."),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE must be an integer above 0, got 0."),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be below WORLD_SIZE (2), got 2."),
+        ({"RANK": "1"}, "RANK must be below WORLD_SIZE (1), got 1."),
+        ({"WORLD_SIZE": "2", "RANK": "first"}, "RANK must be an integer of 0 or more, got first."),
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK must be below LOCAL_WORLD_SIZE (2), got 3."),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE must be an integer above 0, got 0."),
+    ],
+)
+def test_an_environment_that_gives_no_place_is_refused(launch, monkeypatch, capsys, tmp_path, place, message):
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    for dry in ([], ["--dry-run"]):
+        assert launch({}, *dry) == 2
+        assert said(capsys) == f"run: {message} Unset it in the environment, or start with torchrun."
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_environment_with_a_place_is_accepted(launch, monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": ""}.items():
+        monkeypatch.setenv(name, value)
+    assert launch({}, "--dry-run") == 0
+
+
 def test_a_run_directory_in_use_is_refused(launch, resume, tmp_path, rows_of, monkeypatch, capsys):
     judge, codes = Grader.assign_credit, []
 
