@@ -21,6 +21,10 @@ class Exit(IntEnum):
     KILLED = 130  # by a second Ctrl-C or SIGTERM, which saves nothing
 
 
+# Errors that another start may cure.
+CURABLE = (Exit.ERROR, Exit.ENGINE, Exit.STORAGE)
+
+
 class InputError(ValueError):
     """Bad input: the message names the file, the line and the remedy."""
 

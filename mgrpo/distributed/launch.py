@@ -26,6 +26,8 @@ from mgrpo.process.signals import REQUESTS, WARNINGS, active_warnings
 
 # Without it a restarted worker finds the addresses of dead ones in the store that all attempts share.
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+# ROLE_NAME in the environment of the workers.
+ROLE = "mgrpo"
 # After the first failure the others have this time to end by themselves.
 STOP_S = 20.0
 # What another start may cure; other codes are final.
@@ -64,7 +66,7 @@ def start_workers(command: Sequence[str], processes: int, run_dir: Path, *, max_
     )
     with tempfile.TemporaryDirectory(prefix="mgrpo-") as logs:
         spec = WorkerSpec(
-            role="mgrpo",
+            role=ROLE,
             local_world_size=processes,
             entrypoint=command[0],
             args=tuple(argument.replace("$", "$$") for argument in command[1:]),  # a template of torch

@@ -14,9 +14,9 @@ from pathlib import Path
 from mgrpo.config import Config
 from mgrpo.distributed.ending import EXIT_FILE
 from mgrpo.distributed.world import World
-from mgrpo.errors import ConfigError, StorageError
+from mgrpo.errors import CURABLE, ConfigError, StorageError
 from mgrpo.inputs import as_bytes
-from mgrpo.process.disk import FULL
+from mgrpo.process.disk import FULL, list_checkpoints
 
 LOCK, TRIAL = ".lock", ".trial-"
 
@@ -32,6 +32,11 @@ def content_of(run_dir: Path) -> list[str]:
         return []
     names = {path.name for path in run_dir.iterdir()} - {LOCK, EXIT_FILE}
     return sorted(name for name in names if not name.startswith(TRIAL))
+
+
+def next_start(run_dir: Path, code: int) -> str | None:
+    """How to go on after a run that has ended with this exit code; None where a resume cures nothing."""
+    return f"continue with --resume --run-dir {run_dir}" if code in CURABLE and list_checkpoints(run_dir) else None
 
 
 def refuse_directory(run_dir: Path, config: Config) -> None:

@@ -24,7 +24,7 @@ from mgrpo.process.disk import storage_errors, write_aside
 from mgrpo.process.signals import Interrupt
 from mgrpo.process.threads import limit_threads
 from mgrpo.run import checkpoint
-from mgrpo.run.directory import directory_of, held, require_shared
+from mgrpo.run.directory import directory_of, held, next_start, require_shared
 from mgrpo.run.preflight import refuse_machine, rehearse
 from mgrpo.run.resume import check_resumable, resume, resumed_config
 from mgrpo.training.observers import StepResult
@@ -60,6 +60,10 @@ def run(config: Config, world: World = ALONE) -> Exit:
     except Interrupted:
         print(f"{INTERRUPTED}; start with --resume --run-dir {run_dir}")
         return Exit.INTERRUPTED
+    except Exception as error:
+        if world.size == 1 and (line := next_start(run_dir, getattr(error, "exit_code", Exit.ERROR))):
+            error.add_note(line)
+        raise
 
 
 def _take_directory(config: Config, world: World, run_dir: Path, stack: ExitStack, interrupt: Interrupt) -> None:
@@ -227,7 +231,7 @@ class Session:
         """Saves the state after the last whole step and returns the engine's error with a note of it."""
         self.save()
         self.writer.wait()
-        return EngineError(f"{error} Step {self.trainer.step} is saved: continue with --resume.")
+        return EngineError(f"{error} Step {self.trainer.step} is saved.")
 
     def save(self) -> None:
         """Starts a checkpoint of this step."""

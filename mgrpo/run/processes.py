@@ -16,13 +16,13 @@ from mgrpo.config import Config
 from mgrpo.config.run import process_problems
 from mgrpo.distributed.ending import LOST_S, is_lost
 from mgrpo.distributed.environment import number
-from mgrpo.distributed.launch import start_workers
+from mgrpo.distributed.launch import ROLE, start_workers
 from mgrpo.distributed.world import World, find_world, join_world
 from mgrpo.errors import CheckpointError, ConfigError, Ended, EngineError, Exit, InputError, Interrupted, StorageError
 from mgrpo.models.device import pick_device
 from mgrpo.process.display import make_console
 from mgrpo.process.signals import end_with_parent
-from mgrpo.run.directory import directory_of
+from mgrpo.run.directory import directory_of, next_start
 from mgrpo.run.loop import INTERRUPTED, run
 from mgrpo.run.preflight import find_problems, num_processes
 
@@ -52,7 +52,11 @@ def start(config: Config, arguments: Sequence[str], processes: int) -> int:
     run_dir = directory_of(config)
     named = [] if config.run_dir else ["--run-dir", str(run_dir)]
     command = [sys.executable, "-m", "mgrpo.train", *arguments, *named]
-    return start_workers(command, processes, run_dir, max_restarts=config.distributed.max_restarts)
+    print(f"Starting {processes} processes ...", flush=True)
+    code = start_workers(command, processes, run_dir, max_restarts=config.distributed.max_restarts)
+    if line := next_start(run_dir, code):
+        print(line, file=sys.stderr)
+    return code
 
 
 def take_part(config: Config) -> int:
@@ -71,6 +75,8 @@ def take_part(config: Config) -> int:
         if isinstance(end.__cause__, Interrupted):
             print(f"{INTERRUPTED}; start with --resume --run-dir {run_dir}", file=sys.stderr)
         elif end.__cause__:
+            if os.environ.get("ROLE_NAME") != ROLE and (line := next_start(Path(run_dir), end.exit_code)):
+                end.__cause__.add_note(line)  # else the launcher says it, after its last restart
             show(end.__cause__, world)
         return end.exit_code
     except Exception as error:  # before the processes share a run directory
@@ -99,7 +105,7 @@ def show(error: BaseException, world: World) -> None:
     """Prints an error: its message if that is clear, else the traceback and the rank."""
     console = make_console(stderr=True)
     if isinstance(error, CLEAR):
-        text = str(error)
+        text = "\n".join([str(error), *getattr(error, "__notes__", ())])
     else:
         text = f"rank {world.rank} of {world.size}:\n{''.join(traceback.format_exception(error))}".rstrip()
     console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

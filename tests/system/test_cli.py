@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mgrpo
-from mgrpo.errors import EngineError
+from mgrpo.errors import ConfigError, EngineError
 from mgrpo.models.tokenizer import resolve_path
 from mgrpo.observe.trackers import JsonlTracker
 from mgrpo.process.disk import list_checkpoints, step_of
@@ -342,8 +342,32 @@ def test_full_disk_under_a_checkpoint_keeps_the_earlier_ones(launch, resume, mon
 
 def test_unexpected_errors_are_not_hidden(launch, monkeypatch):
     monkeypatch.setattr(Grader, "assign_credit", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as caught:
         launch()
+    assert not hasattr(caught.value, "__notes__")  # there is no checkpoint yet
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(EngineError("gone."), 5), (OSError(28, "full"), 6), (KeyError("x"), None), (ConfigError([]), 2)],
+)
+def test_the_last_line_says_how_to_go_on_where_a_resume_may_cure(launch, tmp_path, monkeypatch, capsys, error, code):
+    credit, last = Grader.assign_credit, f"continue with --resume --run-dir {tmp_path}/run"
+
+    def fail(grader, batch, logprobs):
+        if batch.step == 3:
+            raise error
+        return credit(grader, batch, logprobs)
+
+    monkeypatch.setattr(Grader, "assign_credit", fail)
+    if code is None:
+        with pytest.raises(KeyError) as caught:
+            launch({"checkpoint.every": 1})
+        assert caught.value.__notes__ == [last]
+    else:
+        assert launch({"checkpoint.every": 1}) == code
+        assert (capsys.readouterr().err.splitlines()[-1:] == [last]) == (code != 2)
+    assert steps_saved(tmp_path / "run")
 
 
 @pytest.mark.fault("SIGINT")

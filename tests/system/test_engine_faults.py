@@ -31,7 +31,7 @@ def test_an_engine_that_dies_costs_one_step(launch, resume, tmp_path, monkeypatc
     assert launch(run_dir=tmp_path / "cut") == Exit.ENGINE
     saved = (tmp_path / "cut" / "checkpoints" / "step_2").is_dir()
     message = capsys.readouterr().err
-    assert saved == (error is EngineError) == ("Step 2 is saved: continue with --resume." in message)
+    assert saved == (error is EngineError) == ("Step 2 is saved." in message)
     if saved:
         assert resume(run_dir=tmp_path / "cut") == Exit.DONE
         for name in ("policy/model.safetensors", "momentum/model.safetensors", "optimizer.safetensors"):
@@ -52,7 +52,7 @@ def test_a_checker_that_is_gone_costs_one_step(launch, resume, tmp_path, monkeyp
 
     monkeypatch.setattr(AnswerChecker, "group_classes", die)
     assert launch(run_dir=tmp_path / "cut") == Exit.ENGINE
-    assert "no worker. Step 2 is saved: continue with --resume." in " ".join(capsys.readouterr().err.split())
+    assert "no worker. Step 2 is saved." in " ".join(capsys.readouterr().err.split())
     assert resume(run_dir=tmp_path / "cut") == Exit.DONE
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
 
@@ -71,7 +71,7 @@ def test_an_engine_that_dies_in_an_evaluation_costs_its_numbers(launch, resume, 
 
     monkeypatch.setattr(Evaluator, "evaluate", die)
     assert launch(options, run_dir=tmp_path / "cut") == Exit.ENGINE
-    assert "it is gone. Step 3 is saved: continue with --resume." in " ".join(capsys.readouterr().err.split())
+    assert "it is gone. Step 3 is saved." in " ".join(capsys.readouterr().err.split())
     assert resume(run_dir=tmp_path / "cut") == Exit.DONE
     whole, cut = rows_of(tmp_path / "whole"), rows_of(tmp_path / "cut")
     assert [row["step"] for row in cut] == [1, 2, 3, 4]

@@ -316,7 +316,7 @@ def test_two_engines_agree_and_a_killed_one_ends_the_run_which_resumes(tmp_path,
         return real(self, prompts, step)
 
     monkeypatch.setattr(Generator, "roll_out", roll_out)
-    with pytest.raises(EngineError, match=r"server at http://.* Step 3 is saved: continue with --resume"):
+    with pytest.raises(EngineError, match=r"server at http://.* Step 3 is saved"):
         run(config)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
