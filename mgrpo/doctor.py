@@ -20,23 +20,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
 from rich.markup import escape
 from rich.table import Table
 
 import mgrpo_kernels as K
 from mgrpo.config import Config, DataConfig, LogConfig, ModelConfig, ObjectiveConfig, RolloutConfig
-from mgrpo.data.records import read_records
 from mgrpo.errors import ConfigError, EngineError, InputError, StorageError, whole
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.models.device import pick_device
 from mgrpo.models.files import quiet_transformers
 from mgrpo.models.load import load_model
+from mgrpo.process.command_line import read_command_line
 from mgrpo.process.display import make_console
 from mgrpo.process.output import protect_output
 from mgrpo.process.threads import available_cpus, limit_threads
 from mgrpo.rollout.transformers import TransformersEngine
-from mgrpo.run.preflight import find_problems, try_start
+from mgrpo.run.preflight import find_problems, record_problems, try_start
 from mgrpo.tasks.arithmetic import make_model
 from mgrpo.types import Sampling, WeightTag
 from mgrpo_kernels.backends import resolve
@@ -241,12 +240,6 @@ class DoctorArgs:
 def check_given(model: ModelConfig, data: DataConfig) -> list[str]:
     """The problems of a run with this model and these prompts, in the words of the run."""
     try:
-        if model == ModelConfig():  # the shipped model has tokens for digits only
-            key = data.answer_key or "answer"
-            for source in filter(None, (data.train, data.probe)):
-                for _ in read_records(source, prompt_key=data.prompt_key, answer_key=key, split=data.split):
-                    pass
-            return []
         with tempfile.TemporaryDirectory() as folder:
             config = Config(
                 run_dir=folder,
@@ -256,6 +249,8 @@ def check_given(model: ModelConfig, data: DataConfig) -> list[str]:
                 objective=ObjectiveConfig(kl_coef=0.0),
                 log=LogConfig(backends=()),
             )
+            if model == ModelConfig():  # the shipped model has tokens for digits only
+                return record_problems(config)
             problems = find_problems(config)
             if not problems:
                 try_start(config)
@@ -269,11 +264,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     protect_output()
     quiet_transformers()
     limit_threads()
-    args = tyro.cli(DoctorArgs, args=argv, prog="python -m mgrpo.doctor")
+    arguments = sys.argv[1:] if argv is None else argv
     try:
+        args = read_command_line(DoctorArgs, arguments, command="doctor", prog="python -m mgrpo.doctor").require()
         device = pick_device(args.device)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(str(error).replace("config: --model.device", "doctor: --device"), file=sys.stderr)
         return 2
     console = make_console()
     given = (args.model, args.data) != (ModelConfig(), DataConfig())

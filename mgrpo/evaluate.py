@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import tyro
 from rich.markup import escape
 from rich.table import Table
 
@@ -30,17 +29,19 @@ from mgrpo.config import (
     stop_problems,
 )
 from mgrpo.config.option import fields_of, option, range_problems
-from mgrpo.config.renamed import refuse_renamed
 from mgrpo.config.run import engine_problems
-from mgrpo.data.load import describe_data, load_dataset
+from mgrpo.data.load import check_records, describe_data, load_dataset
 from mgrpo.data.prompts import Dataset
 from mgrpo.errors import ConfigError, EngineError, InputError
 from mgrpo.evaluation.evaluate import Evaluation, evaluate
 from mgrpo.grading.checker import AnswerChecker
 from mgrpo.grading.extract import make_extractor
+from mgrpo.inputs import Problems
 from mgrpo.models.files import quiet_transformers, running
 from mgrpo.models.load import LoadedModel, load_model
+from mgrpo.models.tokenizer import load_tokenizer
 from mgrpo.observe.console import GroupingLine
+from mgrpo.process.command_line import read_command_line
 from mgrpo.process.display import make_console
 from mgrpo.process.output import protect_output
 from mgrpo.process.threads import limit_threads
@@ -90,8 +91,19 @@ class EvaluateArgs:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
-def _check(args: EvaluateArgs) -> None:
-    """Raises ConfigError with every value out of range."""
+def parse(arguments: Sequence[str]) -> EvaluateArgs:
+    """Parses the flags; raises ConfigError with every problem."""
+    line = read_command_line(
+        EvaluateArgs, arguments, command="evaluate", prog="python -m mgrpo.evaluate", renamed=RENAMED
+    )
+    assert line.options
+    if line.problems:
+        raise ConfigError(line.with_others(_problems(line.options)))
+    return line.options
+
+
+def _problems(args: EvaluateArgs) -> list[str]:
+    """A message for each value that is out of range or contradicts another."""
     usual = {name: value for name, value, _ in fields_of(EvaluateArgs())}
     problems = range_problems(args) + stop_problems(args.rollout.stop) + engine_problems(args.engine)
     problems += [
@@ -105,13 +117,12 @@ def _check(args: EvaluateArgs) -> None:
         problems.append("config: --engine.placement must be one-engine, or server with one server.")
     if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
         problems.append(f"config: --out must be a file in an existing folder, got {args.out}. Make the folder first.")
-    if problems:
-        raise ConfigError([f"evaluate: {problem.removeprefix('config: ')}" for problem in problems])
+    return [f"evaluate: {problem.removeprefix('config: ')}" for problem in problems]
 
 
 def run(args: EvaluateArgs) -> Evaluation:
     """Loads model and data and evaluates; raises InputError or ConfigError for bad input."""
-    _check(args)
+    _refuse_inputs(args)
     extract = make_extractor(args.answer.extract)
     loaded = load_model(args.model)
     stop = make_stop(args.rollout.stop, args.data.template, loaded.tokenizer)
@@ -138,6 +149,17 @@ def run(args: EvaluateArgs) -> Evaluation:
         check = partial(check_samples, engine, loaded, [prompt.ids for prompt in dataset.prompts], sampling)
         about = {"samples": args.samples, "tag": tag, "stop": stop, "check": check}
         return evaluate(engine, loaded, dataset, extract, checker, sampling, **about)
+
+
+def _refuse_inputs(args: EvaluateArgs) -> None:
+    """Raises ConfigError with all that is wrong with options, tokenizer and, if anything is, also with the data."""
+    problems = Problems(_problems(args))
+    problems.attempt(lambda: make_extractor(args.answer.extract))
+    problems.attempt(lambda: load_tokenizer(args.model))
+    if problems and (probe := args.data.probe):
+        problems.attempt(lambda: check_records(probe, args.data, args.answer, need_answer=True))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _load_data(args: EvaluateArgs, loaded: LoadedModel, max_new_tokens: int) -> Dataset:
@@ -194,8 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_threads()
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        refuse_renamed(arguments, RENAMED, "evaluate")
-        args = tyro.cli(EvaluateArgs, args=arguments, prog="python -m mgrpo.evaluate")
+        args = parse(arguments)
         evaluation = run(args)
     except (InputError, ConfigError, EngineError) as error:
         print(error, file=sys.stderr)

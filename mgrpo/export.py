@@ -17,6 +17,7 @@ from mgrpo.models.adapter_folder import is_adapter
 from mgrpo.models.files import quiet_transformers
 from mgrpo.models.load import load_model
 from mgrpo.models.save import save_model, saving
+from mgrpo.process.command_line import read_command_line
 from mgrpo.process.output import protect_output
 from mgrpo.run.checkpoint import newest_valid, verify_checkpoint
 
@@ -76,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, 2 for bad input, or 6 if the model cannot be written."""
     protect_output()
     quiet_transformers()
-    args = tyro.cli(ExportArgs, args=argv, prog="python -m mgrpo.export")
+    arguments = sys.argv[1:] if argv is None else argv
     try:
+        args = read_command_line(ExportArgs, arguments, command="export", prog="python -m mgrpo.export").require()
         print(f"{export(args)} as a whole model in {args.out}")
     except (CheckpointError, ConfigError, InputError, StorageError) as error:
         print(error, file=sys.stderr)

@@ -7,11 +7,11 @@ import difflib
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mgrpo.errors import InputError
+from mgrpo.errors import ConfigError, InputError
 
 # Limits of a data set, so that no file can fill the memory: bytes of all text, and records.
 MAX_TEXT_BYTES = 1 << 30
@@ -21,6 +21,23 @@ MAX_RECORD_BYTES = 4 << 20
 MAX_WHOLE_BYTES = 64 << 20
 MAX_LITERAL_CHARS = 1 << 16  # of a value as Python prints it
 NAMED_KEYS = 20  # in messages
+
+
+T = TypeVar("T")
+
+
+class Problems(list[str]):
+    """Messages of several checks, so that all are reported at once."""
+
+    def attempt(self, check: Callable[[], T]) -> T | None:
+        """The result of a check; None if it raises an error about an input, whose message is added."""
+        try:
+            return check()
+        except ConfigError as error:
+            self.extend(error.problems)
+        except ValueError as error:
+            self.append(str(error))
+        return None
 
 
 class Budget:

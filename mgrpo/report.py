@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import tyro
 
 from mgrpo.config import HomePath
-from mgrpo.errors import InputError
+from mgrpo.errors import ConfigError, InputError
 from mgrpo.observe.report import write_report
+from mgrpo.process.command_line import read_command_line
 from mgrpo.process.output import protect_output
 
 
@@ -27,14 +28,15 @@ class ReportArgs:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns 0, 2 for bad input, or 6 if the report cannot be written."""
     protect_output()
-    args = tyro.cli(ReportArgs, args=argv, prog="python -m mgrpo.report")
+    arguments = sys.argv[1:] if argv is None else argv
     try:
+        args = read_command_line(ReportArgs, arguments, command="report", prog="python -m mgrpo.report").require()
         if str(args.out).startswith("~"):
             raise InputError(f"report: --out must begin with the home of a known user, got {args.out}.")
         print(write_report(args.runs, args.out))
-    except InputError as error:
+    except (ConfigError, InputError) as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.exit_code
     except OSError as error:
         print(f"report: could not be written: {error}.", file=sys.stderr)
         return 6

@@ -17,21 +17,21 @@ if __name__ == "__main__":  # the imports below take seconds
     end_early()
 
 # isort: split
-import tyro
-
 from mgrpo.config import Config
-from mgrpo.config.renamed import RENAMED, refuse_renamed
+from mgrpo.config.renamed import RENAMED
+from mgrpo.config.run import Unchecked, combination_problems
 from mgrpo.distributed.ending import leave
 from mgrpo.distributed.environment import launcher_problems
 from mgrpo.distributed.world import World, find_world
 from mgrpo.errors import ConfigError, Exit
 from mgrpo.models.files import quiet_transformers
 from mgrpo.presets import PRESETS, make_preset
+from mgrpo.process.command_line import read_command_line
 from mgrpo.run.loop import run
 from mgrpo.run.plan import print_plan
 from mgrpo.run.preflight import find_problems, try_start
 from mgrpo.run.processes import CLEAR, count_processes, show, start, take_part
-from mgrpo.run.resume import check_resumable, resumed_config
+from mgrpo.run.resume import resume_problems, resumed_config
 
 DESCRIPTION = f"""M-GRPO: label-free reinforcement learning of language models with a momentum anchor.
 
@@ -40,9 +40,12 @@ The first argument names a preset, one of {", ".join(PRESETS)}; flags change it.
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """Parses preset and flags; with --resume, flags change the configuration of the run in --run-dir."""
+    """Parses preset and flags; with --resume, flags change the configuration of the run in --run-dir.
+
+    Raises:
+        ConfigError: with every problem, in a dry run also those of the inputs.
+    """
     arguments = list(arguments)
-    refuse_renamed(arguments, RENAMED, "config")
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     before = None
     if "--resume" in arguments and (run_dir := _value_of("--run-dir", arguments)):
@@ -53,18 +56,23 @@ def parse(arguments: Sequence[str]) -> Config:
         )
     if before and preset not in (None, before.preset):
         raise ConfigError([f"resume: PRESET must be {before.preset}, as the run was started, got {preset}."])
-    default = before or make_preset(preset or "arithmetic")
-    config = tyro.cli(
-        Config,
-        args=arguments,
-        default=default,
+    line = read_command_line(
+        Unchecked,
+        arguments,
+        command="config",
         prog=f"python -m mgrpo.train {preset or '[PRESET]'}",
+        default=Unchecked(**vars(before or make_preset(preset or "arithmetic"))),
+        renamed=RENAMED,
         description=DESCRIPTION,
-        config=(tyro.conf.HelptextFromCommentsOff,),
     )
-    if before:
-        check_resumable(config, before)
-    return config
+    draft = line.options
+    assert draft is not None
+    problems = line.with_others(combination_problems(draft) + (resume_problems(draft, before) if before else []))
+    if not problems:
+        return Config(**vars(draft))
+    if draft.dry_run:
+        problems = line.with_others([*problems, *find_problems(draft)])
+    raise ConfigError(problems)
 
 
 def _value_of(name: str, arguments: Sequence[str]) -> str | None:

@@ -82,17 +82,21 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def range_problem(name: str, value: Any, field: dataclasses.Field[Any]) -> str | None:
+    """A message if a number is outside its bounds."""
+    bounds = field.metadata.get("bounds")
+    if bounds is None or value is None or isinstance(value, str):
+        return None
+    low, high, low_included, high_included = bounds
+    above = value >= low if low_included else value > low
+    below = value <= high if high_included else value < high
+    if above and below:
+        return None
+    interval = f"{'[' if low_included else '('}{low:g}, {high:g}{']' if high_included else ')'}"
+    return f"{flag(name)} must be in {interval}, got {value}."
+
+
 def range_problems(config: Any) -> list[str]:
     """A message for each number outside its bounds."""
-    problems = []
-    for name, value, field in fields_of(config):
-        bounds = field.metadata.get("bounds")
-        if bounds is None or value is None or isinstance(value, str):
-            continue
-        low, high, low_included, high_included = bounds
-        above = value >= low if low_included else value > low
-        below = value <= high if high_included else value < high
-        if not (above and below):
-            interval = f"{'[' if low_included else '('}{low:g}, {high:g}{']' if high_included else ')'}"
-            problems.append(f"config: {flag(name)} must be in {interval}, got {value}.")
-    return problems
+    found = (range_problem(name, value, field) for name, value, field in fields_of(config))
+    return [f"config: {problem}" for problem in found if problem]

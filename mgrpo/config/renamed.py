@@ -1,12 +1,10 @@
-"""Renamed options: errors for their old flags, and upgrades of earlier runs' configurations."""
+"""Renamed options: the new names of old flags, and upgrades of earlier runs' configurations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from mgrpo.config.option import flag
-from mgrpo.errors import ConfigError
 
 # Old dotted name: new one.
 RENAMED = {
@@ -22,23 +20,14 @@ RENAMED = {
 }
 
 
-def refuse_renamed(arguments: Sequence[str], renamed: dict[str, str], command: str) -> None:
-    """Raises ConfigError for renamed flags.
+def new_flag(given: str, renamed: dict[str, str]) -> str | None:
+    """The present flag for one of an earlier release, None for others.
 
     Args:
-        arguments: of a command line.
+        given: a flag, spelled with `-` or `_`, of a switch also the one that turns it off.
         renamed: old and new names, dotted, with `_`.
-        command: prefix of the message.
     """
-    given = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
-    old = {flag(name): flag(new) for name, new in renamed.items()}
-    problems = [
-        f"{command}: {name} is now {old[spelled]}."
-        for name in dict.fromkeys(given)
-        if (spelled := name.replace("_", "-").replace(".no-", ".")) in old
-    ]
-    if problems:
-        raise ConfigError(problems)
+    return {flag(old): flag(new) for old, new in renamed.items()}.get(given.replace("_", "-").replace(".no-", "."))
 
 
 def upgrade(data: Any) -> Any:

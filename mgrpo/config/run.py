@@ -81,7 +81,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises ConfigError with all problems."""
-        problems = range_problems(self) + _combination_problems(self)
+        problems = range_problems(self) + combination_problems(self)
         if problems:
             raise ConfigError(problems)
 
@@ -96,7 +96,15 @@ class Config:
         return self.steps * self.optim.num_minibatches * self.optim.num_epochs
 
 
-def _combination_problems(config: Config) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Unchecked(Config):
+    """Options that may contradict one another, of which --dry-run lists all problems."""
+
+    def __post_init__(self) -> None:
+        """Accepts all values."""
+
+
+def combination_problems(config: Config) -> list[str]:
     """A message for each contradiction between options."""
     c, problems = config, []
 

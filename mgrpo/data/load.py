@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import replace
 
 from mgrpo.algorithm.reward import needs_labels
@@ -41,7 +41,7 @@ def load_prompts(config: Config, loaded: LoadedModel | Tokenizer, source: str) -
             f"data: --rollout.max-new-tokens must be below the model's context of {loaded.context_length} tokens, "
             f"got {config.rollout.max_new_tokens}."
         )
-    need_answer = _needs_answers(config, source)
+    need_answer = needs_answers(config, source)
     return load_dataset(source, config.data, config.answer, loaded, max_prompt_tokens=room, need_answer=need_answer)
 
 
@@ -65,10 +65,7 @@ def load_dataset(
         need_answer: whether an answer key that no record has is an error.
         limit: None takes all records. The whole source is read in any case.
     """
-    key = data.answer_key or "answer"
-    records = read_records(
-        source, prompt_key=data.prompt_key, answer_key=key, split=data.split, need_answer=need_answer
-    )
+    records = read_source(source, data, need_answer=need_answer)
     dataset = make_dataset(
         read_answers(records if limit is None else list(records)[:limit], answers_of(source, answer)),
         loaded.tokenizer,
@@ -81,6 +78,17 @@ def load_dataset(
     if isinstance(loaded, LoadedModel):
         _require_embedded(dataset, loaded, source)
     return dataset
+
+
+def read_source(source: str, data: DataConfig, *, need_answer: bool) -> Iterator[Record]:
+    """The records of a source; see `load_dataset`."""
+    key = data.answer_key or "answer"
+    return read_records(source, prompt_key=data.prompt_key, answer_key=key, split=data.split, need_answer=need_answer)
+
+
+def check_records(source: str, data: DataConfig, answer: AnswerConfig, *, need_answer: bool) -> list[Record]:
+    """The records with their answers; raises InputError for what is wrong with them for any model."""
+    return list(read_answers(read_source(source, data, need_answer=need_answer), answers_of(source, answer)))
 
 
 def _require_embedded(data: Dataset, loaded: LoadedModel, source: str) -> None:
@@ -96,7 +104,7 @@ def _require_embedded(data: Dataset, loaded: LoadedModel, source: str) -> None:
             )
 
 
-def require_prompts(data: Dataset, config: Config) -> None:
+def require_prompts(data: Sized, config: Config) -> None:
     """Raises InputError if a step needs more prompts than there are."""
     if len(data) < config.rollout.num_prompts:
         raise InputError(
@@ -105,7 +113,7 @@ def require_prompts(data: Dataset, config: Config) -> None:
         )
 
 
-def _needs_answers(config: Config, source: str) -> bool:
+def needs_answers(config: Config, source: str) -> bool:
     """Whether the answer key must be in the data: the answers are used, or the user gave the key for them."""
     data = config.data
     if source == data.probe or needs_labels(config.objective.reward):

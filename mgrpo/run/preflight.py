@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mgrpo.algorithm.reward import needs_labels
 from mgrpo.config import Config
 from mgrpo.config.run import adapter_problems, process_problems
-from mgrpo.data.load import load_prompts, require_answers, require_prompts
+from mgrpo.data.load import check_records, load_prompts, needs_answers, require_answers, require_prompts
+from mgrpo.data.records import Record
 from mgrpo.distributed.together import on_first
 from mgrpo.distributed.world import find_world
 from mgrpo.errors import ConfigError
 from mgrpo.grading.extract import make_extractor
 from mgrpo.grading.labels import make_label_reader
+from mgrpo.inputs import Problems
 from mgrpo.models.adapter_folder import choose_config, is_adapter
 from mgrpo.models.device import pick_backend, pick_device
 from mgrpo.models.files import check_folder, running
@@ -35,34 +36,41 @@ from mgrpo.types import Rollouts, Sampling, WeightTag, join
 
 def find_problems(config: Config) -> list[str]:
     """Reads all inputs of a run except the weights, and lists every problem."""
-    problems: list[str] = []
-
-    def attempt(step: Callable[[], Any]) -> Any:
-        try:
-            return step()
-        except ConfigError as error:
-            problems.extend(error.problems)
-        except ValueError as error:
-            problems.append(str(error))
-        return None
-
-    attempt(lambda: refuse_machine(config, directory_of(config)))
-    attempt(lambda: make_extractor(config.answer.extract))
-    attempt(lambda: make_label_reader(config.answer.label_extract))
-    tokenizer = attempt(lambda: load_tokenizer(config.model))
-    if tokenizer:
-        attempt(lambda: count_adapter(config, tokenizer))
-        attempt(lambda: make_stop(config.rollout.stop, config.data.template, tokenizer.tokenizer))
-        data = attempt(lambda: load_prompts(config, tokenizer, config.data.train))
+    problems = Problems()
+    problems.attempt(lambda: refuse_machine(config, directory_of(config)))
+    problems.attempt(lambda: make_extractor(config.answer.extract))
+    problems.attempt(lambda: make_label_reader(config.answer.label_extract))
+    tokenizer = problems.attempt(lambda: load_tokenizer(config.model))
+    if tokenizer is None:
+        problems += record_problems(config)
+    else:
+        problems.attempt(lambda: count_adapter(config, tokenizer))
+        problems.attempt(lambda: make_stop(config.rollout.stop, config.data.template, tokenizer.tokenizer))
+        data = problems.attempt(lambda: load_prompts(config, tokenizer, config.data.train))
         if data and needs_labels(config.objective.reward):
-            attempt(lambda: require_answers(data, f"--objective.reward {config.objective.reward}"))
+            problems.attempt(lambda: require_answers(data, f"--objective.reward {config.objective.reward}"))
         if data:
-            attempt(lambda: require_prompts(data, config))
+            problems.attempt(lambda: require_prompts(data, config))
         if config.data.probe:
-            eval_set = attempt(lambda: load_prompts(config, tokenizer, str(config.data.probe)))
+            eval_set = problems.attempt(lambda: load_prompts(config, tokenizer, str(config.data.probe)))
             if eval_set:
-                attempt(lambda: require_answers(eval_set, "--data.probe"))
+                problems.attempt(lambda: require_answers(eval_set, "--data.probe"))
     return list(dict.fromkeys(problems))
+
+
+def record_problems(config: Config) -> list[str]:
+    """What is wrong with the data for any model."""
+    problems = Problems()
+
+    def read(source: str) -> list[Record]:
+        return check_records(source, config.data, config.answer, need_answer=needs_answers(config, source))
+
+    records = problems.attempt(lambda: read(config.data.train))
+    if records is not None:
+        problems.attempt(lambda: require_prompts(records, config))
+    if probe := config.data.probe:
+        problems.attempt(lambda: read(probe))
+    return problems
 
 
 def count_adapter(config: Config, tokenizer: Tokenizer) -> int | None:
@@ -74,18 +82,22 @@ def count_adapter(config: Config, tokenizer: Tokenizer) -> int | None:
 
 def refuse_machine(config: Config, run_dir: Path) -> None:
     """Raises ConfigError with all problems of this machine: processes, run directory, device, kernels, engine."""
-    problems = process_problems(config, num_processes(config))
+    problems = Problems()
     for step in (
+        lambda: _refuse_processes(config),
         lambda: refuse_directory(run_dir, config),
         lambda: pick_backend(config.kernels.backend, planned_device(config)),
         lambda: _refuse_engine(config),
         lambda: _refuse_adapter(config),
     ):
-        try:
-            step()
-        except ConfigError as error:
-            problems += error.problems
+        problems.attempt(step)
     if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _refuse_processes(config: Config) -> None:
+    """Raises ConfigError for options that do not fit the number of processes."""
+    if problems := process_problems(config, num_processes(config)):
         raise ConfigError(problems)
 
 

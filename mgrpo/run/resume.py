@@ -90,14 +90,19 @@ def resumed_config(run_dir: Path) -> Config | None:
 
 def check_resumable(config: Config, before: Config) -> None:
     """Raises ConfigError that names every changed option that a resumed run may not change."""
+    if problems := resume_problems(config, before):
+        raise ConfigError(problems)
+
+
+def resume_problems(config: Config, before: Config) -> list[str]:
+    """A message for each changed option that a resumed run may not change."""
     problems = []
     for name, old, new in differences(to_dict(before), to_dict(config)):
         if {name, name.split(".")[0]} & RESUMABLE or (name == "steps" and config.resume_extend):
             continue
         remedy = " Add --resume-extend to change it." if name == "steps" else ""
         problems.append(f"resume: {flag(name)} must be {old}, as the run was started, got {new}.{remedy}")
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

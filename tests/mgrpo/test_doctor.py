@@ -128,4 +128,4 @@ def test_exit_code_and_printed_findings(small, monkeypatch, capsys, works, facto
 
 def test_a_bad_device_exits_with_2(capsys):
     assert main(["--device", "abacus"]) == 2
-    assert "--model.device must be auto, cpu or cuda" in capsys.readouterr().err
+    assert "doctor: --device must be auto, cpu or cuda[:N], got abacus." in capsys.readouterr().err

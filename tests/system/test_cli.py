@@ -47,10 +47,10 @@ def copy_base(folder):
 
 # name: (files to write, flags, what the message must say)
 BAD = {
-    "unknown flag": ({}, ["--optim.lrr", "1"], "Perhaps you meant: --optim.lr FLOAT"),
+    "unknown flag": ({}, ["--optim.lrr", "1"], "config: --optim.lrr is not a known option. Did you mean --optim.lr?"),
     "underscores": ({}, ["--rollout.top_pp", "1"], "--rollout.top-p"),
-    "not a number": ({}, ["--optim.lr", "fast"], "--optim.lr"),
-    "not a choice": ({}, ["--vote.pool", "all"], "--vote.pool"),
+    "not a number": ({}, ["--optim.lr", "fast"], "config: --optim.lr must be a number, got fast."),
+    "not a choice": ({}, ["--vote.pool", "all"], "config: --vote.pool must be both, policy or momentum, got all."),
     "missing file": (
         {"train.jsonl": TRAIN},
         ["--data.train", "{dir}/trian.jsonl"],
@@ -545,6 +545,36 @@ def test_dry_run_lists_every_problem(launch, tmp_path, capsys):
     ):
         assert text.count(part) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_lists_problems_of_options_model_and_data_together(launch, tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text(TRAIN)
+    problems = {
+        "steps": 0,
+        "vote.num_train": 100,
+        "data.train": tmp_path / "train.jsonl",
+        "data.probe": tmp_path / "none.csv",
+        "model.path": tmp_path / "none",
+    }
+    flags = ["--optim.lrr", "1", "--data.overlong", "cut", "--dry-run"]
+    assert launch(problems, *flags) == 2
+    expected = [
+        "config: --steps must be in [1, inf), got 0.",
+        "config: --optim.lrr is not a known option. Did you mean --optim.lr?",
+        "config: --data.overlong must be error or drop, got cut.",
+        "config: --vote.num-train must be at most --rollout.num-policy (4), got 100.",
+        f"model: --model.path must be a model folder or a hub id, {tmp_path}/none does not exist.",
+        "data: --rollout.num-prompts must be at most the 1 prompts of the data, got 4. Set another "
+        "--rollout.num-prompts or add data.",
+        f"{tmp_path}/none.csv: no such file or folder. Check the path.",
+    ]
+    assert capsys.readouterr().err.splitlines() == expected
+    # What is judged in place of a wrong value is not reported.
+    assert launch(problems | {"rollout.num_prompts": "x"}, *flags) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "--rollout.num-prompts" in line] == [
+        "config: --rollout.num-prompts must be an integer, got x."
+    ]
 
 
 def test_dry_run_refuses_what_the_run_would(launch, tmp_path, capsys):
