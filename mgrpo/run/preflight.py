@@ -40,10 +40,8 @@ def find_problems(config: Config) -> list[str]:
     problems.attempt(lambda: refuse_machine(config, directory_of(config)))
     problems.attempt(lambda: make_extractor(config.answer.extract))
     problems.attempt(lambda: make_label_reader(config.answer.label_extract))
-    tokenizer = problems.attempt(lambda: load_tokenizer(config.model))
-    if tokenizer is None:
-        problems += record_problems(config)
-    else:
+    tokenizer, data = problems.attempt(lambda: load_tokenizer(config.model)), None
+    if tokenizer:
         problems.attempt(lambda: count_adapter(config, tokenizer))
         problems.attempt(lambda: make_stop(config.rollout.stop, config.data.template, tokenizer.tokenizer))
         data = problems.attempt(lambda: load_prompts(config, tokenizer, config.data.train))
@@ -55,6 +53,8 @@ def find_problems(config: Config) -> list[str]:
             eval_set = problems.attempt(lambda: load_prompts(config, tokenizer, str(config.data.probe)))
             if eval_set:
                 problems.attempt(lambda: require_answers(eval_set, "--data.probe"))
+    if data is None:
+        problems += record_problems(config)
     return list(dict.fromkeys(problems))
 
 

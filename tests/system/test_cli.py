@@ -569,6 +569,13 @@ def test_dry_run_lists_problems_of_options_model_and_data_together(launch, tmp_p
         f"{tmp_path}/none.csv: no such file or folder. Check the path.",
     ]
     assert capsys.readouterr().err.splitlines() == expected
+    # Data that cannot be fitted to the model is still read.
+    few = {"data.train": tmp_path / "train.jsonl", "rollout.max_new_tokens": 1000}
+    assert launch(few, "--dry-run") == 2
+    assert [line.partition(" must")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "data: --rollout.max-new-tokens",
+        "data: --rollout.num-prompts",
+    ]
     # What is judged in place of a wrong value is not reported.
     assert launch(problems | {"rollout.num_prompts": "x"}, *flags) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -23,6 +23,7 @@ class Group:
     rate: float = option(0.5, above=0)
     names: tuple[Literal["a", "b"], ...] = ("a",)
     fast: bool = True
+    k: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ def test_right_values_are_read(monkeypatch):
         ("--folder", "--folder must be a path or None, got no value."),
         ("--foldr x", "--foldr is not a known option. Did you mean --folder?"),
         ("--rate 1", "--rate is not a known option. Did you mean --group.rate?"),
+        ("--k 2", "--k is not a known option. Did you mean --group.k?"),
         ("--group.nofast", "--group.nofast is not a known option. Did you mean --group.no-fast?"),
         ("--zzzzzz 1", "--zzzzzz is not a known option."),
         ("-x", "-x is not a known option."),
