@@ -5,29 +5,29 @@ import json
 import pytest
 import torch
 from exchange_checks import CHECKS
-from ranks import run_script
+from ranks import run_sizes
 
 from mgrpo.distributed.exchange import WeightStream
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def outcomes(request, tmp_path_factory):
-    """What became of each check on each rank."""
-    return run(request.param, tmp_path_factory.mktemp(f"exchange{request.param}"))
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What became of each check on each rank, by number of ranks."""
+    folders = run_sizes("exchange_checks.py", (2, 3, 4), tmp_path_factory.mktemp("exchange"))
+    return {
+        size: [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+        for size, folder in folders.items()
+    }
 
 
-def run(size, folder):
-    run_script("exchange_checks.py", size, folder)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
-
-
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("check", CHECKS)
-def test_several_processes(outcomes, check):
-    assert [found[check] for found in outcomes] == [None] * len(outcomes)
+def test_several_processes(outcomes, size, check):
+    assert [found[check] for found in outcomes[size]] == [None] * size
 
 
-def test_replicas_of_shards(tmp_path):
-    assert run(4, tmp_path) == [{"replicas": None}] * 4
+def test_replicas_of_shards(outcomes):
+    assert outcomes[4] == [{"replicas": None}] * 4
 
 
 def test_one_process_gets_the_tensors_themselves_each_when_its_turn_comes():

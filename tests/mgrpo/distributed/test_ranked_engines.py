@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from ranks import run_script
+from ranks import run_sizes
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each scenario found, by number of ranks."""
-    results = {}
-    for size in (1, 2):
-        folder = tmp_path_factory.mktemp(f"engines{size}")
-        run_script("ranked_engines.py", size, folder)
-        results[size] = json.loads((folder / "found.json").read_text())
-    return results
+    folders = run_sizes("ranked_engines.py", (1, 2), tmp_path_factory.mktemp("engines"))
+    return {size: json.loads((folder / "found.json").read_text()) for size, folder in folders.items()}
 
 
 @pytest.mark.parametrize("count", ["1", "2"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from ranks import run_script
+from ranks import run_sizes
 from step_checks import CHECKS
 
 EXACT = [name for name in CHECKS if name.startswith(("tree", "momentum", "scoring", "uneven", "a_step", "answers"))]
@@ -15,12 +15,8 @@ ROUNDED = ["default", "default_replicated", "default_untied", "one_micro_batch_i
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each scenario found, by number of ranks."""
-    results = {}
-    for size in (1, 2, 4):
-        folder = tmp_path_factory.mktemp(f"ranks{size}")
-        run_script("step_checks.py", size, folder)
-        results[size] = json.loads((folder / "found.json").read_text())
-    return results
+    folders = run_sizes("step_checks.py", (1, 2, 4), tmp_path_factory.mktemp("ranks"))
+    return {size: json.loads((folder / "found.json").read_text()) for size, folder in folders.items()}
 
 
 @pytest.mark.parametrize("name", EXACT)

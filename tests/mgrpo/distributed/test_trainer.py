@@ -6,22 +6,20 @@ import json
 import shutil
 
 import pytest
-from ranks import run_script
+from ranks import run_sizes
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What was found, and the checkpoint's folder, by number of ranks."""
-    base, results = tmp_path_factory.mktemp("ranks"), {}
-    for size in (1, 2, 4):
-        folder = base / str(size)
-        folder.mkdir()
-        run_script("trainer_checks.py", size, folder)
-        saved = folder / "checkpoints" / "step_3"
-        results[size] = json.loads((folder / "found.json").read_text()), saved
-        if size == 1:
-            shutil.copytree(saved, base / "saved1")
-    return results
+    base = tmp_path_factory.mktemp("ranks")
+    folders = run_sizes("trainer_checks.py", (1,), base)
+    shutil.copytree(folders[1] / "checkpoints" / "step_3", base / "saved1")
+    folders |= run_sizes("trainer_checks.py", (2, 4), base)
+    return {
+        size: (json.loads((folder / "found.json").read_text()), folder / "checkpoints" / "step_3")
+        for size, folder in folders.items()
+    }
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_script
+from ranks import run_sizes
 from world_checks import CHECKS
 
 from mgrpo.distributed.world import World, find_world, join_world
@@ -14,17 +14,17 @@ from mgrpo.errors import ConfigError
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def outcomes(request, tmp_path_factory):
-    """What became of each check on each rank."""
-    folder = tmp_path_factory.mktemp(f"world{request.param}")
-    run_script("world_checks.py", request.param, folder)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """What became of each check, by number of ranks, in a file of each rank."""
+    return run_sizes("world_checks.py", (2, 3), tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("check", CHECKS)
-def test_several_processes(outcomes, check):
-    assert [found[check] for found in outcomes] == [None] * len(outcomes)
+def test_several_processes(folders, size, check):
+    outcomes = [json.loads((folders[size] / f"{rank}.json").read_text()) for rank in range(size)]
+    assert [found[check] for found in outcomes] == [None] * size
 
 
 def test_one_process_is_the_same_code_without_a_group(monkeypatch):
