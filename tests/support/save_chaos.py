@@ -6,10 +6,12 @@ and writes the number of attempts to FOLDER/found.json.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,15 @@ from mgrpo.run.checkpoint import Writer, make_room, newest_valid, save_checkpoin
 
 FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.listdir", "os.scandir"}
 MOST = 500
+PATIENCE_S = 60.0
 
 
 def attempt(folder: Path, write: Callable[[Path], None], rank: int, kill_at: int | None) -> int | None:
-    """Saves a part in a child that is killed at its file operation `kill_at`; returns its signal, or None."""
+    """Saves a part in a child that is killed at its file operation `kill_at`; returns its signal, or None.
+
+    Rank 0 waits for the part of the other one until that one is killed.
+    """
+    gone = folder / "gone"
     child = os.fork()
     if child == 0:
         seen = 0
@@ -39,16 +46,22 @@ def attempt(folder: Path, write: Callable[[Path], None], rank: int, kill_at: int
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
+        clock, jumps = time.monotonic, itertools.count(0, PATIENCE_S)
+        time.monotonic = lambda: clock() + (next(jumps) if gone.exists() else 0)
         try:
             if rank == 0:
-                save_checkpoint(folder, 2, write, size=2, timeout_s=1.0)
+                save_checkpoint(folder, 2, write, size=2, timeout_s=PATIENCE_S)
             else:
                 save_part(folder, 2, write, rank=rank)
         except (StorageError, OSError):  # the other rank did not write its part
             os._exit(1)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    if not os.WIFSIGNALED(status):
+        return None
+    if rank == 1:
+        gone.touch()
+    return os.WTERMSIG(status)
 
 
 def run(world: World, folder: Path) -> None:
@@ -63,6 +76,7 @@ def run(world: World, folder: Path) -> None:
         for kill_at in range(1, MOST):
             if world.is_first:
                 make_room(folder, 2)
+                (folder / "gone").unlink(missing_ok=True)
             world.barrier()
             found = attempt(folder, write, world.rank, kill_at if world.rank == victim else None)
             was_killed = world.any(found == signal.SIGKILL)
