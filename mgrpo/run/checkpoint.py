@@ -87,7 +87,7 @@ def save_part(run_dir: Path, step: int, write: Callable[[Path], None], *, rank: 
             for path in part.rglob("*"):
                 fsync(path)
     except Exception as error:
-        outcome["error"] = str(error)
+        outcome["error"] = str(error.__cause__ or error)
         raise
     finally:
         with suppress(OSError):
@@ -103,7 +103,7 @@ def _take_part(aside: Path, rank: int, timeout_s: float) -> dict[str, str]:
         time.sleep(POLL_S)
     outcome = json.loads((part / OUTCOME).read_text())
     if "sha256" not in outcome:
-        raise OSError(outcome.get("error", f"rank {rank} failed"))
+        raise OSError(f"rank {rank} failed: {outcome.get('error', 'interrupted')}")
     (part / OUTCOME).unlink()
     for entry in part.iterdir():
         entry.rename(aside / entry.name)

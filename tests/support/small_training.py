@@ -58,9 +58,9 @@ def small_config(changes: dict[str, Any] | None = None, preset: str = "mgrpo_ari
     return change(config, cuts | (changes or {}))
 
 
-def make_flags(run_dir: Path, changes: dict[str, Any]) -> list[str]:
+def make_flags(run_dir: Path, changes: dict[str, Any], preset: str = "mgrpo_arithmetic") -> list[str]:
     """The small run as a command line of `mgrpo.train`."""
-    flags = ["mgrpo_arithmetic", "--run-dir", str(run_dir)]
+    flags = [preset, "--run-dir", str(run_dir)]
     for name, value in (SMALL | changes).items():
         flags += [flag(name), *([] if isinstance(value, tuple) else [str(value)])]
     return flags

@@ -3,12 +3,13 @@
     python world_train.py FAULT ARGUMENTS
 
 FAULT is none, or KIND:RANK:STEP, which befalls this rank within this step of the first attempt: raise an error, fail as
-the engine, be slow, or a signal by its name.
+the engine, be slow, a signal by its name, or full=BYTES, a disk on which no file of this rank may become longer.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -51,6 +52,9 @@ def befall(kind: str) -> None:
         raise EngineError("engine: a fault of one rank.")
     if kind == "slow":
         time.sleep(3)
+        return
+    if kind.startswith("full="):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(kind.removeprefix("full=")), resource.RLIM_INFINITY))
         return
     os.kill(os.getpid(), getattr(signal, kind))
 
