@@ -310,7 +310,7 @@ def test_a_plan_for_a_gpu_has_the_kernels_of_a_gpu(launch, capsys):
     for options, backend in (
         (gpu, "reference"),  # no kernel has been verified on a GPU
         (gpu | {"model.device": "cuda:1"}, "reference"),
-        (gpu | {"kernels.backend": "triton"}, "triton"),
+        (gpu | {"kernels.backend": "cuda"}, "cuda"),
         (gpu | {"model.device": "cpu"}, "cpu"),
     ):
         assert launch(options, "--dry-run") == 0, options
