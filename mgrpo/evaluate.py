@@ -62,7 +62,7 @@ RENAMED = {
 }
 # Options of these groups that belong to training; a value other than the default is an error.
 TRAINING = ("data.train", *(f"rollout.{name}" for name in ("num_prompts", "num_policy", "num_momentum")))
-TRAINING += ("rollout.truncated", "rollout.parity_every", "rollout.ahead")
+TRAINING += ("rollout.truncated", "rollout.parity_every", "rollout.ahead", "engine.tensor_parallel")
 
 
 @dataclass(frozen=True, kw_only=True)

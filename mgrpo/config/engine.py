@@ -29,6 +29,8 @@ class EngineConfig:
     """Transfer of weights to other processes: `http` anywhere, `nccl` from GPU to GPU by vLLM's own transfer."""
     timeout_s: float = option(600.0, above=0, resumable=True)
     """Longest time without a finished prompt from vLLM, in seconds; beyond it the engine counts as hung."""
+    tensor_parallel: int = option(1, least=1, resumable=True)
+    """Parts of vLLM's weights, each on a GPU of its own: in processes of the run, or in those of engines it starts."""
     sleep: bool = option(False, resumable=True)
     """Free vLLM's GPU memory for the trainer between rollouts; its weights are kept on the host."""
     gpu_memory: float = option(0.4, above=0, most=1, resumable=True)

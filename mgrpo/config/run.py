@@ -200,6 +200,11 @@ def process_problems(config: Config, size: int) -> list[str]:
     for name, is_set in alone.items():
         if is_set and size > 1:
             problems.append(f"config: {name} needs one process, got {size}.")
+    if c.engine.placement == "one-engine" and size % c.engine.tensor_parallel:
+        problems.append(
+            f"config: --engine.tensor-parallel must divide the number of processes ({size}), "
+            f"got {c.engine.tensor_parallel}."
+        )
     return problems
 
 
@@ -208,6 +213,8 @@ def engine_problems(engine: EngineConfig) -> list[str]:
     c, problems = engine, []
     if c.name != "vllm" and c.placement != "one-engine":
         problems.append("config: --engine.placement needs --engine.name vllm.")
+    if c.tensor_parallel > 1 and (c.name != "vllm" or c.placement == "server"):
+        problems.append("config: --engine.tensor-parallel needs a vLLM engine that the run starts.")
     if len(c.servers) not in ((1, 2) if c.placement == "server" else (0,)):
         problems.append(
             f"config: --engine.servers must name 1 or 2 servers with --engine.placement server, otherwise none, "

@@ -59,11 +59,13 @@ def start_engine(
             loaded.model, **model, dtype=loaded.dtype, options=vllm_options(loaded, c, max_length=max_length)
         )
 
-    return make_ranked(make_own, world, tree=tree)
+    return make_ranked(make_own, world, tree=tree, parallel=c.tensor_parallel)
 
 
-def make_ranked(make: Callable[[], Engine], world: World, *, tree: bool) -> Engine:
+def make_ranked(make: Callable[[], Engine], world: World, *, tree: bool, parallel: int = 1) -> Engine:
     """Makes an engine on each rank; the engine of all ranks, or in a world of one the engine itself.
+
+    `parallel` consecutive ranks are one engine.
 
     Raises:
         EngineError: on all ranks, if that of one cannot be made.
@@ -71,7 +73,7 @@ def make_ranked(make: Callable[[], Engine], world: World, *, tree: bool) -> Engi
     engines = []
     with failing_together(world):
         engines.append(make())
-    return RankedEngine(engines[0], world, tree=tree) if tree or world.size > 1 else engines[0]
+    return RankedEngine(engines[0], world, tree=tree, parallel=parallel) if tree or world.size > 1 else engines[0]
 
 
 def _connect_servers(loaded: LoadedModel, c: EngineConfig, model: Mapping[str, Any]) -> Engine:
@@ -114,6 +116,8 @@ def vllm_options(loaded: LoadedModel, c: EngineConfig, *, max_length: int) -> di
         # On a CPU a sequence with a seed cannot be prefilled in parts.
         whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_length)}
         options = {"enforce_eager": True, **whole}
+    if c.tensor_parallel > 1:
+        options["tensor_parallel_size"] = c.tensor_parallel
     if c.kv_cache_gib or not on_gpu:
         options["kv_cache_memory_bytes"] = int((c.kv_cache_gib or 1.0) * 2**30)
     # On a CPU vLLM's sleep mode never returns.

@@ -24,14 +24,17 @@ class RankedEngine(Engine):
     """The engines of all ranks as one.
 
     Args:
-        engine: this rank's engine.
+        engine: this rank's engine, or its part of one.
         world: of the run.
         tree: generate in blocks of prompts that do not depend on W, so that the bits of log-probs do not either.
+        parallel: consecutive ranks that are one engine; each of them gets the same prompts and returns all rollouts.
     """
 
-    def __init__(self, engine: Engine, world: World, *, tree: bool):
+    def __init__(self, engine: Engine, world: World, *, tree: bool, parallel: int = 1):
         self.engine, self.world = engine, world
-        self.num_blocks = LANES if tree else world.size
+        self.num_engines, self.index = world.size // parallel, world.rank // parallel
+        self.speaks = world.rank % parallel == 0  # for its engine
+        self.num_blocks = LANES if tree else self.num_engines
         self.num_weight_slots = engine.num_weight_slots
         self.weights_are_shared, self.has_model_logprobs = engine.weights_are_shared, engine.has_model_logprobs
 
@@ -46,9 +49,11 @@ class RankedEngine(Engine):
         tokens, logprobs = torch.zeros(num_rows, width, dtype=torch.int64), torch.zeros(num_rows, width)
         lengths, truncated = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)
         with failing_together(self.world):
-            for block in filter(None, self._blocks(prompts)[self.world.rank :: self.world.size]):
+            for block in filter(None, self._blocks(prompts)[self.index :: self.num_engines]):
                 indices = tuple(sampling.index(b) for b in block)
                 part = self.engine.generate([prompts[b] for b in block], n, replace(sampling, indices=indices), tag)
+                if not self.speaks:
+                    continue
                 rows = (torch.tensor(block)[:, None] * n + torch.arange(n)).flatten()
                 longest = part.tokens.shape[1]
                 tokens[rows, :longest], logprobs[rows, :longest] = part.tokens, part.logprobs
@@ -66,11 +71,11 @@ class RankedEngine(Engine):
         )
 
     def parts(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """See Engine; each part is of one rank."""
+        """See Engine; each part is of one engine."""
         return [block for block in self._blocks(prompts) if block]
 
     def _blocks(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Blocks of prompts, dealt to the ranks in turn; each has prompts of all lengths."""
+        """Blocks of prompts, dealt to the engines in turn; each has prompts of all lengths."""
         order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
         return [order[k :: self.num_blocks] for k in range(self.num_blocks)]
 

@@ -155,6 +155,7 @@ def _vllm_parts(c: Config, job: Job, weights: int) -> list[Part]:
     if c.engine.servers or c.engine.devices:
         name = "weights on their way to vLLM" + ", of rank 0" * (job.ranks > 1)
         return [Part(name, weights, "rollout", on_host=True, once=True)]
+    weights //= c.engine.tensor_parallel
     engines = 2 if c.engine.placement == "two-engines" else 1
     if c.engine.kv_cache_gib or not job.on_gpu or job.device_memory is None:
         cache = int((c.engine.kv_cache_gib or 1) * 2**30)

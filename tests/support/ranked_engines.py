@@ -24,6 +24,8 @@ from mgrpo.distributed.world import World
 from mgrpo.errors import EngineError
 from mgrpo.models.load import load_model
 from mgrpo.presets import make_preset
+from mgrpo.rollout.build import make_ranked
+from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.transformers import TransformersEngine
 from mgrpo.training.trainer import Trainer
 from mgrpo.types import Sampling, WeightTag
@@ -117,6 +119,26 @@ def rows_of(trainer: Trainer, batches: list[str]) -> list[dict[str, Any]]:
         batches.append(hashlib.sha256(t.tokens.numpy().tobytes() + t.rollout_logprob.numpy().tobytes()).hexdigest())
         rows.append({key: result.metrics[key] for key in ("parity_policy", "parity_momentum", "grad_norm")})
     return rows
+
+
+def check_engines_of_several_ranks(world: World) -> Any:
+    """Each rank of an engine gets the same prompts; the engine's rollouts are taken once."""
+    loaded = load_model(make_preset("arithmetic").model)
+    prompts, sampling = [[2, 3, 12, 4, 14], [2, 5, 14], [2, 7, 12, 3, 14]], Sampling(max_new_tokens=8, seed=5)
+
+    def make() -> TransformersEngine:
+        ends = {"eos_ids": loaded.eos_ids, "pad_id": loaded.pad_id}
+        return TransformersEngine(loaded.model, **ends, dtype=loaded.dtype, batch_size=64)
+
+    def generated(engine: Engine) -> list[Any]:
+        engine.update_weights(loaded.model.state_dict(), TAG)
+        found = engine.generate(prompts, 2, sampling, TAG)
+        return [found.tokens.tolist(), found.lengths.tolist()]
+
+    together = make_ranked(make, world, tree=False, parallel=world.size)
+    (part,) = together.parts(prompts)
+    assert sorted(part) == [0, 1, 2] and generated(together) == generated(make())
+    return world.gather_json(generated(make_ranked(make, world, tree=False))) == [generated(make())] * world.size
 
 
 def check_servers(world: World) -> Any:

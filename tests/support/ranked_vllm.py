@@ -1,6 +1,7 @@
 """Two steps of training with real vLLM on several ranks: python ranked_vllm.py SIZE PORT FOLDER.
 
-FOLDER has the name of vLLM's placement. Rank 0 writes metrics and rollouts of each step to FOLDER/found.json.
+FOLDER has the name of the placement of vLLM, or is "one-engine-of-two" ranks. Rank 0 writes metrics and rollouts of
+each step to FOLDER/found.json.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from mgrpo.presets import make_preset
 from mgrpo.training.trainer import Trainer
 
 
-def make_config(placement: str) -> Config:
-    base = make_preset("arithmetic")
+def make_config(name: str) -> Config:
+    base, placement = make_preset("arithmetic"), name.removesuffix("-of-two")
+    engine = {"placement": placement, "tensor_parallel": 1 if name == placement else 2, "kv_cache_gib": 0.1}
     return replace(
         base,
         steps=2,
@@ -27,7 +29,7 @@ def make_config(placement: str) -> Config:
         optim=OptimConfig(lr=1e-3, num_minibatches=1, micro_batch_tokens=512),
         momentum=replace(base.momentum, decay=0.5),
         data=replace(base.data, train="arithmetic:12:2-3:5"),
-        engine=replace(base.engine, name="vllm", placement=placement, kv_cache_gib=0.1),
+        engine=replace(base.engine, name="vllm", **engine),
         model=replace(base.model, path="builtin:arithmetic32", device="cpu"),
     )
 

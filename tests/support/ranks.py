@@ -19,9 +19,9 @@ from mgrpo.process.signals import end_with_parent
 SUPPORT = Path(__file__).parent
 
 
-def run_script(name: str, size: int, folder: Path, *, timeout_s: float = 300) -> None:
-    """Runs tests/support/NAME as `size` ranks that write to a folder; an AssertionError shows what they print."""
-    _run(name, {size: folder}, timeout_s)
+def run_script(name: str, size: int, folder: Path, *, timeout_s: float = 300) -> str:
+    """Runs tests/support/NAME as `size` ranks that write to a folder; returns what they print."""
+    return _run(name, {size: folder}, timeout_s)
 
 
 def run_sizes(name: str, sizes: Sequence[int], base: Path, *, timeout_s: float = 600) -> dict[int, Path]:
@@ -33,11 +33,13 @@ def run_sizes(name: str, sizes: Sequence[int], base: Path, *, timeout_s: float =
     return folders
 
 
-def _run(name: str, folders: Mapping[int, Path], timeout_s: float) -> None:
+def _run(name: str, folders: Mapping[int, Path], timeout_s: float) -> str:
     places = [value for size, folder in folders.items() for value in (str(size), str(_free_port()), str(folder))]
     command = [sys.executable, str(SUPPORT / name), *places]
     result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-    assert result.returncode == 0, result.stdout + result.stderr
+    printed = result.stdout + result.stderr
+    assert result.returncode == 0, printed
+    return printed
 
 
 def _free_port() -> int:

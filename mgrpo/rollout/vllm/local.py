@@ -52,8 +52,6 @@ class VllmEngine(CheckedEngine):
         super().__init__(model, eos_ids=eos_ids, pad_id=pad_id, dtype=dtype, stop=stop, world=world)
         self.timeout_s = timeout_s
         if world.size > 1:
-            if options.get("tensor_parallel_size", 1) != 1:
-                raise EngineError("start: vLLM in the process of each rank must have tensor_parallel_size 1.")
             options = {**options, "distributed_executor_backend": "external_launcher"}  # keeps the run's groups
         self._folder = TemporaryDirectory(prefix="mgrpo-vllm-")
         arguments = describe_model(model, self._folder.name, dtype, max_length, stop) | {"disable_log_stats": False}
@@ -153,8 +151,10 @@ class VllmEngine(CheckedEngine):
         super().close()
         self._folder.cleanup()
         core: Any = getattr(self._llm.llm_engine, "engine_core", None)
-        # With several ranks it would end the process groups of the run; then the end of the process frees the memory.
-        if hasattr(core, "shutdown") and self.world.size == 1:
+        if self.world.size > 1:  # it would end the process groups of the run; the end of the process frees the memory
+            if (at_exit := getattr(core, "_finalizer", None)) is not None:
+                at_exit.detach()
+        elif hasattr(core, "shutdown"):
             with _engine_errors("close"):
                 core.shutdown()
 

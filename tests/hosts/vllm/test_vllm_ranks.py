@@ -17,12 +17,15 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("placement", ["one-engine", pytest.param("two-engines", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "placement", ["one-engine", "one-engine-of-two", pytest.param("two-engines", marks=pytest.mark.long)]
+)
 def test_sharded_weights_arrive_before_every_rollout(tmp_path, placement):
-    """An engine in each of two ranks, or two servers for both."""
+    """An engine in each of two ranks, one of both with tensor parallelism, or two servers for both."""
     folder = tmp_path / placement
     folder.mkdir()
-    run_script("ranked_vllm.py", 2, folder, timeout_s=1200)
+    printed = run_script("ranked_vllm.py", 2, folder, timeout_s=1200)
+    assert "Traceback" not in printed, printed
     rows = json.loads((folder / "found.json").read_text())
     for row in rows:
         assert row["parity_policy"] < BOUNDS[torch.float32] and row["parity_momentum"] < BOUNDS[torch.float32]

@@ -131,6 +131,16 @@ COMBINATIONS = {
 }
 
 
+def test_ranks_of_an_engine_must_divide_those_of_the_run(altered):
+    engine = {"engine.name": "vllm", "engine.tensor_parallel": 2}
+    assert problems_of(altered, Config(), engine | {"distributed.processes": 3}) == [
+        "config: --engine.tensor-parallel must divide the number of processes (3), got 2."
+    ]
+    assert altered(Config(), engine | {"distributed.processes": 4}).engine.tensor_parallel == 2
+    (problem,) = problems_of(altered, Config(), {"engine.tensor_parallel": 2})
+    assert problem == "config: --engine.tensor-parallel needs a vLLM engine that the run starts."
+
+
 @pytest.mark.parametrize("case", COMBINATIONS)
 def test_contradictions_are_reported(altered, case):
     changes, message = COMBINATIONS[case]

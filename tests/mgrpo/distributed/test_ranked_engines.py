@@ -24,6 +24,10 @@ def test_servers_of_two_ranks_generate_what_they_do_for_one(found, count):
         assert row["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-3)
 
 
+def test_rollouts_of_an_engine_of_several_ranks_are_taken_once(found):
+    assert found[2]["engines_of_several_ranks"]
+
+
 def test_an_error_of_a_server_is_raised_on_all_ranks(found):
     scenario = found[2]["a_server_that_fails_while_weights_are_sent"]
     for path, errors in scenario.items():

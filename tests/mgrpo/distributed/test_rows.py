@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from ranks import run_script
+from ranks import run_sizes
 from rows_checks import VARIANTS
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What was found, by number of ranks."""
-    results = {}
-    for size in (1, 2):
-        folder = tmp_path_factory.mktemp(f"rows{size}")
-        run_script("rows_checks.py", size, folder)
-        results[size] = json.loads((folder / "found.json").read_text())
-    return results
+    folders = run_sizes("rows_checks.py", (1, 2), tmp_path_factory.mktemp("rows"))
+    return {size: json.loads((folder / "found.json").read_text()) for size, folder in folders.items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
