@@ -114,24 +114,11 @@ def load_model(
     found = _model_and_files(base, name, tokenizer, **options) if by_rows else None
     model, files = found or (_read_model(base, name, **options), None)
     _check_ids(model, tokenizer, config.path)
-    if dropped := make_savable(model):
-        print(
-            f"model: {GENERATION} of {config.path} is saved without {', '.join(dropped)}: its values contradict one "
-            "another, and transformers does not write them.",
-            file=sys.stderr,
-        )
+    _prepare(model, config)
+    device = pick_device(config.device)
     if files is None:
         for key, tensor in model.state_dict().items():
             refuse_nonfinite(key, tensor, config.path)
-    try:
-        make_deterministic(model, gradient_checkpointing=config.gradient_checkpointing)
-    except ValueError as error:
-        raise InputError(
-            f"model: --model.gradient-checkpointing needs a model that has it, {type(model).__name__} has not. "
-            "Leave it out."
-        ) from error
-    device = pick_device(config.device)
-    if files is None:
         torch.nn.Module.to(model, device)
     folder = Path(config.path) if is_adapter(config.path) else None
     held = Adapter(model, adapter, seed=seed, folder=folder, trained=lora is not None) if adapter else None
@@ -149,6 +136,23 @@ def load_model(
         device=device,
         files=files,
     )
+
+
+def _prepare(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Makes a model savable, with a line on what is dropped, and its passes deterministic."""
+    if dropped := make_savable(model):
+        print(
+            f"model: {GENERATION} of {config.path} is saved without {', '.join(dropped)}: its values contradict one "
+            "another, and transformers does not write them.",
+            file=sys.stderr,
+        )
+    try:
+        make_deterministic(model, gradient_checkpointing=config.gradient_checkpointing)
+    except ValueError as error:
+        raise InputError(
+            f"model: --model.gradient-checkpointing needs a model that has it, {type(model).__name__} has not. "
+            "Leave it out."
+        ) from error
 
 
 def _model_and_files(
