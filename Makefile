@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := CMakeLists.txt setup.py mgrpo_kernels/_sources.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*)
 
-.PHONY: train test test-scale chaos-scale test-vllm test-verl chaos chaos-full lint format bench bench-peers fuzz emulate old-cpus sanitize gpu study clean
+.PHONY: train test test-scale chaos-scale test-vllm test-verl chaos chaos-full lint format bench bench-peers fuzz emulate old-cpus sanitize gpu study nightly clean
 
 train: $(VENV)/.built
 	$(BIN)/python -m mgrpo.train $(ARGS)
@@ -114,6 +114,10 @@ EMULATED_TESTS := $(addprefix tests/kernels/test_, group_advantage.py trajectory
 # All checks that need a GPU, in under nine minutes and offline, with the machine's own Python; see bench/gpu/.
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
+
+# What takes too long for every change; docs/NIGHTLY.md keeps the last result with its commit.
+nightly: $(VENV)/.built
+	$(BIN)/python -m bench.nightly $(ARGS)
 
 study: $(VENV)/.built
 	$(BIN)/python -m bench.studies.stability $(ARGS)
