@@ -80,8 +80,8 @@ def take_part(config: Config) -> int:
             show(end.__cause__, world)
         return end.exit_code
     except Exception as error:  # before the processes share a run directory
-        if not world.is_first:
-            time.sleep(LOST_S)  # rank 0 may fail alike or be the cause; the launcher then ends this process
+        if not world.is_first or is_lost(error):
+            time.sleep(LOST_S)  # another may fail alike or be the cause; the launcher then ends this process
         if world.is_first or not is_lost(error):
             show(error, world)
         return getattr(error, "exit_code", Exit.ERROR)

@@ -2,8 +2,9 @@
 
     python world_train.py FAULT ARGUMENTS
 
-FAULT is none, or KIND:RANK:STEP, which befalls this rank within this step of the first attempt: raise an error, fail as
-the engine, be slow, a signal by its name, or full=BYTES, a disk on which no file of this rank may become longer.
+FAULT is none, or KIND:RANK:STEP, which befalls this rank within this step of the first attempt, in step 0 before the
+processes share a run directory: raise an error, fail as the engine, be slow, a signal by its name, or full=BYTES, a
+disk on which no file of this rank may become longer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import sys
 import time
 
-from mgrpo.distributed.world import find_world
+from mgrpo.distributed.world import World, find_world
 from mgrpo.errors import EngineError
 from mgrpo.process.output import protect_output
 from mgrpo.process.signals import end_early
@@ -42,6 +43,11 @@ def inject(fault: str) -> None:
             befall(kind)
         return judge(self, batch, logprobs)
 
+    def broadcast(self, value):
+        befall(kind)
+
+    if step == "0":
+        World.broadcast = broadcast
     Grader.assign_credit = assign_credit
 
 

@@ -112,6 +112,13 @@ def test_an_error_of_one_rank_is_the_one_shown(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("kill -9 of one of two processes before they share a run directory")
+def test_a_process_killed_at_the_start_is_the_one_named(tmp_path):
+    code, _, error = run(*launcher(tmp_path), *WORLD_TRAIN, "SIGKILL:1:0", *flags(tmp_path))
+    assert (code, error) == (1, "rank 1 was ended by SIGKILL.\n")
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_under_torchrun_saves_and_leaves_the_code(tmp_path):
     run_dir = tmp_path / "run"
     code, out, error = run(*TORCHRUN, *WORLD_TRAIN, "SIGHUP:1:3", *flags(run_dir))
