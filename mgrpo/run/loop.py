@@ -18,7 +18,6 @@ from mgrpo.errors import EngineError, Exit, Interrupted, StaleWeightsError
 from mgrpo.observe.catalogue import require_known
 from mgrpo.observe.collapse import Monitor
 from mgrpo.observe.console import Progress
-from mgrpo.observe.report import write_report
 from mgrpo.observe.trackers import make_trackers, to_json
 from mgrpo.process.disk import storage_errors, write_aside
 from mgrpo.process.signals import Interrupt
@@ -134,9 +133,16 @@ def _train(trainer: Trainer, run_dir: Path, interrupt: Interrupt) -> Exit:
             if decision["save"]:
                 session.save()
         session.writer.wait()
-        report = write_report([run_dir]) if session.rows else None
+        report = _write_report(run_dir) if session.rows else None
         progress.end(outcome, session.writer.saved or trainer.step, report)
     return outcome
+
+
+def _write_report(run_dir: Path) -> Path:
+    """Imports matplotlib only now, so that no start waits half a second for it."""
+    from mgrpo.observe.report import write_report
+
+    return write_report([run_dir])
 
 
 def _outcome(trainer: Trainer, row: Metrics, interrupted: bool) -> Exit:
