@@ -298,6 +298,7 @@ def children() -> set[int]:
     return found - {os.getpid()}
 
 
+@pytest.mark.long  # starts five engines; test_vllm_ahead.py has two servers, test_engine_faults.py the faults
 def test_two_engines_agree_and_a_killed_one_ends_the_run_which_resumes(tmp_path, monkeypatch):
     """Parity at each step; then kill -9 of a server at work: exit code 5, the step before saved, nothing left over."""
     config = run_config(tmp_path, 6)
