@@ -23,14 +23,14 @@ def quiet_transformers() -> None:
 
 
 @contextmanager
-def silence() -> Iterator[None]:
-    """Lets transformers log only errors within the block."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+def silence(library: Any = logging) -> Iterator[None]:
+    """Lets a library log only errors within the block; `library` is its module of logging, by default transformers'."""
+    verbosity = library.get_verbosity()
+    library.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
 
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -175,7 +175,7 @@ def reading(path: str, file: str | None = None, *, unless: tuple[type[Exception]
         unless: classes of errors that may have other causes.
     """
     try:
-        with _quiet_hub():
+        with silence(hub_logging):  # a line for each retry, beside the error that follows
             yield
     except InputError:
         raise
@@ -199,17 +199,6 @@ def _describe_weightless(folder: Path) -> str:
     others = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
     got = f"only {_list(others)}. Convert or rename them" if others else "neither. Fetch the weights too"
     return f"model: {folder} must hold its weights as {WEIGHTS}, or as {INDEX} with the files it names, got {got}."
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Leaves out what the hub's library logs about each retry; the error that follows says it too."""
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(verbosity)
 
 
 @contextmanager

@@ -238,8 +238,9 @@ def _num_positions(model: torch.nn.Module) -> int:
 
 def load_weights(folder: Path, names: Collection[str] = (), *, trust_remote_code: bool = False) -> Mapping[str, Any]:
     """The parameters of a saved model: slices of its files if these hold all `names`, else whole tensors in fp32."""
-    with reading(str(folder)):
-        tensors = open_tensors(*find_files(folder))
-    if names and tensors.keys() >= set(names):
-        return tensors
+    if names:
+        with reading(str(folder)):
+            tensors = open_tensors(*find_files(folder))
+        if tensors.keys() >= set(names):
+            return tensors
     return dict(_read_model(folder, str(folder), trust_remote_code=trust_remote_code).named_parameters())

@@ -110,7 +110,7 @@ def num_processes(config: Config) -> int:
     """W, the processes that the run has: those that the command starts, else those that a launcher has started."""
     wanted = config.distributed.processes
     if wanted == "auto":
-        return torch.cuda.device_count() if pick_device(config.model.device).type == "cuda" else 1
+        return max(torch.cuda.device_count(), 1) if planned_device(config).type == "cuda" else 1
     return find_world().size if wanted is None else wanted
 
 

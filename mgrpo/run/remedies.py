@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mgrpo.config import Config
+from mgrpo.config.run import process_problems
 from mgrpo.errors import ConfigError
 from mgrpo.inputs import as_bytes
 from mgrpo.run.memory import Job, Memory, plan_memory
@@ -97,7 +98,7 @@ def device_remedies(config: Config, job: Job, limits: Limits) -> Iterator[Remedy
 
     def switched(flag: str, group: str, **values: object) -> Iterator[Remedy]:
         changed = _changed(c, group, **values)
-        if changed:
+        if changed and not process_problems(changed, job.ranks):
             yield Remedy(flag, changed, job.ranks)
 
     if c.engine.name == "vllm":

@@ -92,7 +92,7 @@ def command_line() -> Callable[[Path, dict[str, Any]], list[str]]:
 @pytest.fixture
 def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     """Runs the command line in this process, without the report, and returns the exit code."""
-    monkeypatch.setattr("mgrpo.observe.report.write_report", lambda run_dirs: run_dirs[0] / "report.html")
+    monkeypatch.setattr("mgrpo.run.loop._write_report", lambda run_dir: run_dir / "report.html")
 
     def start(changes: dict[str, Any] | None = None, *extra: str, run_dir: Path | None = None) -> int:
         return call([*make_flags(run_dir or tmp_path / "run", changes or {}), *extra])
@@ -103,7 +103,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int
 @pytest.fixture
 def resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     """Resumes a run in this process with nothing but the flags given, and returns the exit code."""
-    monkeypatch.setattr("mgrpo.observe.report.write_report", lambda run_dirs: run_dirs[0] / "report.html")
+    monkeypatch.setattr("mgrpo.run.loop._write_report", lambda run_dir: run_dir / "report.html")
 
     def start(*extra: str, run_dir: Path | None = None) -> int:
         return call(["--run-dir", str(run_dir or tmp_path / "run"), "--resume", *extra])

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import ARCHITECTURES, loaded, make_trajectories, one_by_one, random_trajectories, tiny_model
+from transformers import LlamaForCausalLM
 
 from mgrpo.config import KernelsConfig
 from mgrpo.models import forward as scoring
@@ -74,6 +75,24 @@ def test_the_fused_head_is_really_taken(monkeypatch):
 def test_plain_heads_are_told_from_softcapped_ones(architecture):
     model = tiny_model(architecture)
     assert has_plain_head(model) == (architecture != "gemma2")
+
+
+class Doubled(LlamaForCausalLM):
+    """Whose decoder is not called with token ids alone."""
+
+    def forward(self, input_ids=None, **options):
+        return super().forward(inputs_embeds=2 * self.get_input_embeddings()(input_ids), **options)
+
+
+def test_a_head_or_a_decoder_that_is_used_otherwise_is_not_plain():
+    model = tiny_model("llama")
+    assert has_plain_head(model)
+    hook = model.lm_head.register_forward_pre_hook(lambda _module, inputs: (0.5 * inputs[0],))
+    assert not has_plain_head(model)
+    hook.remove()
+    assert has_plain_head(model)
+    model.__class__ = Doubled
+    assert not has_plain_head(model)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])

@@ -17,7 +17,8 @@ from mgrpo.models.plain import plain_hidden
 from mgrpo.presets import make_preset
 from mgrpo.run.memory import plan_memory
 from mgrpo.run.plan import OPS
-from mgrpo.run.remedies import Limits, memory_problems
+from mgrpo.run.preflight import num_processes
+from mgrpo.run.remedies import Limits, device_remedies, memory_problems
 from mgrpo.tasks.arithmetic import make_tokenizer
 
 GIB, GB = 2**30, 10**9
@@ -217,6 +218,26 @@ def test_what_does_not_fit_is_refused_with_two_remedies_and_what_they_save(big):
     offloaded = replace(config, optim=replace(config.optim, offload=True))
     saved = needed - plan_memory(offloaded, job).device
     assert remedies[1] == f"--optim.offload saves {saved / GIB:.1f} GiB" and saved == 8 * job.size.parameters
+
+
+def test_no_remedy_is_refused_for_the_number_of_ranks(big):
+    """Also where `auto` or a launcher gives it, which the options do not say."""
+    config, job, _ = big
+
+    def flags(config, job):
+        return [remedy.flag for remedy in device_remedies(config, job, GPU)]
+
+    assert "--optim.offload" in flags(*alone(big))
+    for processes in ("auto", None):
+        found = flags(replace(config, distributed=replace(config.distributed, processes=processes)), job)
+        assert "--optim.offload" not in found and "--momentum.device cpu" in found
+
+
+def test_a_plan_counts_processes_for_a_gpu_that_need_not_be_here():
+    config = make_preset("mgrpo_qwen3_4b_math")
+    planned = replace(config, model=replace(config.model, device="cuda"), dry_run=True, dry_run_memory="80GB")
+    assert config.distributed.processes == "auto"
+    assert num_processes(planned) == max(torch.cuda.device_count(), 1)
 
 
 def test_a_remedy_that_is_enough_comes_before_one_that_is_not(big):
